@@ -1,0 +1,225 @@
+"""Machine code of every config, compiled ahead of time: no GPU and no driver are needed.
+
+    python -m perf.machine_code                        the representative set, printed as a table
+    python -m perf.machine_code --all --out FILE.json  every config of every architecture and type
+
+A launch is compiled exactly as it would be at run time: the engine's own ``launch`` runs with a driver that only names
+the architecture, and every kernel that it would start is compiled instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from triton_conv3d.engines import implicit_gemm, launching
+from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES
+from triton_conv3d.problem import Operands, Problem, describe
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+TYPES = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"))
+PASSES = ("forward", "dgrad", "wgrad")
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MATRIX = r"\b(HGMMA|UTC\w*MMA|HMMA|IGMMA|QGMMA)|v_mfma_\w+"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel became. Bytes and counts; ``loop`` counts the instructions of the loop with the products."""
+
+    arch: str
+    dtype: str
+    precision: str
+    pass_: str
+    channels: int
+    config: str
+    kernel: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: int
+    wide_copies: int
+    narrow_copies: int
+    loop: int
+
+    def faults(self) -> list[str]:
+        """What must not be: spills, too much shared memory, no matrix instructions, narrow copies of full vectors."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} bytes spilled")
+        if self.shared > _SHARED_BYTES[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory")
+        if self.kernel != "reduce_splits":
+            if not self.matrix:
+                found.append("no matrix instructions")
+            if not self.wide_copies and self.channels % 8 == 0:
+                found.append("no 16-byte copies")
+        return found
+
+
+class _NamedTarget:
+    """A driver that knows the architecture and nothing else: enough for Triton to specialise and compile."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch if isinstance(self.target.arch, int) else 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def target(arch: str) -> GPUTarget:
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def compile_launch(problem: Problem, operands: Operands, config) -> list[tuple[str, object]]:
+    """(name, compiled kernel) of everything that this launch would start."""
+    compiled = []
+
+    def compile_only(kernel, grid, args, options):
+        compiled.append((kernel.__name__, kernel.run(*args, grid=(*grid, 1), warmup=True, **options)))
+
+    triton.runtime.driver.set_active(_NamedTarget(target(problem.arch)))
+    try:
+        with launching.replaced(compile_only):
+            implicit_gemm.launch(problem, operands, config)
+    finally:
+        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
+            triton.runtime.driver.reset_active()
+    return compiled
+
+
+def problems(arch: str, dtype: str, precision: str, channels: int, stride: int = 1) -> Iterator[tuple[Problem, Operands]]:
+    """The three passes of a 3x3x3 layer, as the GPU of that architecture would see them."""
+    last, kind = {"memory_format": torch.channels_last_3d}, getattr(torch, dtype)
+    size = 32
+    x = torch.empty(2, channels, size, size, size, dtype=kind).contiguous(**last)
+    w = torch.empty(channels, channels, 3, 3, 3, dtype=kind).contiguous(**last)
+    grad = torch.empty(2, channels, *[size // stride] * 3, dtype=kind).contiguous(**last)
+    bias = torch.empty(channels, dtype=kind)
+    for pass_ in PASSES:
+        operands = {"forward": Operands(x, w, None, bias), "dgrad": Operands(None, w, grad)}.get(pass_, Operands(x, None, grad))
+        problem = describe(
+            pass_, operands, x.shape, w.shape, (stride,) * 3, (1,) * 6, (1,) * 3, 1, True, precision
+        )  # fmt: skip
+        yield problem.replace(arch=arch, device=arch), operands
+
+
+def read(problem: Problem, config, name: str, kernel) -> Report:
+    """Read one compiled kernel's resources and instructions."""
+    arch = problem.arch
+    if arch.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spills = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        instructions = text.splitlines()
+        wide = len(re.findall(r"(buffer|global)_load_dwordx4", text))
+        narrow = len(re.findall(r"(buffer|global)_load_(ushort|short|dword\b|dwordx2)", text))
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = _tool("cuobjdump", "-res-usage", file.name)
+            text = _tool("nvdisasm", "-c", file.name)
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
+        instructions = text.splitlines()
+        wide = len(re.findall(r"LDGSTS\.\S*128", text))
+        narrow = len(re.findall(r"LDGSTS", text)) - wide
+    return Report(
+        arch, problem.dtype, problem.precision, problem.pass_, problem.in_channels, str(config), name, registers, spills,
+        kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow, _loop(instructions),
+    )  # fmt: skip
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _loop(lines: list[str]) -> int:
+    """Instructions of the smallest loop with matrix instructions: from a label to the branch back to it."""
+    labels: dict[str, int] = {}
+    body: list[str] = []
+    loops = []
+    for line in lines:
+        label = re.match(r"\s*(\.L\w+):", line)
+        if label:
+            labels[label[1]] = len(body)
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line) or re.match(r"\s+[sv]_\w+|\s+(global|buffer|ds)_\w+", line):
+            body.append(line)
+            branch = re.search(r"(?:BRA\S*\s.*`\(|s_c?branch\w*\s+)(\.L\w+)", line)
+            if branch and branch[1] in labels:
+                inside = body[labels[branch[1]] :]
+                if any(re.search(_MATRIX, instruction) for instruction in inside):
+                    loops.append(len(inside))
+    return min(loops, default=0)
+
+
+def reports(arch: str, dtype: str, precision: str, channels: int, most: int | None, stride: int = 1) -> Iterator[Report]:
+    """Reports of the first ``most`` distinct tiles of each pass, all if None; one config with splits among them."""
+    for problem, operands in problems(arch, dtype, precision, channels, stride):
+        seen = set()
+        for config in implicit_gemm.configs(problem):
+            tile = dataclasses.replace(config, splits=1)
+            if tile in seen or (most is not None and len(seen) >= most):
+                continue
+            seen.add(tile)
+            shown = dataclasses.replace(config, splits=2) if len(seen) == 1 else tile
+            for name, kernel in compile_launch(problem, operands, shown):
+                yield read(problem, shown, name, kernel)
+
+
+def table(rows: list[Report]) -> str:
+    header = "arch    type      pass     C    kernel        regs spill  shared  mma  16B <16B  loop  config"
+    lines = [
+        f"{r.arch:7} {r.dtype:9} {r.pass_:8} {r.channels:<4} {r.kernel:13} {r.registers:4} {r.spills:5} {r.shared:7} "
+        f"{r.matrix:4} {r.wide_copies:4} {r.narrow_copies:4} {r.loop:5}  {r.config}"
+        + "".join(f"  FAULT: {fault}" for fault in r.faults())
+        for r in rows
+    ]
+    return "\n".join([header, *lines])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf.machine_code", description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every config, also for channels that fill no vector")
+    parser.add_argument("--arch", choices=ARCHITECTURES, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--dtype", choices=[name for name, _ in TYPES], default="bfloat16", help="without --all")
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    options = parser.parse_args()
+    rows = []
+    for arch in options.arch:
+        for dtype, precision in [t for t in TYPES if options.all or t[0] == options.dtype]:
+            for channels, stride in ((128, 1), (128, 2), (20, 1)) if options.all else ((128, 1),):
+                found = list(reports(arch, dtype, precision, channels, None if options.all else 2, stride))
+                print(table(found), flush=True)
+                rows += found
+    if options.out:
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        content = {"versions": versions, "kernels": [dataclasses.asdict(r) | {"faults": r.faults()} for r in rows]}
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+    faulty = [r for r in rows if r.faults()]
+    print(f"{len(rows)} kernels, {len(faulty)} with faults")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""Cases that the engines have to compute: data in every layout, seeded fuzzing, and the one way to run and judge them.
+
+Every operand lies in a buffer whose slack is NaN, every ``torch.empty`` of the engine is NaN, and operands are compared
+bit by bit afterwards: reading outside, leaving a result unwritten and writing to an operand all fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import random
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Callable, Iterator
+
+import tolerances
+import torch
+
+from triton_conv3d import engines
+from triton_conv3d.engines.base import Config
+from triton_conv3d.problem import Operands, Problem, Triple, describe, interpreted
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # "cpu": in Triton's interpreter
+DTYPES = ("float16", "bfloat16", "float32")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+_SLACK = 64  # NaN elements before and after an operand; keeps 16-byte alignment
+_LONGEST_STEPS = (20, 40, 80, 200)  # programs x loop steps of a fuzz case: a few milliseconds each, in the interpreter
+_READ = {"forward": ("input", "weight"), "dgrad": ("grad", "weight"), "wgrad": ("grad", "input")}
+
+
+if interpreted():  # half of the interpreter's time; test_memory_safety.py turns the check on
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an engine. Its repr is Python: a failing one goes into a list as it is printed.
+
+    Shapes as in :class:`Problem`; ``layouts`` of the two operands that the pass reads, names of :data:`LAYOUTS`, in
+    the order input, weight, grad; ``channels_last`` of the result; ``exact``: integers for T1, else random for T2.
+    """
+
+    pass_: str
+    batch: int = 1
+    in_channels: int = 4
+    out_channels: int = 4
+    input_size: Triple = (4, 4, 4)
+    kernel_size: Triple = (3, 3, 3)
+    stride: Triple = (1, 1, 1)
+    padding: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    dilation: Triple = (1, 1, 1)
+    groups: int = 1
+    bias: bool = False
+    dtype: str = "float32"
+    precision: str = "ieee"
+    layouts: tuple[str, str] = ("channels_last", "channels_last")
+    channels_last: bool = True
+    exact: bool = True
+    seed: int = 0
+
+    def replace(self, **changes) -> Case:
+        return dataclasses.replace(self, **changes)
+
+    def geometry(self) -> Problem:
+        """The problem of dense, aligned operands: shapes and sizes, before there are tensors."""
+        return Problem(
+            arch="interpreter",
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(Case) if f.name in _PROBLEM_FIELDS},
+        )
+
+    def __repr__(self) -> str:
+        """Without what equals the default."""
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.name == "pass_" or getattr(self, f.name) != f.default
+        ]
+        return f"Case({', '.join(shown)})"
+
+    @property
+    def id(self) -> str:
+        """Short, for pytest."""
+        cross = "x".join
+        p = self.geometry()
+        return f"{self.pass_}-{cross(map(str, p.input_shape))}-{self.out_channels}-k{cross(map(str, self.kernel_size))}"
+
+
+_PROBLEM_FIELDS = {f.name for f in dataclasses.fields(Problem)} - {"layouts"}
+
+
+def _buffer(elements: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+    """``elements`` in the midst of NaN."""
+    whole = torch.full((elements + 2 * _SLACK + offset,), math.nan, dtype=dtype, device=DEVICE)
+    return whole[_SLACK + offset : _SLACK + offset + elements]
+
+
+def _in_order(values: torch.Tensor, order: tuple[int, ...], offset: int = 0) -> torch.Tensor:
+    """The same values, dense in memory with the dimensions in this order, the slowest first."""
+    permuted = values.permute(order)
+    dense = _buffer(values.numel(), values.dtype, offset).view(permuted.shape).copy_(permuted)
+    return dense.permute(tuple(order.index(dim) for dim in range(5)))
+
+
+_LAST, _FIRST = (0, 2, 3, 4, 1), (0, 1, 2, 3, 4)
+
+
+def _cut(values: torch.Tensor, order: tuple[int, ...], dims: dict[int, tuple[int, int, int]]) -> torch.Tensor:
+    """The values as a slice of a larger tensor: {dim: (before, step, after)}; what lies between them is NaN."""
+    shape, cut = list(values.shape), [slice(None)] * 5
+    for dim, (before, step, after) in dims.items():
+        covered = max(0, (shape[dim] - 1) * step + 1)
+        cut[dim] = slice(before, before + covered, step)
+        shape[dim] = before + covered + after
+    base = _in_order(torch.full(shape, math.nan, dtype=values.dtype, device=values.device), order)
+    view = base[tuple(cut)]
+    view.copy_(values)
+    return view
+
+
+def _expanded(values: torch.Tensor, *dims: int) -> torch.Tensor:
+    """Stride 0 along these dimensions: their first value everywhere."""
+    one = values[tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(5))]
+    return _in_order(one, _LAST).expand(values.shape)
+
+
+LAYOUTS = {
+    "channels_last": lambda v: _in_order(v, _LAST),
+    "contiguous": lambda v: _in_order(v, _FIRST),
+    "unaligned": lambda v: _in_order(v, _LAST, offset=1),
+    "unaligned_contiguous": lambda v: _in_order(v, _FIRST, offset=1),
+    "channel_slice": lambda v: _cut(v, _LAST, {1: (1, 1, 3)}),
+    "aligned_channel_slice": lambda v: _cut(v, _LAST, {1: (8, 1, 8)}),
+    "cropped": lambda v: _cut(v, _LAST, {2: (1, 1, 1), 3: (0, 1, 2), 4: (2, 1, 1)}),
+    "every_second": lambda v: _cut(v, _LAST, {0: (0, 2, 0), 3: (0, 2, 0), 4: (1, 2, 0)}),
+    "cropped_contiguous": lambda v: _cut(v, _FIRST, {2: (1, 1, 0), 4: (1, 2, 1)}),
+    "channel_step": lambda v: _cut(v, _LAST, {1: (0, 2, 1)}),
+    "permuted": lambda v: _in_order(v, (4, 2, 0, 3, 1)),
+    "scrambled": lambda v: _in_order(v, (3, 1, 4, 0, 2)),
+    "expanded_batch": lambda v: _expanded(v, 0),
+    "expanded_pixels": lambda v: _expanded(v, 2, 4),
+    "expanded_channels": lambda v: _expanded(v, 1),
+    "scalar": lambda v: _expanded(v, 0, 1, 2, 3, 4),
+}
+
+
+def make(case: Case) -> tuple[Problem, Operands]:
+    """The tensors of a case and the problem that they pose."""
+    p = case.geometry()
+    generator = torch.Generator().manual_seed(case.seed)
+    dtype = getattr(torch, case.dtype)
+    limit = tolerances.largest_integer(p) if case.exact else 0
+
+    def values(shape) -> torch.Tensor:
+        if case.exact:
+            data = torch.randint(-limit, limit + 1, shape, generator=generator)
+        else:
+            data = torch.randn(shape, generator=generator)
+        return data.to(device=DEVICE, dtype=dtype)
+
+    tensors = {
+        name: LAYOUTS[layout](values(getattr(p, f"{'output' if name == 'grad' else name}_shape")))
+        for name, layout in zip(sorted(_READ[case.pass_], key=Operands._fields.index), case.layouts, strict=True)
+    }
+    if case.bias:
+        bias = _buffer(case.out_channels, dtype)
+        tensors["bias"] = bias.copy_(values((case.out_channels,)))
+    operands = Operands(**tensors)
+    return pose(case, operands), operands
+
+
+def pose(case: Case, operands: Operands) -> Problem:
+    """The problem of a case over these operands."""
+    p = case.geometry()
+    return describe(
+        case.pass_, operands, p.input_shape, p.weight_shape, case.stride, case.padding, case.dilation, case.groups,
+        case.channels_last, case.precision,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def allocating(fresh: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Hand out ``fresh(tensor)`` wherever Python code asks torch for uninitialised memory."""
+    places = [(torch, name) for name in ("empty", "empty_strided", "empty_like")]
+    places += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
+    before = [getattr(owner, name) for owner, name in places]
+
+    def replacement(function):
+        return lambda *args, **kwargs: fresh(function(*args, **kwargs))
+
+    for (owner, name), function in zip(places, before, strict=True):
+        setattr(owner, name, replacement(function))
+    try:
+        yield
+    finally:
+        for (owner, name), function in zip(places, before, strict=True):
+            setattr(owner, name, function)
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN everywhere; integers get their largest value."""
+    return tensor.fill_(math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole storage behind a tensor."""
+    return torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).clone()
+
+
+def run(
+    case: Case,
+    engine: str | ModuleType,
+    config: Config | None = None,
+    fresh: Callable[[torch.Tensor], torch.Tensor] = poison,
+) -> torch.Tensor:
+    """Compute a case and judge everything about the result. Raises AssertionError that carries the case.
+
+    Args:
+        engine: its name, or the module itself.
+        config: the smallest that the engine offers, if not given.
+        fresh: what uninitialised memory is replaced with.
+    """
+    problem, operands = make(case)
+    engine = engines.get(engine) if isinstance(engine, str) else engine
+    assert engine.supports(problem) is None, f"{engine.supports(problem)}\n{case}"
+    config = config or engine.configs(problem)[-1]
+    before = [None if t is None else _bytes(t) for t in operands]
+    try:
+        with allocating(fresh):
+            result = engine.launch(problem, operands, config)
+        judge(case, problem, operands, result, getattr(config, "splits", 1), engine.NAME)
+        for name, tensor, copy in zip(Operands._fields, operands, before, strict=True):
+            assert tensor is None or torch.equal(_bytes(tensor), copy), f"{name} was modified"
+    except Exception as error:
+        error.args = (f"{error}\n{engine.NAME}, {config}\n{case!r}", *error.args[1:])
+        raise
+    return result
+
+
+def judge(
+    case: Case, problem: Problem, operands: Operands, result: torch.Tensor, splits: int = 1, engine: str = ""
+) -> None:
+    """Shape, dtype, strides, and T1 or T2."""
+    like = torch.empty(problem.result_shape, dtype=problem.torch_dtype, memory_format=problem.memory_format)
+    assert result.shape == like.shape and result.dtype == like.dtype and result.device == DEVICE
+    assert result.stride() == like.stride(), f"strides {result.stride()}, torch would return {like.stride()}"
+    roundings = problem.taps if engine == "aten" and case.dtype != "float32" else 1
+    if case.exact and roundings == 1:
+        tolerances.check_exact(result, problem, operands)
+        return
+    tolerances.check_bound(
+        result,
+        problem,
+        operands,
+        splits=splits,
+        tensor_cores=DEVICE.type == "cuda" and (case.dtype != "float32" or case.precision != "ieee"),
+        truncated=engine != "implicit_gemm",
+        roundings=roundings,
+    )
+
+
+def engines_for(problem: Problem) -> list[str]:
+    """Names of the engines that support a problem."""
+    return [name for name, engine in engines.available().items() if engine.supports(problem) is None]
+
+
+# ------------------------------------------------------------------------------------------------ fuzzing
+
+
+def fuzz_case(pass_: str, seed: int) -> tuple[Case, str, Config]:
+    """What a seed tries: a case, an engine and one of its configs.
+
+    Even seeds have channels in eights, odd seeds have not; every second pair of seeds is exact, the others are random.
+    The interpreter computes each within a second.
+    """
+    rng = random.Random(f"{pass_}-{seed}")
+    longest = rng.choices(_LONGEST_STEPS, weights=(8, 6, 3, 1))[0]
+    while True:
+        case = _draw(rng, pass_, aligned=seed % 2 == 0, exact=seed // 2 % 2 == 0, seed=seed)
+        plan = case and _plan(rng, case.geometry(), longest)
+        if plan:
+            return case, *plan
+
+
+def _draw(rng: random.Random, pass_: str, aligned: bool, exact: bool, seed: int) -> Case | None:
+    def triple(*choices: int) -> Triple:
+        if rng.random() < 0.5:
+            return (rng.choice(choices),) * 3
+        return tuple(rng.choice(choices) for _ in range(3))
+
+    groups = rng.choice((1, 1, 1, 1, 2, 3, 4))
+    if aligned:
+        inner, outer = (rng.choice((8, 8, 16, 24, 40)) for _ in range(2))
+    else:
+        inner, outer = (rng.choice((1, 1, 2, 3, 4, 5, 7, 9, 12, 17, 33)) for _ in range(2))
+    if groups > 1 and not aligned and rng.random() < 0.5:  # depthwise, with a channel multiplier
+        groups, inner, outer = groups * 3, 1, rng.choice((1, 2))
+    kernel = triple(1, 2, 3, 3, 4, 5)
+    padding = tuple(rng.choice((0, 0, 1, 1, 2, 3)) for _ in range(3))
+    padding = tuple(itertools.chain.from_iterable((p, p) for p in padding))
+    if rng.random() < 0.3:
+        padding = tuple(rng.choice((0, 1, 2, 3)) for _ in range(6))
+    dtype = rng.choice(DTYPES)
+    reads = _READ[pass_]
+    case = Case(
+        pass_,
+        batch=rng.choice((1, 1, 2, 3)),
+        in_channels=inner * groups,
+        out_channels=outer * groups,
+        input_size=tuple(rng.randint(1, 7) for _ in range(3)),
+        kernel_size=kernel,
+        stride=triple(1, 1, 1, 2, 2, 3, 5),
+        padding=padding,
+        dilation=triple(1, 1, 1, 2, 3),
+        groups=groups,
+        bias=pass_ == "forward" and rng.random() < 0.5,
+        dtype=dtype,
+        precision=rng.choice(PRECISIONS) if dtype == "float32" else "ieee",
+        layouts=tuple(rng.choice(("channels_last", *LAYOUTS)) for _ in reads),
+        channels_last=rng.random() < 0.5,
+        exact=exact,
+        seed=seed,
+    )
+    problem = case.geometry()
+    if min(problem.output_size) < 1 or problem.flops > 2**24 or math.prod(case.stride) > 30:
+        return None
+    try:
+        tolerances.largest_integer(problem)
+    except ValueError:
+        return None
+    return case
+
+
+def _plan(rng: random.Random, problem: Problem, longest: int) -> tuple[str, Config] | None:
+    """An engine and a config that takes at most so many steps, if there is one."""
+    names = engines_for(problem)
+    name = "implicit_gemm" if rng.random() < 0.9 else rng.choice(names)
+    engine = engines.get(name)
+    offers = list(engine.configs(problem))
+    if not hasattr(engine, "work"):
+        return name, rng.choice(offers)
+    if rng.random() < 0.3:
+        offers = [dataclasses.replace(offer, splits=rng.choice((2, 3, 5))) for offer in offers]
+    works = [engine.work(problem, offer) for offer in offers]
+    cheap = [
+        offer
+        for offer, work in zip(offers, works, strict=True)
+        if work.programs * (2 + work.iterations) <= longest and work.programs * work.iterations * work.flops <= 2**27
+    ]
+    return (name, rng.choice(cheap)) if cheap else None
+
+
+def fuzz(pass_: str, seed: int) -> None:
+    """Run the case of a seed; a failure prints the one line that reproduces it."""
+    case, name, config = fuzz_case(pass_, seed)
+    try:
+        run(case, name, config)
+    except Exception as error:
+        again = f"again: python -m pytest 'tests/test_fuzz.py::test_fuzz[{pass_}-{seed}]'"
+        error.args = (f"{error}\n{again}", *error.args[1:])
+        raise

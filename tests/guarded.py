@@ -1,0 +1,220 @@
+"""Memory that cannot be overrun: tensors between pages that fault on every access, and huge tensors that cost nothing.
+
+The interpreter reads and writes real addresses, so an access outside kills the process. These tests therefore run in
+a process of their own: ``python tests/guarded.py end | start | large``, which prints each case before it runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+import os
+import subprocess
+import sys
+from typing import Callable, Iterator
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_PROT_NONE, _NORESERVE = 0, 0x4000
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_ALIGNMENT = 16  # of a guarded tensor's base: what kernels may take for granted
+
+
+def _map(size: int, protection: int, flags: int = 0) -> int:
+    """Address of a fresh anonymous mapping; it stays for the life of the process."""
+    address = _libc.mmap(None, size, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags, -1, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), f"mmap of {size} bytes failed")
+    return address
+
+
+def _tensor(address: int, elements: int, dtype):
+    import torch
+
+    memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype, count=elements)
+
+
+def guarded(elements: int, dtype, at_end: bool):
+    """A flat tensor between two pages that fault, NaN throughout, at the start or the end of what lies between.
+
+    At the end it stands at the last aligned address that leaves room for it; up to 15 bytes of NaN may follow.
+    """
+    page, size = mmap.PAGESIZE, max(1, elements) * dtype.itemsize
+    room = -(-size // page) * page
+    address = _map(room + 2 * page, _PROT_NONE) + page
+    if _libc.mprotect(address, room, _READ_WRITE):
+        raise OSError(ctypes.get_errno(), "mprotect failed")
+    slack = _tensor(address, room // dtype.itemsize, dtype)
+    slack.fill_(math.nan if dtype.is_floating_point else 0)
+    offset = (room - size) // _ALIGNMENT * _ALIGNMENT if at_end else 0
+    return _tensor(address + offset, max(1, elements), dtype)[:elements]
+
+
+def reserved(elements: int, dtype):
+    """A flat tensor of any size, zero, that takes memory only where it is touched."""
+    return _tensor(_map(elements * dtype.itemsize, _READ_WRITE, _NORESERVE), elements, dtype)
+
+
+@contextlib.contextmanager
+def guards(at_end: bool) -> Iterator[Callable]:
+    """Operands of :mod:`cases` between guards; yields what does it to results and workspaces (``run(fresh=)``)."""
+    import cases
+
+    def fresh(tensor):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        memory = guarded(last + 1 if tensor.numel() else 0, tensor.dtype, at_end)
+        return memory.as_strided(tensor.shape, tensor.stride())
+
+    def buffer(elements: int, dtype, offset: int = 0):
+        memory = guarded(elements + offset, dtype, at_end)
+        return memory[offset:]
+
+    before, cases._buffer = cases._buffer, buffer
+    try:
+        yield fresh
+    finally:
+        cases._buffer = before
+
+
+@contextlib.contextmanager
+def overflow_checked() -> Iterator[None]:
+    """The interpreter raises where 32-bit integers overflow, instead of wrapping."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    before, builder.options = builder.options, interpreter.InterpreterOptions(debug=True, sanitize_overflow=True)
+    try:
+        yield
+    finally:
+        builder.options = before
+
+
+def small_cases() -> list:
+    """Ragged in every direction, so that every mask is needed; each read natively, without a copy."""
+    from cases import Case
+
+    geometries = (
+        dict(),
+        dict(in_channels=1, out_channels=1, input_size=(1, 1, 1), kernel_size=(1, 1, 1)),
+        dict(batch=2, in_channels=7, out_channels=19, input_size=(2, 5, 3), padding=(1, 1, 2, 0, 0, 1)),
+        dict(in_channels=6, out_channels=10, groups=2, stride=(2, 1, 2), padding=(1, 1, 0, 0, 1, 0), dtype="float16"),
+        dict(in_channels=17, out_channels=8, kernel_size=(2, 1, 2), dilation=(2, 1, 3), input_size=(4, 3, 5)),
+        dict(in_channels=16, out_channels=16, kernel_size=(1, 2, 2), input_size=(2, 3, 3), dtype="float16"),
+        dict(in_channels=3, out_channels=5, stride=(3, 2, 1), kernel_size=(2, 1, 2), input_size=(5, 4, 3)),
+        dict(in_channels=9, out_channels=3, layouts=("cropped", "cropped"), kernel_size=(2, 2, 1)),
+        dict(in_channels=9, out_channels=3, layouts=("unaligned", "channel_slice"), channels_last=False, bias=True),
+    )
+    return [
+        Case(pass_, seed=i, **{**geometry, "bias": geometry.get("bias", False) and pass_ == "forward"})
+        for pass_ in ("forward", "dgrad", "wgrad")
+        for i, geometry in enumerate(geometries)
+    ]
+
+
+CROSSINGS = {"batch": 0, "depth": 2, "height": 3, "width": 4}
+
+
+def large_case(pass_: str, crossing: str) -> tuple:
+    """(problem, operands) of a tiny case over views whose offsets pass 2^31 along one dimension, of :data:`CROSSINGS`."""
+    import torch
+    from cases import Case, make, pose
+
+    from triton_conv3d.problem import Operands
+
+    size, kernel = [2, 1, 1, 1, 1], [1, 1, 1]
+    size[CROSSINGS[crossing]] = 4
+    if crossing != "batch":
+        kernel[CROSSINGS[crossing] - 2] = 2
+    case = Case(pass_, batch=size[0], in_channels=3, out_channels=3, input_size=tuple(size[2:]),
+                kernel_size=tuple(kernel), dtype="float16")  # fmt: skip
+    _, operands = make(case)
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        step = 2**30 + 5  # itself a 32-bit number: twice it is not
+        strides = [step if dim == CROSSINGS[crossing] else 7 for dim in range(5)]
+        strides[1] = 1
+        extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)) + 1
+        return reserved(extent, tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+
+    # A weight of such an extent would be copied.
+    wide = Operands(*(spread(t) if t is not None and i != 1 else t for i, t in enumerate(operands)))
+    return pose(case, wide), wide
+
+
+def run_large(engine, pass_: str, crossing: str) -> None:
+    """Exact over a view whose offsets need 64 bits."""
+    import tolerances
+
+    problem, operands = large_case(pass_, crossing)
+    assert problem.index64
+    result = engine.launch(problem, operands, engine.configs(problem)[-1])
+    tolerances.check_exact(result, problem, operands)
+
+
+def overflow_is_caught() -> None:
+    """The same with 32-bit offsets on purpose must not pass: neither in silence nor with the right result."""
+    from triton_conv3d import engines
+
+    gemm = engines.get("implicit_gemm")
+    problem, operands = large_case("forward", "batch")
+    try:
+        with overflow_checked():
+            gemm.launch(problem.replace(index64=False), operands, gemm.configs(problem)[-1])
+    except Exception as error:  # the interpreter wraps what it raises
+        assert "overflow" in str(error) + str(error.__cause__), error
+        return
+    raise AssertionError("32-bit offsets overflowed unnoticed")
+
+
+def main(mode: str) -> None:
+    import torch
+    from cases import run
+
+    from triton_conv3d import engines
+
+    torch.set_num_threads(1)
+    if mode in ("end", "start"):
+        with guards(mode == "end") as fresh:
+            for i, case in enumerate(small_cases()):
+                gemm = engines.get("implicit_gemm")
+                offers = gemm.configs(case.geometry())
+                print(case, flush=True)
+                run(case, gemm, offers[i % len(offers)], fresh)
+    elif mode == "checked":
+        with overflow_checked():
+            for case in small_cases():
+                print(case, flush=True)
+                run(case, "implicit_gemm")
+    elif mode == "large":
+        for pass_ in ("forward", "dgrad", "wgrad"):
+            for crossing in CROSSINGS:
+                print(pass_, crossing, flush=True)
+                run_large(engines.get("implicit_gemm"), pass_, crossing)
+    elif mode == "overflow":
+        overflow_is_caught()
+    elif mode == "overrun":  # that the guards are there
+        with guards(at_end=True) as fresh:
+            tensor = fresh(torch.empty(16))
+            print("reading one element too far", flush=True)
+            ctypes.string_at(tensor.data_ptr() + 64, 1)
+    else:
+        raise ValueError(f"mode {mode!r} is not known")
+    print("done", flush=True)
+
+
+def subprocess_of(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a script of this folder, in Triton's interpreter and without a GPU."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", os.path.join(folder, script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,66 @@
+"""Kernels compiled ahead of time, with no GPU: tensor cores, wide asynchronous copies, no spills, shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+
+# (arch, dtype, precision): every architecture, every type on the one that is measured.
+SETS = [
+    ("sm_80", "bfloat16"),
+    ("sm_90", "bfloat16"),
+    ("sm_90", "float16"),
+    ("sm_90", "float32"),
+    ("sm_100", "bfloat16"),
+    ("gfx942", "bfloat16"),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """Reports by (arch, dtype), from a process of its own: the interpreter of the other tests cannot compile."""
+    found = {}
+
+    def compile_set(arch, dtype):
+        if (arch, dtype) not in found:
+            out = tmp_path_factory.mktemp("machine_code") / "report.json"
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            environment["TRITON_CACHE_DIR"] = str(out.parent / "triton")
+            command = [sys.executable, "-m", "perf.machine_code", "--arch", arch, "--dtype", dtype, "--out", str(out)]
+            subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+            found[arch, dtype] = json.loads(out.read_text())["kernels"]
+        return found[arch, dtype]
+
+    return compile_set
+
+
+@pytest.mark.parametrize("arch, dtype", SETS, ids=lambda value: value)
+def test_no_faults(kernels, arch, dtype):
+    rows = kernels(arch, dtype)
+    assert {row["pass_"] for row in rows} == {"forward", "dgrad", "wgrad"}
+    assert {row["kernel"] for row in rows} == {"gather_gemm", "wgrad_gemm", "reduce_splits"}
+    assert not [(row["kernel"], row["config"], row["faults"]) for row in rows if row["faults"]]
+
+
+def test_main_loop_of_the_forward_kernel(kernels):
+    rows = kernels("sm_90", "bfloat16")
+    loops = {
+        row["loop"]
+        for row in rows
+        if row["pass_"] == "forward" and "block_m=128 block_n=128 block_k=64 num_warps=8" in row["config"]
+    }
+    import triton
+
+    newer = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # another pipeliner: some scalar bookkeeping more
+    assert loops and max(loops) <= (LIMIT_NEWER if newer else 120)
+
+
+LIMIT_NEWER = 130

@@ -1,0 +1,62 @@
+"""No access outside, no dependence on what lies there, and 64-bit offsets where a tensor needs them."""
+
+from __future__ import annotations
+
+import math
+import signal
+
+import pytest
+import torch
+from cases import Case, make
+from guarded import subprocess_of
+
+from triton_conv3d import engines, reference
+from triton_conv3d.problem import PASSES, Operands
+
+
+@pytest.mark.parametrize("mode", ["end", "start", "checked", "large", "overflow"])
+def test_in_a_process_of_its_own(mode: str) -> None:
+    """end, start: tensors flush with pages that fault; checked: no 32-bit overflow; large: views of more than 2^31 elements."""
+    done = subprocess_of("guarded.py", mode)
+    last = done.stdout.splitlines()[-1:]
+    assert done.returncode == 0 and last == ["done"], f"exit {done.returncode} in {last}\n{done.stderr[-3000:]}"
+
+
+def test_guards_stop_an_access_outside() -> None:
+    done = subprocess_of("guarded.py", "overrun")
+    assert done.returncode == -signal.SIGSEGV and "too far" in done.stdout
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("which", [0, 1], ids=["first_operand", "second_operand"])
+@pytest.mark.parametrize("geometry", [
+    dict(batch=2, in_channels=5, out_channels=6, padding=(1, 1, 0, 1, 2, 0)),
+    dict(in_channels=6, out_channels=4, groups=2, stride=(2, 1, 2), input_size=(5, 3, 4), kernel_size=(2, 2, 3)),
+    dict(in_channels=3, out_channels=2, dilation=(2, 1, 3), input_size=(5, 4, 7), kernel_size=(2, 2, 2)),
+], ids=["padded", "groups_strided", "dilated"])  # fmt: skip
+def test_one_nan_touches_only_its_footprint(geometry: dict, which: int, pass_: str) -> None:
+    """The result is NaN exactly where the definition multiplies that element, and exact everywhere else.
+
+    A weight in dgrad may also meet the zeros around the gradient: 0 * NaN, but only in its own channel.
+    """
+    gemm = engines.get("implicit_gemm")
+    problem, operands = make(Case(pass_, **geometry))
+    name = [name for name, tensor in zip(Operands._fields, operands, strict=True) if tensor is not None][which]
+    tensor = getattr(operands, name)
+    clean = reference.compute(problem, operands)
+    touched = 0
+    for position in (0, tensor.numel() // 2, tensor.numel() - 1):
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape))
+        value = tensor[where].item()
+        tensor[where] = math.nan
+        expected = reference.compute(problem, operands).isnan()
+        config = gemm.configs(problem)[position % len(gemm.configs(problem))]
+        result = gemm.launch(problem, operands, config)
+        tensor[where] = value
+        allowed = expected.clone()
+        if (pass_, name) == ("dgrad", "weight"):
+            allowed[:, where[0] // problem.group_out * problem.group_in + where[1]] = True
+        assert bool((result.isnan() >= expected).all()) and bool((result.isnan() <= allowed).all())
+        assert torch.equal(result[~result.isnan()].double(), clean[~result.isnan()])
+        touched += int(expected.sum())
+    assert touched

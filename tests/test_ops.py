@@ -1,0 +1,131 @@
+"""The torch.library ops: registration, derivatives of any order, autocast, and every way of tracing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+from triton_conv3d import Conv3d, configure, conv3d, ops
+
+GEOMETRY = ((1, 2, 1), (1, 0, 1, 1, 0, 2), (1, 1, 1), 2)  # stride, padding of both ends, dilation, groups
+
+
+def tensors(dtype=torch.float32, memory_format=torch.contiguous_format):
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    x, w = (draw(*s).contiguous(memory_format=memory_format) for s in ((1, 4, 4, 4, 3), (4, 2, 3, 3, 2)))
+    return x.requires_grad_(), w.requires_grad_(), draw(4).requires_grad_()
+
+
+def reference(x, w, b):
+    front, back, top, bottom, left, right = GEOMETRY[1]
+    padded = F.pad(x, (left, right, top, bottom, front, back))
+    return F.conv3d(padded, w, b, GEOMETRY[0], 0, *GEOMETRY[2:])
+
+
+FORMATS = pytest.mark.parametrize(
+    "memory_format", (torch.contiguous_format, torch.channels_last_3d), ids=("ncdhw", "ndhwc")
+)
+
+
+@FORMATS
+def test_values_strides_and_gradients(memory_format):
+    inputs = tensors(memory_format=memory_format)
+    y, expected = ops.conv3d(*inputs, *GEOMETRY), reference(*inputs)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert y.stride() == expected.stride()
+    grad = torch.randn_like(y)
+    results, wanted = torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    for result, want in zip(results, wanted, strict=True):
+        torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-4)
+        assert result.stride() == want.stride()
+
+
+@FORMATS
+@pytest.mark.parametrize("op", ("conv3d", "conv3d_dgrad", "conv3d_wgrad"))
+def test_opcheck(op, memory_format):
+    x, w, b = tensors(memory_format=memory_format)
+    last = memory_format == torch.channels_last_3d
+    grad = torch.randn_like(reference(x, w, b)).requires_grad_()
+    arguments = {
+        "conv3d": (x, w, b, *GEOMETRY),
+        "conv3d_dgrad": (grad, w, list(x.shape), *GEOMETRY, last),
+        "conv3d_wgrad": (grad, x, list(w.shape), *GEOMETRY, last),
+    }[op]
+    opcheck(getattr(ops, op), arguments)
+
+
+def test_gradients_of_both_orders_in_float64():
+    inputs = tensors(torch.float64)
+    assert torch.autograd.gradcheck(lambda *a: ops.conv3d(*a, *GEOMETRY), inputs)
+    assert torch.autograd.gradgradcheck(lambda *a: ops.conv3d(*a, *GEOMETRY), inputs)
+
+
+def test_double_backward_in_float32():
+    def penalty(convolution):
+        x, w, b = tensors()
+        (gx,) = torch.autograd.grad(convolution(x, w, b).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gx.square().sum(), (x, w))
+
+    for result, want in zip(penalty(lambda *a: ops.conv3d(*a, *GEOMETRY)), penalty(reference), strict=True):
+        torch.testing.assert_close(result, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=("input", "weight", "bias"))
+def test_only_the_gradients_that_are_needed(wanted, monkeypatch):
+    passes = []
+    run = ops.tuning.run
+    monkeypatch.setattr(ops.tuning, "run", lambda problem, operands: passes.append(problem.pass_) or run(problem, operands))
+    inputs = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors())]
+    ops.conv3d(*inputs, *GEOMETRY).sum().backward()
+    assert passes == ["forward", *[("dgrad",), ("wgrad",), ()][wanted]]
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast(dtype):
+    x, w, b = tensors()
+    with torch.autocast("cpu", dtype=dtype):
+        y = conv3d(x, w, b, groups=2, padding=1)
+        assert y.dtype == F.conv3d(x, w, b, groups=2, padding=1).dtype == dtype
+    y.float().sum().backward()
+    assert x.grad.dtype == w.grad.dtype == b.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager", "inductor"))
+def test_compiles_whole_with_dynamic_shapes(backend):
+    with configure(engine="aten"):
+        model = nn.Sequential(Conv3d(2, 4, 3, padding="same"), nn.ReLU(), Conv3d(4, 2, (1, 2, 3), stride=2))
+        compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend, dynamic=True)
+        for size in ((1, 4, 4, 5), (2, 5, 6, 7), (3, 4, 5, 9)):
+            x = torch.randn(size[0], 2, *size[1:])
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+            compiled(x).sum().backward()
+    assert compiled._orig_mod[0].weight.grad is not None
+
+
+def test_export_keeps_one_node_a_convolution():
+    model = nn.Sequential(Conv3d(2, 4, 3), Conv3d(4, 2, 1))
+    x = torch.randn(2, 2, 4, 5, 6)
+    shapes = ({0: torch.export.Dim("batch"), 4: torch.export.Dim("width", min=4)},)
+    program = torch.export.export(model, (x,), dynamic_shapes=shapes)
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls.count(ops.conv3d) == 2
+    other = torch.randn(3, 2, 4, 5, 8)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
+def test_checkpointing_and_functional_call():
+    layer, x = Conv3d(4, 4, 3), tensors()[0]
+    y = checkpoint(layer, x, use_reentrant=False)
+    y.sum().backward()
+    doubled = {name: 2 * p for name, p in layer.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(layer, doubled, (x,)), 2 * y)

@@ -1,0 +1,216 @@
+"""Faults planted in implicit_gemm, one at a time, must all be caught by a small battery of the checks used elsewhere.
+
+A fault is a substitution in the engine's source. The mutated engine is loaded under a name of its own and runs between
+guard pages in a forked process: ``python tests/test_planted_faults.py`` prints how each of them ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from guarded import guards, large_case, overflow_checked, run_large, subprocess_of
+
+ENGINE = Path(__file__).resolve().parent.parent / "triton_conv3d" / "engines" / "implicit_gemm"
+KERNELS, HOST = "kernels.py", "__init__.py"
+
+# name: (file, what stands there once, what is planted)
+FAULTS = {
+    # masks
+    "mask_of_rows_off": (KERNELS, "in_rows = m < sample * batch", "in_rows = m >= 0"),
+    "mask_of_rows_one_too_many": (KERNELS, "in_rows = m < sample * batch", "in_rows = m <= sample * batch"),
+    "mask_of_filters_off": (KERNELS, "in_q = q < produced", "in_q = q >= 0"),
+    "mask_of_filters_one_too_many": (KERNELS, "in_q = q < produced", "in_q = q <= produced"),
+    "mask_of_reduction_off_in_x": (KERNELS, "in_x &= (r + k < reduced)[None, :]", "in_x &= (k >= 0)[None, :]"),
+    "mask_of_reduction_off_in_w": (KERNELS, "in_w &= (r + k < reduced)[:, None]", "in_w &= (k >= 0)[:, None]"),
+    "even_always": (HOST, "EVEN=reduced % config.block_k == 0", "EVEN=True"),
+    "position_below_zero": (KERNELS, "inside = (at >= 0) & (at < size)", "inside = at < size"),
+    "position_above_size": (KERNELS, "inside = (at >= 0) & (at < size)", "inside = (at >= 0) & (at <= size)"),
+    "mask_without_other_tap_bits": (KERNELS, "in_x = (valid & bits) == bits", "in_x = (valid & bits) != 0"),
+    "tap_bit_narrow": (KERNELS, "unit = inner if FLAT else inner * 0 + 1", "unit = inner if FLAT else 1"),
+    "wgrad_mask_of_depth_off": (KERNELS, "in_x = (xd + tap_d[None, :]).to(tl.uint32, bitcast=True) < x_size[0]", "in_x = (xd + tap_d[None, :]) < x_size[0]"),
+    "wgrad_mask_of_width_one_too_many": (KERNELS, "bitcast=True) < x_size[2]", "bitcast=True) <= x_size[2]"),
+    "wgrad_mask_of_pixels_off": (KERNELS, "mask=in_x & (row_p < left)", "mask=in_x"),
+    "wgrad_mask_of_columns_off": (KERNELS, "in_columns = column < columns", "in_columns = column >= 0"),
+    "wgrad_mask_of_filters_off": (KERNELS, "in_k = k < group_out", "in_k = k >= 0"),
+    "mask_of_reduced_splits_off": (KERNELS, "inside = at < elements", "inside = at >= 0"),
+    # indices
+    "height_for_width": (KERNELS, "jh = m // rows_w % rows_h", "jh = m // rows_h % rows_h"),
+    "no_carry_to_depth": (KERNELS, "td += (th == taps_h).to(tl.int32)", "td += 0"),
+    "swizzle_last_band": (KERNELS, "height = tl.minimum(tiles_m - first, GROUP_M)", "height = GROUP_M"),
+    "wgrad_carry_lost": (KERNELS, "n = first_n + row_n + carry", "n = first_n + row_n"),
+    "wgrad_hop_short": (KERNELS, "hop_h = BLOCK_K // size_w % size_h", "hop_h = BLOCK_K // size_w % size_w"),
+    "wgrad_tap_order": (KERNELS, "tap_h = tap // kernel[2] % kernel[1]", "tap_h = tap // kernel[1] % kernel[1]"),
+    "strides_of_result": (KERNELS, "jh * y_strides[2] + jw * y_strides[3]) * Y_UNIT", "jw * y_strides[2] + jh * y_strides[3]) * Y_UNIT"),
+    "depth_in_32_bits": (KERNELS, "n.to(INDEX) * x_strides[0] + xd.to(INDEX) * x_strides[1]", "n.to(INDEX) * x_strides[0] + xd * x_strides[1]"),
+    "row_in_32_bits": (HOST, '"INDEX": tl.int64 if problem.index64 else tl.int32', '"INDEX": tl.int32'),
+    # groups
+    "group_offset_in_x": (KERNELS, "(x_rows + group.to(INDEX) * reduced)", "(x_rows + group.to(INDEX) * produced)"),
+    "group_offset_in_weight": (KERNELS, "(group.to(INDEX) * produced + q[None, :])", "(q[None, :])"),
+    "group_offset_in_bias": (KERNELS, "bias_ptr + group * produced + q", "bias_ptr + q"),
+    "wgrad_group_of_gradient": (KERNELS, "(group * group_out + k)[None, :]", "(group + k)[None, :]"),
+    # padding, stride, dilation, parity classes
+    "padding_at_the_end": (HOST, "low, stride, dilation = problem.padding[::2]", "low, stride, dilation = problem.padding[1::2]"),
+    "wgrad_padding_at_the_end": (HOST, "problem.stride, problem.padding[::2], problem.dilation", "problem.stride, problem.padding[1::2], problem.dilation"),
+    "wgrad_stride_forgotten": (KERNELS, "xh = yh * stride[1] - pad[1]", "xh = yh - pad[1]"),
+    "dilation_of_width": (KERNELS, "tap_w = tap % kernel[2] * dilation[2]", "tap_w = tap % kernel[2] * dilation[1]"),
+    "dgrad_step_forward": (HOST, "step = tuple(-d // g for d, g in", "step = tuple(d // g for d, g in"),
+    "dgrad_common_factor": (HOST, "common = tuple(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))", "common = (1, 1, 1)"),
+    "class_size_of_another": (KERNELS, "(size - index + stride - 1) // stride", "size // stride"),
+    "class_first_tap_last": (KERNELS, "tap = kernel - 1 - back", "tap = back"),
+    "class_too_few": (HOST, "classes = math.prod(stride) if strided", "classes = math.prod(stride) - 1 if strided"),
+    "class_order": (KERNELS, "index_h = tl.program_id(1) // stride[2] % stride[1]", "index_h = tl.program_id(1) // stride[1] % stride[1]"),
+    # splits and accumulation
+    "split_share_rounded_down": (KERNELS, "share = tl.cdiv(taps * blocks, splits)", "share = taps * blocks // splits"),
+    "split_begins_at_zero": (KERNELS, "begin = split * share\n    end = tl.minimum(begin + share, taps * blocks)", "begin = split * 0\n    end = tl.minimum(begin + share, taps * blocks)"),
+    "wgrad_split_off_by_one": (KERNELS, "end = tl.minimum(begin + share, pixels)", "end = tl.minimum(begin + share, pixels - 1)"),
+    "partial_sums_in_half": (HOST, "target = x.new_empty((splits, *_permuted(y.shape)), dtype=torch.float32)", "target = x.new_empty((splits, *_permuted(y.shape)))"),
+    "reduction_misses_one": (KERNELS, "for split in range(splits):", "for split in range(splits - 1):"),
+    "bias_in_every_split": (HOST, "bias = operands.bias if splits == 1 else None", "bias = operands.bias"),
+    "chain_dropped": (KERNELS, "total += acc", "total = acc"),
+    "transposed_result": (HOST, "TRANSPOSED=problem.result_layout != CHANNELS_LAST", "TRANSPOSED=False"),
+    # numbers
+    "tf32_truncated": (KERNELS, "((bits + 0x1000) & 0xFFFFE000)", "(bits & 0xFFFFE000)"),
+    "accumulator_in_half": (KERNELS, "acc = _dot(a, b, acc, PRECISION, UPCAST)", "acc = _dot(a, b, acc, PRECISION, UPCAST).to(tl.float16).to(tl.float32)"),
+    # layout
+    "copy_forgotten": (HOST, "return tensor if tensor.stride(1) == 1 else _dense(tensor)", "return tensor"),
+    "result_always_channels_last": (HOST, "y = problem.empty_result(x.device)", "y = problem.replace(layouts=(CHANNELS_LAST,) * 3).empty_result(x.device)"),
+    "unaligned_base_in_vectors": (HOST, "low, stride, dilation =", "x = x.as_strided(x.shape, x.stride(), x.storage_offset() // 8 * 8); low, stride, dilation ="),
+}  # fmt: skip
+
+
+def load(name: str, fault: tuple[str, str, str] | None, folder: str) -> ModuleType:
+    """implicit_gemm with a fault in it, as a module of its own. LookupError if its place is gone."""
+    package = Path(folder) / name
+    shutil.copytree(ENGINE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    if fault:
+        file, old, new = fault
+        source = (package / file).read_text()
+        if old not in source:
+            raise LookupError(f"{file} no longer holds: {old}")
+        (package / file).write_text(source.replace(old, new))
+    full = f"triton_conv3d.engines.{name}"
+    spec = importlib.util.spec_from_file_location(full, package / "__init__.py", submodule_search_locations=[str(package)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def battery(engine: ModuleType) -> None:
+    """Raises, or kills the process, if the engine is wrong."""
+    from cases import Case, run
+
+    geometries = (
+        dict(batch=2, in_channels=7, out_channels=19, input_size=(3, 5, 2), kernel_size=(2, 3, 2), padding=(1, 0, 2, 0, 0, 1)),
+        dict(in_channels=6, out_channels=10, groups=2, stride=(2, 3, 2), input_size=(5, 4, 6), kernel_size=(3, 2, 3),
+             padding=(1, 1, 0, 0, 1, 0), dilation=(1, 1, 2)),
+        dict(in_channels=16, out_channels=16, kernel_size=(1, 2, 2), input_size=(2, 3, 3), layouts=("unaligned",) * 2),
+        dict(in_channels=4, out_channels=20, groups=1, stride=(2, 1, 1), dilation=(2, 3, 1), input_size=(5, 7, 3), batch=3,
+             kernel_size=(2, 2, 1), layouts=("contiguous", "channel_step")),
+        dict(in_channels=2, out_channels=2, kernel_size=(1, 2, 36), input_size=(1, 2, 37), padding=(0, 0, 1, 0, 0, 1)),
+    )  # fmt: skip
+    for pass_ in ("forward", "dgrad", "wgrad"):
+        for i, geometry in enumerate(geometries):
+            bias = pass_ == "forward"
+            for at_end in (True, False):
+                case = Case(pass_, bias=bias, channels_last=at_end, seed=i, dtype="float32", **geometry)
+                with guards(at_end) as fresh:
+                    smallest = engine.configs(case.geometry())[-1]
+                    run(case, engine, smallest, fresh)
+                    run(case, engine, dataclasses.replace(smallest, splits=3), fresh)
+        half = Case(pass_, in_channels=24, out_channels=24, input_size=(3, 3, 4), kernel_size=(1, 2, 3), dtype="float16")
+        smallest = engine.configs(half.geometry())[-1]
+        for splits in (1, 3):
+            run(half.replace(exact=False), engine, dataclasses.replace(smallest, splits=splits))
+    # Ten rows of tiles: one band of the swizzle and a rest, and two columns.
+    run(Case("forward", in_channels=1, out_channels=17, input_size=(5, 8, 8), kernel_size=(1, 1, 1)), engine)
+    tf32 = Case("forward", in_channels=40, out_channels=8, input_size=(2, 2, 2), kernel_size=(2, 2, 2), precision="tf32")
+    _check_same_sign(engine, tf32)
+    chain = Case("wgrad", in_channels=1, out_channels=2, input_size=(17, 31, 32), kernel_size=(1, 1, 1), dtype="float16")
+    run(chain, engine, dataclasses.replace(engine.configs(chain.geometry())[-1], block_k=256))
+    for pass_ in ("forward", "dgrad", "wgrad"):
+        for crossing in ("batch", "depth"):
+            with overflow_checked():
+                run_large(engine, pass_, crossing)
+
+
+def _check_same_sign(engine: ModuleType, case) -> None:
+    """T4 on operands of one sign, where truncation of each product does not cancel."""
+    import tolerances
+    from cases import make, pose
+
+    _, operands = make(case.replace(exact=False))
+    for tensor in (operands.input, operands.weight):
+        tensor.abs_()
+    problem = pose(case, operands)
+    result = engine.launch(problem, operands, engine.configs(problem)[-1])
+    tolerances.check_drift(result, problem, operands)
+
+
+def _in_a_fork(name: str, fault: tuple[str, str, str] | None) -> str:
+    """'survived', or how the fault was caught."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        outcome = "survived"
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                battery(load(name, fault, folder))
+        except LookupError as error:
+            outcome = f"stale: {error}"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: " + " | ".join(str(error).splitlines()[:1] + str(error).splitlines()[-1:])
+            if fault is None:
+                traceback.print_exc()
+        os.write(writer, outcome[:2000].encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        outcome = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else outcome
+
+
+def main(*names: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import cases  # noqa: F401  what the forks share
+
+    for name in names or ("", *FAULTS):
+        print(json.dumps([name, _in_a_fork(f"planted_{name or 'nothing'}", FAULTS.get(name))]), flush=True)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    done = subprocess_of("test_planted_faults.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+def test_without_a_fault_the_battery_passes(outcomes: dict[str, str]) -> None:
+    assert outcomes[""] == "survived"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
+    assert not outcomes[name].startswith("stale"), outcomes[name]
+    assert outcomes[name] != "survived"
+
+
+def test_enough_faults() -> None:
+    assert len(FAULTS) >= 30 and len({fault[1:] for fault in FAULTS.values()}) == len(FAULTS)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,113 @@
+"""The README: its examples run, and its tables agree with the code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import triton_conv3d
+from triton_conv3d import __main__ as cli
+from triton_conv3d import engines, settings
+from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def table(first_cell: str) -> list[list[str]]:
+    """The rows of the table whose header begins with this cell."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_cell} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_the_readme_has_examples():
+    assert len(blocks("python")) >= 5 and README.count("```python") == len(blocks("python"))
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:50])
+def test_example_runs_on_its_own(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = settings.current()
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert settings.current() == before, "an example leaves a setting changed"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_table_is_complete_and_right(monkeypatch):
+    for name in settings._PARSERS:
+        monkeypatch.delenv(settings.variable(name), raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    defaults = settings.from_environment()
+    rows = {row[0].strip("`"): row[1:] for row in table("variable")}
+    assert set(rows) == {settings.variable(name) for name in settings._PARSERS}
+    for name in settings._PARSERS:
+        twin, default, meaning = rows[settings.variable(name)]
+        assert twin == f"`configure({name}=...)`"
+        value = getattr(defaults, name)
+        expected = {"cache_dir": "~/.cache/triton_conv3d", "strict": "0"}.get(name, value or "none")
+        assert default.strip("`") == expected
+        values = {"autotune": settings.AUTOTUNE_MODES, "fp32": settings.FP32_MODES, "log": settings.LOG_LEVELS}
+        for allowed in filter(None, values.get(name, ())):
+            assert f"`{allowed}`" in meaning
+
+
+def test_engine_table_lists_the_engines():
+    assert {row[0].strip("`") for row in table("engine")} == set(engines.available())
+    meaning = next(row for row in table("variable") if row[0] == "`TRITON_CONV3D_ENGINE`")[3]
+    assert set(re.findall(r"`(\w+)`", meaning)) == set(engines.available())
+
+
+def test_gpu_table_names_architectures_that_are_known_and_claims_nothing_unmeasured():
+    rows = table("GPU")
+    named = set(re.findall(r"sm_\d+|gfx\d+", " ".join(row[0] for row in rows)))
+    assert named == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert named <= set(_SHARED_BYTES)
+    results = ROOT / "perf" / "results"
+    assert results.is_dir() or {row[2] for row in rows} == {"not yet"}
+
+
+def test_no_speed_without_a_result_file():
+    if not (ROOT / "perf" / "results").is_dir():
+        assert not re.search(r"\d\s*(x|times) faster|\d\s*(TFLOP|GFLOP|ms\b)", README)
+
+
+def test_names_in_the_text_exist():
+    for name in ("Conv3d", "LazyConv3d", "conv3d", "convert_conv3d", "materialize", "explain", "configure"):
+        assert f"`{name}" in README or f"import {name}" in README
+        assert hasattr(triton_conv3d, name)
+    arguments = list(inspect.signature(triton_conv3d.conv3d).parameters)
+    assert arguments == ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if line])
+def test_commands_exist(line):
+    command = line.split("#")[0].split()
+    if command[0] == "triton-conv3d":
+        cli._parser().parse_args(command[1:])
+    else:
+        assert command[:2] in (["pip", "install"], ["python", "-m"])
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+def test_extras_of_the_install_command_exist():
+    extras = re.search(r'pip install -e "\.\[(.*?)\]"', README)[1].split(",")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    assert set(extras) <= set(re.findall(r"^(\w+) =", section, re.MULTILINE))

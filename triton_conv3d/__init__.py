@@ -1,0 +1,22 @@
+"""Autotuned Triton kernels for 3-D convolution in torch: forward, both gradients, a lazy module, a plan cache."""
+
+from . import settings
+from .convert import Conversion, convert_conv3d
+from .explain import Explanation, explain
+from .functional import conv3d
+from .modules import Conv3d, LazyConv3d, materialize
+from .settings import configure
+
+__version__ = "0.1.0"
+__all__ = [
+    "Conv3d",
+    "Conversion",
+    "Explanation",
+    "LazyConv3d",
+    "configure",
+    "conv3d",
+    "convert_conv3d",
+    "explain",
+    "materialize",
+    "settings",
+]

@@ -1,0 +1,28 @@
+"""The engines, by name, in the order in which they are ranked when nothing else tells them apart."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+# implicit_gemm needs Triton, which exists for Linux only; the others are plain torch.
+_MODULES = ("matmul", "implicit_gemm", "aten")
+_NEED_TRITON = ("implicit_gemm",)
+
+
+@functools.cache
+def available() -> dict[str, ModuleType]:
+    """Every engine that can be imported here, by name. See :mod:`.base` for what an engine offers."""
+    triton = importlib.util.find_spec("triton") is not None
+    names = [name for name in _MODULES if triton or name not in _NEED_TRITON]
+    return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+
+
+def get(name: str) -> ModuleType:
+    """The engine of this name. Raises ValueError that lists what exists."""
+    try:
+        return available()[name]
+    except KeyError:
+        raise ValueError(f"no engine named {name!r}: the engines are {', '.join(available())}") from None

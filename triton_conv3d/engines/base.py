@@ -1,0 +1,66 @@
+"""What every engine offers. An engine is a module with these names; it knows nothing of tuning.
+
+    NAME                                   "implicit_gemm"
+    supports(problem) -> str | None        None if it can compute the problem, else the reason why not
+    configs(problem) -> tuple[Config, ...] valid configs, the safest (smallest) last; empty only if unsupported
+    launch(problem, operands, config)      the result tensor, in problem.memory_format; raises on failure
+    memory(problem, config) -> Memory      bytes that it needs beyond operands and result
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """The knobs of one engine: frozen, comparable, self-describing. Engines derive their own."""
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.to_dict().items()) or "-"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes beyond operands and result: scratch of the engine, and copies of operands in another layout."""
+
+    workspace: int = 0
+    copies: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch as pure geometry: what a cost model needs to predict its time."""
+
+    programs: int  # thread blocks
+    iterations: int  # main-loop steps of one program
+    flops: float  # of one step, the tile's padding included
+    bytes_read: float  # of one step
+    bytes_written: float  # of one program
+    num_warps: int
+    shared_bytes: int  # of one program
+    extra_bytes: float = 0.0  # moved for copies of operands and for partial sums
+    launches: int = 1
+    tensor_cores: bool = True
+
+
+def in_format(result: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """``result`` with exactly the strides of a fresh tensor of this memory format; a copy only if they differ."""
+    wanted = format_strides(result.shape, memory_format)
+    if result.stride() == wanted:
+        return result
+    return torch.empty_strided(result.shape, wanted, dtype=result.dtype, device=result.device).copy_(result)
+
+
+def format_strides(shape, memory_format: torch.memory_format) -> tuple[int, ...]:
+    """Strides of ``torch.empty(shape, memory_format=memory_format)``, for the two formats of 5-D tensors."""
+    n, c, d, h, w = (max(1, size) for size in shape)
+    if memory_format == torch.channels_last_3d:
+        return (d * h * w * c, 1, h * w * c, w * c, c)
+    return (c * d * h * w, d * h * w, h * w, w, 1)

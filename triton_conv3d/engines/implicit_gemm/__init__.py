@@ -1,0 +1,268 @@
+"""Implicit GEMM: the portable engine. Any stride, dilation, padding and groups, forward, dgrad and wgrad.
+
+The convolution as a matrix product whose left operand is never built: pixels x (taps, channels) times
+(taps, channels) x filters (Chetlur et al., 2014, cuDNN; CUTLASS calls it fprop / dgrad / wgrad). Operands whose
+channels are not dense and last are copied; the result is written in the format that torch returns. Partial sums of
+split reductions are float32 and added in a fixed order, so equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton.language as tl
+
+from ...problem import CHANNELS_LAST, CONTIGUOUS, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem, interpreted
+from ..base import Memory, Work
+from ..launching import launch_kernel
+from .configs import CHAIN, GROUP_M, GemmConfig, configs, workspace_bytes
+from .kernels import gather_gemm, reduce_splits, wgrad_gemm
+
+__all__ = ["NAME", "GemmConfig", "configs", "launch", "memory", "supports", "work"]
+
+NAME = "implicit_gemm"
+_MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
+_REDUCE_BLOCK = 1024  # elements of one program of the split reduction
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.dtype not in ("float16", "bfloat16", "float32"):
+        return f"no kernel for {problem.dtype}"
+    if problem.arch == "cpu":
+        return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+    if problem.empty:
+        return "nothing to multiply"
+    if problem.pass_ != "wgrad" and sum(problem.kernel_size) > _MOST_TAP_BITS:
+        return f"kernel sizes {problem.kernel_size} add up to more than {_MOST_TAP_BITS}"
+    if problem.arch == "gfx942" and problem.precision == "tf32x3":
+        return "tf32x3 needs NVIDIA's tensor cores"
+    return None
+
+
+def memory(problem: Problem, config: GemmConfig) -> Memory:
+    shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
+    read = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}[problem.pass_]
+    copied = [shapes[i] for i in read if problem.layouts[i] in _copied_layouts(problem, i)]
+    return Memory(workspace_bytes(problem, config), problem.itemsize * sum(map(math.prod, copied)))
+
+
+def _copied_layouts(problem: Problem, role: int) -> tuple[str, ...]:
+    """What is gathered from may be a view; the weight, and the gradient that wgrad walks along, are dense."""
+    dense = role == 1 or (problem.pass_, role) == ("wgrad", 2)
+    return (CONTIGUOUS, STRIDED, VIEW) if dense else (CONTIGUOUS, STRIDED)
+
+
+def launch(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:
+    if problem.pass_ == "wgrad":
+        return _wgrad(problem, operands, config)
+    return _gather(problem, operands, config)
+
+
+def work(problem: Problem, config: GemmConfig) -> Work:
+    """The launch as the cost model sees it."""
+    item = problem.itemsize
+    m, n, k = config.block_m, config.block_n, config.block_k
+    if problem.pass_ == "wgrad":
+        tiles = math.ceil(problem.group_out / m) * math.ceil(problem.taps * problem.group_in / n)
+        iterations = math.ceil(math.ceil(problem.pixels / k) / config.splits)
+        result = math.prod(problem.weight_shape)
+    else:
+        produced, reduced = _channels(problem)
+        rows, taps = math.prod(problem.result_shape) // (produced * problem.groups), problem.taps
+        if problem.pass_ == "dgrad":  # parity classes share pixels and taps evenly
+            classes = math.prod(problem.stride)
+            rows, taps = rows / classes, taps / classes
+            tiles = classes * math.ceil(rows / m)
+        else:
+            tiles = math.ceil(rows / m)
+        tiles *= math.ceil(produced / n)
+        iterations = math.ceil(math.ceil(taps * math.ceil(reduced / k)) / config.splits)
+        result = math.prod(problem.result_shape)
+    used = memory(problem, config)
+    return Work(
+        programs=tiles * problem.groups * config.splits,
+        iterations=iterations,
+        flops=2.0 * m * n * k,
+        bytes_read=float(item * (m + n) * k),
+        bytes_written=float((4 if config.splits > 1 else item) * m * n),
+        num_warps=config.num_warps,
+        shared_bytes=item * (m + n) * k * config.num_stages,
+        extra_bytes=2.0 * used.copies + (2.0 * used.workspace + result * item if config.splits > 1 else 0.0),
+        launches=1 + (config.splits > 1),
+        tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+    )
+
+
+def _channels(problem: Problem) -> tuple[int, int]:
+    """(produced, reduced) channels of one group."""
+    inner = (problem.group_out, problem.group_in)
+    return inner if problem.pass_ == "forward" else inner[::-1]
+
+
+def _unit(itemsize: int, *elements: int) -> int:
+    """Elements of the widest vector that divides all of these counts."""
+    return math.gcd(VECTOR_BYTES // itemsize, *elements)
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with dense channels as the fastest dimension: itself where it is so, else a copy."""
+    return tensor if tensor.stride(1) == 1 else _dense(tensor)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Dense in channels-last order. Where torch is indifferent (one channel, one pixel) strides are made canonical."""
+    tensor = tensor.contiguous(memory_format=torch.channels_last_3d)
+    n, c, d, h, w = tensor.shape
+    return tensor.as_strided(tensor.shape, (d * h * w * c, 1, h * w * c, w * c, c))
+
+
+def _pixel_strides(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """(n, d, h, w) strides in elements; of a dimension of size 1 the stride is never used, and 0."""
+    return tuple(0 if tensor.size(dim) == 1 else tensor.stride(dim) for dim in (0, 2, 3, 4))
+
+
+def _base_unit(tensor: torch.Tensor, *elements: int) -> int:
+    """The unit in which a tensor is read along its channels, if these counts of elements lead from pixel to pixel."""
+    aligned = tensor.data_ptr() % VECTOR_BYTES == 0  # Triton proves a base aligned to 16 bytes or not at all
+    return _unit(tensor.element_size(), *elements) if aligned else 1
+
+
+def _in_units(values, unit: int) -> tuple[int, ...]:
+    return tuple(value // unit for value in values)
+
+
+def _options(config: GemmConfig) -> dict:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def _upcast(problem: Problem) -> bool:
+    """The interpreter multiplies raw bits of bfloat16, and truncates to it."""
+    return problem.dtype == "bfloat16" and interpreted()
+
+
+def _constants(problem: Problem, config: GemmConfig) -> dict:
+    return {
+        "INDEX": tl.int64 if problem.index64 else tl.int32,
+        "PRECISION": problem.precision,
+        "UPCAST": _upcast(problem),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": GROUP_M,
+    }
+
+
+def _gather(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:
+    """forward and dgrad: every pixel of the result gathers from its taps."""
+    dgrad = problem.pass_ == "dgrad"
+    x = _channels_last(operands.grad if dgrad else operands.input)
+    w = _dense(operands.weight)
+    y = problem.empty_result(x.device)
+    produced, reduced = _channels(problem)
+    low, stride, dilation = problem.padding[::2], problem.stride, problem.dilation
+    strided = dgrad and stride != (1, 1, 1)
+    common = tuple(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
+    if dgrad:  # position i reads grad at (i + pad - t * dilation) / stride, for the taps that divide
+        scale, start = (1, 1, 1), low
+        step = tuple(-d // g for d, g in zip(dilation, common, strict=True))
+    else:
+        scale, start, step = stride, tuple(-pad for pad in low), dilation
+    tap_step = tuple(s // g for s, g in zip(stride, common, strict=True))
+    classes = math.prod(stride) if strided else 1
+    largest = tuple(-(-size // s) for size, s in zip(y.shape[2:], stride, strict=True)) if strided else y.shape[2:]
+    tiles_m = -(-problem.batch * math.prod(largest) // config.block_m)
+    tiles_n = -(-produced // config.block_n)
+
+    splits, target = config.splits, y
+    if splits > 1:  # float32 partial sums, in channels-last order
+        target = x.new_empty((splits, *_permuted(y.shape)), dtype=torch.float32)
+        y_strides = (*_pixel_strides(target[0].permute(0, 4, 1, 2, 3)), 1)
+    else:
+        y_strides = (*_pixel_strides(y), y.stride(1))
+    split_stride = y.numel() if splits > 1 else 0
+    vector_rows = y_strides[4] == 1
+    y_unit = _unit(target.element_size(), produced, *y_strides[:4]) if vector_rows else 1
+    x_unit = _base_unit(x, reduced, *_pixel_strides(x))
+    w_unit = _base_unit(w, problem.group_in)
+    w_strides = (problem.taps * problem.group_in, problem.group_in)
+    bias = operands.bias if splits == 1 else None
+    launch_kernel(
+        gather_gemm,
+        (tiles_m * tiles_n * problem.groups * splits, classes),
+        (
+            x, w, bias, target, problem.batch, tuple(x.shape[2:]), tuple(y.shape[2:]), problem.kernel_size,
+            scale, start, step, stride, dilation, tap_step,
+            _in_units(_pixel_strides(x), x_unit), _in_units(w_strides, w_unit), (*_in_units(y_strides[:4], y_unit), y_strides[4]),
+            split_stride, reduced // x_unit, produced // y_unit, splits, tiles_m,
+        ),
+        dict(
+            X_UNIT=x_unit,
+            W_UNIT=w_unit,
+            Y_UNIT=y_unit,
+            DGRAD=dgrad,
+            STRIDED=strided,
+            BIAS=bias is not None,
+            EVEN=reduced % config.block_k == 0,
+            FLAT=problem.taps < 32,
+            BITS=tl.int32 if min(problem.taps, sum(problem.kernel_size)) < 32 else tl.int64,
+            **_constants(problem, config),
+            **_options(config),
+        ),
+    )  # fmt: skip
+    if splits > 1:
+        _reduce(problem, target, operands.bias, y)
+    return y
+
+
+def _permuted(shape) -> tuple[int, ...]:
+    n, c, d, h, w = shape
+    return (n, d, h, w, c)
+
+
+def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:
+    """wgrad: filters x pixels times pixels x (taps, channels); the pixels are shared out among the splits."""
+    x, grad = _channels_last(operands.input), _dense(operands.grad)
+    dw = problem.empty_result(x.device)
+    columns = problem.taps * problem.group_in
+    tiles_m = -(-problem.group_out // config.block_m)
+    tiles_n = -(-columns // config.block_n)
+    splits, target = config.splits, dw
+    channels_last = problem.result_layout == CHANNELS_LAST
+    dw_strides = (columns, problem.group_in, 1) if channels_last else (columns, 1, problem.taps)
+    if splits > 1:
+        target = x.new_empty((splits, dw.numel()), dtype=torch.float32)
+        dw_strides = (columns, problem.group_in, 1)
+    x_unit = _base_unit(x, problem.group_in, *_pixel_strides(x))
+    g_unit = _base_unit(grad, problem.group_out)
+    launch_kernel(
+        wgrad_gemm,
+        (tiles_m * tiles_n * problem.groups * splits, 1),
+        (
+            grad, x, target, problem.pixels, problem.input_size, problem.output_size, problem.kernel_size,
+            problem.stride, problem.padding[::2], problem.dilation,
+            _in_units(_pixel_strides(x), x_unit), dw_strides, dw.numel() if splits > 1 else 0,
+            problem.group_in // x_unit, problem.group_out // g_unit, problem.out_channels // g_unit, splits, tiles_m,
+        ),
+        dict(X_UNIT=x_unit, G_UNIT=g_unit, CHAIN=CHAIN, **_constants(problem, config), **_options(config)),
+    )  # fmt: skip
+    if splits > 1:
+        _reduce(problem, target, None, dw)
+    return dw
+
+
+def _reduce(problem: Problem, partials: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor) -> None:
+    channels = result.shape[1]
+    launch_kernel(
+        reduce_splits,
+        (-(-result.numel() // _REDUCE_BLOCK), 1),
+        (partials, bias, result, result.numel(), math.prod(result.shape[2:]), channels, partials.shape[0]),
+        dict(
+            BIAS=bias is not None,
+            UPCAST=_upcast(problem),
+            TRANSPOSED=problem.result_layout != CHANNELS_LAST,
+            INDEX=tl.int64 if result.numel() >= 2**31 - _REDUCE_BLOCK else tl.int32,
+            BLOCK=_REDUCE_BLOCK,
+            num_warps=4,
+        ),
+    )

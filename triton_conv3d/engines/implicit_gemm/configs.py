@@ -1,0 +1,168 @@
+"""The configurations of the implicit GEMM, and which of them a problem can take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ...problem import Problem
+from ..base import Config
+
+CHAIN = 16_384  # products of one wgrad accumulator before they join a float32 total: bounds the drift of tensor cores
+GROUP_M = 8  # rows of tiles that run together, sharing operands in L2 (Triton's matmul tutorial)
+WORKSPACE_LIMIT = 64 * 2**20  # bytes of float32 partial sums
+_SPLIT_PROGRAMS = (128, 256, 512, 1024)  # programs that a split aims at: one to several waves of 108 to 304 units
+
+# Shared memory of one block in bytes, from the vendors' documentation; others get the least of them.
+_SHARED_BYTES = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+    "interpreter": 232_448,
+}
+
+
+@dataclass(frozen=True)
+class GemmConfig(Config):
+    """
+    block_m, block_n: tile of the result: pixels x channels; for wgrad filters x (taps, channels).
+    block_k: length of one step of the reduction.
+    num_warps, num_stages: as Triton's launch options.
+    splits: parts of the reduction that run in parallel, each with its float32 partial sums.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+def _tiles(*rows: tuple[int, ...]) -> tuple[GemmConfig, ...]:
+    return tuple(GemmConfig(*row) for row in rows)
+
+
+# (block_m, block_n, block_k, num_warps, num_stages), the smallest last: it fits every GPU.
+_GATHER_16 = _tiles(
+    (128, 256, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 3),
+    (256, 64, 64, 8, 4),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 5),
+    (256, 32, 32, 4, 4),
+    (128, 32, 64, 4, 4),
+    (128, 64, 32, 4, 5),
+    (128, 16, 64, 4, 4),
+    (64, 32, 32, 4, 4),
+    (32, 16, 16, 2, 2),
+)
+_GATHER_32 = _tiles(
+    (128, 128, 32, 8, 3),
+    (128, 64, 32, 4, 3),
+    (64, 64, 32, 4, 3),
+    (128, 32, 32, 4, 3),
+    (64, 32, 16, 4, 3),
+    (32, 16, 16, 2, 2),
+)
+_GATHER_FMA = _tiles((128, 64, 16, 8, 3), (64, 64, 16, 8, 3), (64, 32, 16, 4, 2), (32, 16, 16, 2, 2))
+_WGRAD_16 = _tiles(
+    (128, 128, 64, 8, 3),
+    (128, 64, 64, 8, 4),
+    (64, 128, 64, 8, 4),
+    (64, 64, 64, 4, 4),
+    (32, 128, 64, 4, 4),
+    (32, 64, 64, 4, 4),
+    (16, 128, 64, 4, 4),
+    (32, 32, 32, 2, 3),
+    (16, 16, 16, 2, 2),
+)
+_WGRAD_32 = _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 16, 16, 2, 2))
+_WGRAD_FMA = _tiles((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (16, 16, 16, 2, 2))
+
+
+def _base(problem: Problem) -> tuple[GemmConfig, ...]:
+    wgrad = problem.pass_ == "wgrad"
+    if problem.dtype != "float32":
+        return _WGRAD_16 if wgrad else _GATHER_16
+    if problem.precision == "ieee":
+        return _WGRAD_FMA if wgrad else _GATHER_FMA
+    return _WGRAD_32 if wgrad else _GATHER_32
+
+
+def _extent(problem: Problem) -> tuple[int, int, int]:
+    """(rows, columns, reduction) of one group's matrix product, of the largest parity class."""
+    if problem.pass_ == "wgrad":
+        return problem.group_out, problem.taps * problem.group_in, problem.pixels
+    if problem.pass_ == "forward":
+        return problem.pixels, problem.group_out, problem.taps * problem.group_in
+    per_class = [-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True)]
+    taps = [-(-k // s) for k, s in zip(problem.kernel_size, problem.stride, strict=True)]
+    return problem.batch * math.prod(per_class), problem.group_in, math.prod(taps) * problem.group_out
+
+
+def _interpreter_tile(problem: Problem) -> GemmConfig:
+    """As large as the problem takes: the interpreter's time goes with the number of steps, hardly with their size."""
+    rows, columns, reduction = _extent(problem)
+    if problem.pass_ == "wgrad":
+        sizes = (min(rows, 64), min(columns, 256), min(reduction, 128))
+    else:
+        channels = problem.group_in if problem.pass_ == "forward" else problem.group_out
+        sizes = (min(rows, 4096), min(columns, 64), min(channels, 32))
+    return GemmConfig(*(1 << max(4, (size - 1).bit_length()) for size in sizes), num_warps=1, num_stages=1)
+
+
+def _fits(problem: Problem, tile: GemmConfig) -> bool:
+    """The tile's stages fit into shared memory, and it is not more than twice what a side of the product needs."""
+    rows, columns, _ = _extent(problem)
+    stages = problem.itemsize * (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
+    return (
+        stages <= _SHARED_BYTES.get(problem.arch, min(_SHARED_BYTES.values()))
+        and tile.block_m < 2 * max(rows, 16)
+        and tile.block_n < 2 * max(columns, 16)
+    )
+
+
+def result_elements(problem: Problem) -> int:
+    return math.prod(problem.result_shape)
+
+
+def workspace_bytes(problem: Problem, config: GemmConfig) -> int:
+    return 4 * config.splits * result_elements(problem) if config.splits > 1 else 0
+
+
+def _splits(problem: Problem, tile: GemmConfig) -> tuple[int, ...]:
+    """1, and the numbers of splits that fill a GPU whose tiles alone would not, within the workspace's limit."""
+    rows, columns, reduction = _extent(problem)
+    classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1
+    tiles = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n) * problem.groups * classes
+    steps = math.ceil(reduction / tile.block_k)
+    most = min(steps // 4, WORKSPACE_LIMIT // (4 * result_elements(problem)))
+    wanted = {min(programs // tiles, most) for programs in _SPLIT_PROGRAMS}
+    return (1, *sorted(count for count in wanted if count > 1))
+
+
+def configs(problem: Problem) -> tuple[GemmConfig, ...]:
+    """Every configuration that this problem can take, the smallest last. Splits do not add compiled kernels."""
+    base = _base(problem)
+    if problem.arch not in ("sm_90", "interpreter"):  # elsewhere larger tiles spill: see perf/machine_code.py
+        base = tuple(tile for tile in base if tile.block_m * tile.block_n <= 128 * 128)
+    if problem.arch.startswith("gfx"):  # two stages are AMD's software pipeline
+        base = tuple(dict.fromkeys(GemmConfig(*(t.block_m, t.block_n, t.block_k, t.num_warps, 2)) for t in base))
+    tiles = [tile for tile in base if _fits(problem, tile)] or [base[-1]]
+    if problem.arch == "interpreter":
+        tiles.insert(0, _interpreter_tile(problem))
+    offers = [
+        GemmConfig(t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, splits)
+        for t in tiles
+        for splits in _splits(problem, t)
+    ]
+    smallest = base[-1]
+    return (*(offer for offer in offers if offer != smallest), smallest)

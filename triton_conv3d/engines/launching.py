@@ -1,0 +1,37 @@
+"""The one door through which every Triton kernel of this package is launched."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Callable, Iterator
+
+_GRID_LIMIT = (2**31 - 1, 65_535)  # of CUDA and HIP, for the axes x and y
+
+
+def _run(kernel, grid: tuple[int, int], args: tuple, options: dict) -> None:
+    kernel.run(*args, grid=(*grid, 1), warmup=False, **options)
+
+
+_runner: Callable = _run
+
+
+def launch_kernel(kernel, grid: tuple[int, int], args: tuple, options: dict) -> None:
+    """Launch a jitted kernel over a grid of (x, y) programs.
+
+    Triton skips a launch silently when the product of the grid's sizes overflows 32 bits, so it is checked here.
+    """
+    x, y = grid
+    if not (0 < x <= _GRID_LIMIT[0] and 0 < y <= _GRID_LIMIT[1] and x * y <= _GRID_LIMIT[0]):
+        raise ValueError(f"grid={grid} of {kernel.__name__}: each size must be positive and the product below 2**31")
+    _runner(kernel, grid, args, options)
+
+
+@contextlib.contextmanager
+def replaced(runner: Callable) -> Iterator[None]:
+    """Hand every launch to ``runner(kernel, grid, args, options)`` instead: to compile only, or to measure the host."""
+    global _runner
+    before, _runner = _runner, runner
+    try:
+        yield
+    finally:
+        _runner = before

@@ -1,0 +1,112 @@
+"""explain: the problems of a call, who could compute them, and the plan with its origin. Nothing runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import engines, ops
+from .engines.base import Memory
+from .functional import checked_geometry
+from .problem import PASSES, Problem
+from .tuning import Plan, select
+from .tuning.select import ranking
+
+_SHOWN = 5  # candidates of a pass in the printed form
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine and config with the seconds that the cost model predicts, and the bytes it needs besides."""
+
+    engine: str
+    config: str
+    seconds: float
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class PassExplanation:
+    """One pass: its problem, the candidates from the most promising on, who refused and why, and the plan."""
+
+    problem: Problem
+    candidates: tuple[Candidate, ...]
+    refused: dict[str, str]
+    plan: Plan
+    memory: Memory
+
+    def __str__(self) -> str:
+        p, plan = self.problem, self.plan
+        measured = "" if plan.time_us is None else f", measured {plan.time_us:.1f} us"
+        lines = [
+            str(p),
+            f"  {p.flops / 1e9:.3f} GFLOP, at least {p.min_bytes / 2**20:.2f} MiB moved, layouts {'/'.join(p.layouts)}",
+            f"  plan: {plan.engine} [{plan.config}] from {plan.source}{measured}; workspace "
+            f"{self.memory.workspace / 2**20:.2f} MiB, copies {self.memory.copies / 2**20:.2f} MiB",
+        ]
+        lines += [f"  predicted {c.seconds * 1e6:9.1f} us  {c.engine} [{c.config}]" for c in self.candidates[:_SHOWN]]
+        if len(self.candidates) > _SHOWN:
+            lines.append(f"  and {len(self.candidates) - _SHOWN} more")
+        return "\n".join(lines + [f"  refused by {name}: {reason}" for name, reason in self.refused.items()])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Of a call: one :class:`PassExplanation` for each pass, by name. ``print`` it."""
+
+    passes: dict[str, PassExplanation]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.passes.values()))
+
+
+def explain_problem(problem: Problem) -> PassExplanation:
+    """Explain one problem. Nothing is measured, launched or kept."""
+    refused = {name: engine.supports(problem) for name, engine in engines.available().items()}
+    candidates = tuple(
+        Candidate(engine.NAME, str(config), seconds, engine.memory(problem, config))
+        for seconds, engine, config in ranking(problem)
+    )
+    plan = select(problem)
+    memory = engines.get(plan.engine).memory(problem, plan.config)
+    return PassExplanation(problem, candidates, {n: why for n, why in refused.items() if why}, plan, memory)
+
+
+def explain(
+    input: Tensor | nn.Conv3d,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    *,
+    pass_: str | None = None,
+) -> Explanation:
+    """Explain ``conv3d(input, weight, ...)``, or a layer's call on an example: ``explain(layer, input)``.
+
+    Args:
+        input, ..., groups: as :func:`triton_conv3d.conv3d`; or a Conv3d and its input.
+        pass_: ``forward``, ``dgrad`` or ``wgrad``; all three if None.
+
+    Raises:
+        ValueError: an unknown ``pass_``. What ``conv3d`` would raise for the same call.
+    """
+    if pass_ is not None and pass_ not in PASSES:
+        raise ValueError(f"pass_={pass_!r} is not known: expected one of {', '.join(PASSES)}")
+    if isinstance(input, nn.Conv3d):
+        layer, input = input, weight
+        weight, bias = layer.weight, layer.bias
+        stride, padding, dilation, groups = layer.stride, layer.padding, layer.dilation, layer.groups
+        if layer.padding_mode != "zeros":
+            sides = layer._reversed_padding_repeated_twice
+            input, padding = nn.functional.pad(input, sides, mode=layer.padding_mode), 0
+    if input.dim() == 4:
+        input = input.unsqueeze(0)
+    with torch.no_grad():
+        problems = ops.problems(
+            input, weight, bias, *checked_geometry(input, weight, bias, stride, padding, dilation, groups)
+        )
+    return Explanation({p.pass_: explain_problem(p) for p in problems if pass_ in (None, p.pass_)})

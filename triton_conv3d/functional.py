@@ -1,0 +1,221 @@
+"""conv3d: the functional form, with the signature, defaults, checks and exceptions of torch's own."""
+
+from __future__ import annotations
+
+import operator
+from typing import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import ops
+
+_DIMENSIONS = ("depth", "height", "width")
+_NO_PADDING = (0, 0, 0, 0, 0, 0)
+_ONES = (1, 1, 1)
+_KNOWN_LIMIT = 4096
+_known: dict[tuple, tuple] = {}  # geometry of the signatures that passed every check
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """3-D convolution (cross-correlation), as :func:`torch.nn.functional.conv3d`.
+
+    Args:
+        input: (N, C, D, H, W), or (C, D, H, W) without a batch.
+        weight: (K, C / groups, kd, kh, kw).
+        bias: (K,).
+        stride, dilation: one positive integer, or three for depth, height and width.
+        padding: zeros at both ends, one integer or three; ``'valid'`` for none; ``'same'`` for an output of the
+            input's size, where an even kernel puts the extra zero at the end.
+        groups: C and K are split into this many independent parts.
+
+    Returns:
+        (N, K, Do, Ho, Wo), or (K, Do, Ho, Wo), in channels_last_3d if input or weight is, else contiguous.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an integer that does not fit into 64 bits.
+        RuntimeError: shapes, dtypes, devices or numbers that do not fit; the message names the argument and its value.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        overridden = (input, weight, bias)
+        return handle_torch_function(conv3d, overridden, *overridden, stride, padding, dilation, groups)
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        _refuse_types(input=input, weight=weight, bias=bias)
+    if input.layout is not torch.strided:  # sparse and MKL-DNN tensors: what torch can do with them
+        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+    unbatched = input.dim() == 4
+    if unbatched:
+        input = input.unsqueeze(0)
+    result = ops.conv3d(input, weight, bias, *checked_geometry(input, weight, bias, stride, padding, dilation, groups))
+    return result.squeeze(0) if unbatched else result
+
+
+def checked_geometry(input, weight, bias, stride, padding, dilation, groups) -> tuple[tuple, tuple, tuple, int]:
+    """(stride, padding of both ends, dilation, groups) as the ops take them, after every check of a 5-D call."""
+    dtype, device = input.dtype, input.device
+    if dtype != weight.dtype or device != weight.device:
+        _check_partner("weight", weight, input)
+    if bias is not None and (dtype != bias.dtype or device != bias.device):
+        _check_partner("bias", bias, input)
+    strides = _triple("stride", stride)
+    paddings = padding if isinstance(padding, str) else _triple("padding", padding)
+    dilations = _triple("dilation", dilation)
+    if type(groups) is not int:
+        groups = _integer("groups", groups)
+    bias_shape = None if bias is None else bias.shape
+    signature = (input.shape, weight.shape, bias_shape, strides, paddings, dilations, groups)
+    if torch.compiler.is_compiling():  # sizes may be symbolic, and a cache would become a guard
+        return _check(*signature, stride, padding, dilation)
+    try:
+        return _known[signature]
+    except (KeyError, TypeError):  # symbolic sizes have no hash
+        geometry = _check(*signature, stride, padding, dilation)
+    if not any(isinstance(size, torch.SymInt) for size in (*input.shape, *weight.shape)):
+        if len(_known) >= _KNOWN_LIMIT:
+            _known.clear()
+        _known[signature] = geometry
+    return geometry
+
+
+def _refuse_types(**tensors) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
+            wanted = "a Tensor or None" if name == "bias" else "a Tensor"
+            raise TypeError(f"conv3d: {name} must be {wanted}, got {type(value).__name__}: {_brief(value)}")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _integer(name: str, value, may_be_bool: bool = False):
+    """An integer as torch reads it: numpy's and one-element tensors too."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if may_be_bool or not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"conv3d: {name} must be an integer, got {type(value).__name__}: {_brief(value)}")
+
+
+def _triple(name: str, value) -> tuple:
+    """Three integers, from one or three."""
+    if type(value) is tuple and len(value) == 3:
+        a, b, c = value
+        if type(a) is int and type(b) is int and type(c) is int:
+            return value
+    elif type(value) is int:
+        return (value, value, value)
+    if not isinstance(value, (tuple, list)):
+        return (_integer(name, value),) * 3
+    if len(value) not in (1, 3):
+        raise RuntimeError(f"conv3d: {name}={_brief(value)} must be one integer or 3 (depth, height, width)")
+    elements = tuple(_integer(f"{name}={_brief(value)} at {i}", v, may_be_bool=i > 0) for i, v in enumerate(value))
+    return elements if len(elements) == 3 else elements * 3
+
+
+def _check(shape, kernel, bias, strides, paddings, dilations, groups, stride, padding, dilation) -> tuple:
+    """The geometry, if sizes and numbers fit. ``stride``, ``padding``, ``dilation`` are what the caller wrote."""
+    if len(shape) != 5:
+        raise RuntimeError(
+            f"conv3d: input of shape {list(shape)} must have 5 dimensions (N, C, D, H, W), or 4 without a batch"
+        )
+    if len(kernel) != 5:
+        raise RuntimeError(
+            f"conv3d: weight of shape {list(kernel)} must have 5 dimensions (K, C / groups, kd, kh, kw)"
+        )
+    _check_numbers("stride", stride, strides, 1)
+    _check_numbers("dilation", dilation, dilations, 1)
+    if isinstance(padding, str):
+        ends = _named_padding(padding, kernel, stride, strides, dilations)
+    else:
+        _check_numbers("padding", padding, paddings, 0)
+        d, h, w = paddings
+        ends = (d, d, h, h, w, w)
+    _check_numbers("groups", groups, (groups,), 1)
+    filters = kernel[0]
+    if filters < groups or filters % groups:
+        raise RuntimeError(
+            f"conv3d: groups={groups} must divide the filters of weight, a positive number, but weight of shape "
+            f"{list(kernel)} has {filters}"
+        )
+    if shape[1] != kernel[1] * groups:
+        raise RuntimeError(
+            f"conv3d: input of shape {list(shape)} has {shape[1]} channels, but weight of shape {list(kernel)} with "
+            f"groups={groups} needs {kernel[1] * groups}; to initialise a layer anew for it, assign in_channels = "
+            f"{shape[1]} before the call"
+        )
+    if bias is not None and (len(bias) != 1 or bias[0] != filters):
+        raise RuntimeError(
+            f"conv3d: bias of shape {list(bias)} must be [{filters}], one for each filter of weight {list(kernel)}"
+        )
+    for i, dimension in enumerate(_DIMENSIONS):
+        taps, size = kernel[i + 2], shape[i + 2]
+        if taps <= 0:
+            raise RuntimeError(f"conv3d: weight of shape {list(kernel)} has no taps in {dimension}; it needs 1 or more")
+        extent, reach = size + ends[2 * i] + ends[2 * i + 1], dilations[i] * (taps - 1) + 1
+        if reach > extent:
+            raise RuntimeError(
+                f"conv3d: the kernel of weight {list(kernel)} spans {reach} in {dimension} (dilation="
+                f"{dilations[i]}), more than the padded input's {extent} (input {list(shape)}, padding="
+                f"{_brief(padding)}); pad more or use a smaller kernel"
+            )
+        if size == 0 and shape[0] != 0 and shape[1] != 0:
+            raise RuntimeError(
+                f"conv3d: input of shape {list(shape)} is empty in {dimension}; only batch and channels may be 0"
+            )
+    return strides, ends, dilations, groups
+
+
+def _check_numbers(name: str, value, numbers: tuple, least: int) -> None:
+    for number in numbers:
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:
+            kind = TypeError if isinstance(value, (tuple, list)) else ValueError
+            raise kind(f"conv3d: {name}={_brief(value)} must fit into 64 bits")
+        if number < least:
+            raise RuntimeError(f"conv3d: {name}={_brief(value)} must be {'positive' if least else 'zero or more'}")
+
+
+def _named_padding(padding: str, kernel, stride, strides: tuple, dilations: tuple) -> tuple:
+    """(front, back, top, bottom, left, right); an odd total puts the extra zero at the end, as torch does."""
+    if padding == "valid":
+        return _NO_PADDING
+    if padding != "same":
+        raise RuntimeError(f"conv3d: padding={padding!r} is not known: expected 'same', 'valid' or integers")
+    if strides != _ONES:
+        raise RuntimeError(f"conv3d: padding='same' needs stride 1, got stride={_brief(stride)}")
+    totals = [d * (k - 1) for d, k in zip(dilations, kernel[2:], strict=True)]
+    return tuple(side for total in totals for side in (total // 2, total - total // 2))
+
+
+def _check_partner(name: str, tensor: Tensor, input: Tensor) -> None:
+    """``tensor`` is of another dtype or device than ``input``: refuse, unless autocast brings them together."""
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"conv3d: input is on {input.device} but {name} is on {tensor.device}; move one of them with .to(device)"
+        )
+    if _computed_dtype(tensor) != _computed_dtype(input):
+        raise RuntimeError(
+            f"conv3d: input is {input.dtype} but {name} is {tensor.dtype}; convert one of them with .to(dtype)"
+        )
+
+
+def _computed_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if it is on, passes the tensor to a convolution."""
+    kind = tensor.device.type
+    castable = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else tensor.dtype

@@ -1,0 +1,252 @@
+"""torch.library ops: the three passes, each with fake kernels, autograd, autocast and derivatives of any order.
+
+    triton_conv3d::conv3d         y  = conv3d(input, weight, bias)
+    triton_conv3d::conv3d_dgrad   gradient of the input,  linear in grad and weight
+    triton_conv3d::conv3d_wgrad   gradient of the weight, linear in grad and input
+
+Padding is given for both ends of each dimension, (front, back, top, bottom, left, right). The derivative of each op is
+made of the other two, so the system is closed under differentiation, and only gradients that are asked for are computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.library import Library
+
+from . import settings, tuning
+from .problem import Operands, Problem, describe
+
+_GEOMETRY = "SymInt[3] stride, SymInt[6] padding, SymInt[3] dilation, SymInt groups"
+_library = Library("triton_conv3d", "FRAGMENT")
+_library.define(f"conv3d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"conv3d_dgrad(Tensor grad, Tensor weight, SymInt[] input_size, {_GEOMETRY}, bool channels_last) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"conv3d_wgrad(Tensor grad, Tensor input, SymInt[] weight_size, {_GEOMETRY}, bool channels_last) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+conv3d = torch.ops.triton_conv3d.conv3d.default
+conv3d_dgrad = torch.ops.triton_conv3d.conv3d_dgrad.default
+conv3d_wgrad = torch.ops.triton_conv3d.conv3d_wgrad.default
+
+_channels_last_3d = torch.channels_last_3d
+
+
+# The memory format of results: torch's own rule, channels_last_3d as soon as one of input and weight suggests it.
+
+
+def _suggests_channels_last(tensor: torch.Tensor) -> bool:
+    """``Tensor::suggest_memory_format`` for 5-D tensors: the strides are those of channels_last_3d, and dense."""
+    strides, shape = tensor.stride(), tensor.shape
+    if strides[1] == 0:
+        return False
+    least = 0
+    for dim in (1, 4, 3, 2, 0):
+        if shape[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * shape[dim] if shape[dim] > 1 else strides[dim]
+    return True
+
+
+def _channels_last_result(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    return _suggests_channels_last(input) or _suggests_channels_last(weight)
+
+
+# From tensors to problems. A signature is all that a problem is made of, cheap to build and to look up.
+
+_problems: dict[tuple, Problem] = {}
+settings.on_change(_problems.clear)
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> str:
+    """float32 follows torch's switch for convolutions on GPUs; in the interpreter it is exact unless asked otherwise."""
+    if dtype != torch.float32:
+        return "ieee"
+    asked = settings.current().fp32
+    if asked != "torch":
+        return asked
+    return "tf32" if device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def _problem(pass_, operands, input_size, weight_size, stride, padding, dilation, groups, channels_last) -> Problem:
+    first, second = (t for t in operands[:3] if t is not None)
+    precision = _precision(first.dtype, first.device)
+    signature = (
+        pass_, first.shape, first.stride(), second.shape, second.stride(), first.data_ptr() % 16, second.data_ptr() % 16,
+        first.dtype, first.device, operands.bias is not None, *stride, *padding, *dilation, groups, channels_last,
+        precision, *(input_size if pass_ == "dgrad" else weight_size if pass_ == "wgrad" else ()),
+    )  # fmt: skip
+    problem = _problems.get(signature)
+    if problem is None:
+        problem = _problems[signature] = describe(
+            pass_, operands, input_size, weight_size, stride, padding, dilation, groups, channels_last, precision
+        )
+    return problem
+
+
+def problems(input, weight, bias, stride, padding, dilation, groups) -> list[Problem]:
+    """The problems of forward, dgrad and wgrad of one call, for real tensors or meta tensors; nothing is computed."""
+    channels_last = _channels_last_result(input, weight)
+    grad = _empty(input, output_shape(input.shape, weight.shape, stride, padding, dilation), channels_last)
+    geometry = (input.shape, weight.shape, stride, padding, dilation, groups, channels_last)
+    return [
+        _problem("forward", Operands(input, weight, None, bias), *geometry),
+        _problem("dgrad", Operands(None, weight, grad), *geometry),
+        _problem("wgrad", Operands(input, None, grad), *geometry),
+    ]
+
+
+# The kernels behind the ops: one for every device, which the engines tell apart.
+
+
+def _forward(input, weight, bias, stride, padding, dilation, groups):
+    channels_last = _channels_last_result(input, weight)
+    return tuning.run(
+        *_described(
+            "forward", Operands(input, weight, None, bias), input.shape, weight.shape, stride, padding, dilation, groups,
+            channels_last,
+        )
+    )  # fmt: skip
+
+
+def _dgrad(grad, weight, input_size, stride, padding, dilation, groups, channels_last):
+    operands = Operands(None, weight, grad)
+    return tuning.run(
+        *_described("dgrad", operands, input_size, weight.shape, stride, padding, dilation, groups, channels_last)
+    )
+
+
+def _wgrad(grad, input, weight_size, stride, padding, dilation, groups, channels_last):
+    operands = Operands(input, None, grad)
+    return tuning.run(
+        *_described("wgrad", operands, input.shape, weight_size, stride, padding, dilation, groups, channels_last)
+    )
+
+
+def _described(pass_, operands, *geometry) -> tuple[Problem, Operands]:
+    return _problem(pass_, operands, *geometry), operands
+
+
+# Fake kernels: shapes and exact strides, for any mixture of symbolic and plain sizes.
+
+
+def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
+    memory_format = _channels_last_3d if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def output_shape(input_size, weight_size, stride, padding, dilation) -> list:
+    """(N, K, Do, Ho, Wo); sizes may be symbolic."""
+    spatial = (
+        (input_size[i + 2] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (weight_size[i + 2] - 1) - 1)
+        // stride[i]
+        + 1
+        for i in range(3)
+    )
+    return [input_size[0], weight_size[0], *spatial]
+
+
+def _fake_forward(input, weight, bias, stride, padding, dilation, groups):
+    shape = output_shape(input.shape, weight.shape, stride, padding, dilation)
+    return _empty(input, shape, _channels_last_result(input, weight))
+
+
+def _fake_dgrad(grad, weight, input_size, stride, padding, dilation, groups, channels_last):
+    return _empty(grad, input_size, channels_last)
+
+
+def _fake_wgrad(grad, input, weight_size, stride, padding, dilation, groups, channels_last):
+    return _empty(grad, weight_size, channels_last)
+
+
+# Autograd. Each backward calls the other ops, so that it can be differentiated again.
+
+
+def _sum_bias(grad):
+    return grad.sum((0, 2, 3, 4))
+
+
+def _setup_forward(ctx, inputs, output):
+    input, weight, bias, *ctx.geometry = inputs
+    ctx.save_for_backward(input, weight)
+    ctx.channels_last = _channels_last_result(input, weight)
+
+
+def _backward_forward(ctx, grad):
+    input, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    geometry = (*ctx.geometry, ctx.channels_last)
+    return (
+        conv3d_dgrad(grad, weight, input.shape, *geometry) if needs[0] else None,
+        conv3d_wgrad(grad, input, weight.shape, *geometry) if needs[1] else None,
+        _sum_bias(grad) if needs[2] else None,
+        *[None] * 4,
+    )
+
+
+def _setup_dgrad(ctx, inputs, output):
+    grad, weight, input_size, *ctx.geometry, ctx.channels_last = inputs
+    ctx.save_for_backward(grad, weight)
+
+
+def _backward_dgrad(ctx, grad_input):
+    grad, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        conv3d(grad_input, weight, None, *ctx.geometry) if needs[0] else None,
+        conv3d_wgrad(grad, grad_input, weight.shape, *ctx.geometry, ctx.channels_last) if needs[1] else None,
+        *[None] * 6,
+    )
+
+
+def _setup_wgrad(ctx, inputs, output):
+    grad, input, weight_size, *ctx.geometry, ctx.channels_last = inputs
+    ctx.save_for_backward(grad, input)
+
+
+def _backward_wgrad(ctx, grad_weight):
+    grad, input = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        conv3d(input, grad_weight, None, *ctx.geometry) if needs[0] else None,
+        conv3d_dgrad(grad, grad_weight, input.shape, *ctx.geometry, ctx.channels_last) if needs[1] else None,
+        *[None] * 6,
+    )
+
+
+# Autocast: as torch's own convolution, which is on the list of ops that run in the lower precision.
+
+
+def _autocast(device_type: str, key: str):
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(tensor, dtype):
+        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible and tensor.device.type == device_type else tensor
+
+    def autocast(input, weight, bias, *geometry):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return conv3d(cast(input, dtype), cast(weight, dtype), cast(bias, dtype), *geometry)
+
+    return autocast
+
+
+def _register() -> None:
+    for op, kernel, fake, setup, backward in (
+        (conv3d, _forward, _fake_forward, _setup_forward, _backward_forward),
+        (conv3d_dgrad, _dgrad, _fake_dgrad, _setup_dgrad, _backward_dgrad),
+        (conv3d_wgrad, _wgrad, _fake_wgrad, _setup_wgrad, _backward_wgrad),
+    ):
+        _library.impl(op.name().removesuffix(".default"), kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(op.name().removesuffix(".default"), fake, lib=_library)
+        torch.library.register_autograd(
+            op.name().removesuffix(".default"), backward, setup_context=setup, lib=_library
+        )
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl("conv3d", _autocast(device_type, key), key)
+
+
+_register()

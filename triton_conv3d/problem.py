@@ -1,0 +1,297 @@
+"""Problem: one pass of a 3-D convolution, fully described.
+
+Shapes follow torch: input (N, C, D, H, W), weight (K, C/groups, kd, kh, kw), output (N, K, Do, Ho, Wo).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Sequence
+
+import torch
+
+PASSES = ("forward", "dgrad", "wgrad")
+CHANNELS_LAST, CONTIGUOUS, VIEW, STRIDED = "channels_last", "contiguous", "view", "strided"
+VECTOR_BYTES = 16  # the widest load of one thread on every GPU that Triton targets
+_INT32_BYTES = 2**31 - 1  # beyond this byte extent a kernel needs 64-bit offsets
+
+Triple = tuple[int, int, int]
+
+
+class Operands(NamedTuple):
+    """The tensors of one pass: forward reads input, weight and bias; dgrad grad and weight; wgrad grad and input."""
+
+    input: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    grad: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One convolution pass. Frozen and hashable; two equal problems have the same plan.
+
+    Attributes:
+        pass_: ``forward``, ``dgrad`` (gradient of the input) or ``wgrad`` (gradient of the weight).
+        batch, in_channels, out_channels: N, C, K.
+        input_size, kernel_size, stride, dilation: in the order depth, height, width.
+        padding: zeros before and after each dimension: (front, back, top, bottom, left, right).
+        bias: a bias is added in this pass (forward only).
+        dtype: of input, weight and output, as ``float16``.
+        precision: of the products of float32: ``ieee``, ``tf32`` or ``tf32x3``; other types are always ``ieee``.
+        layouts: of input, weight and output: ``channels_last``, ``contiguous``, ``view`` (channels are dense and
+            last, the other strides free) or ``strided``.
+        alignment: bytes that divide the address of every pixel of the operands as kernels read them, at most 16.
+        index64: some tensor extends over 2 GiB, so that offsets need 64 bits.
+        device, arch: the GPU's name and architecture (``sm_90``, ``gfx942``), or ``cpu`` and ``cpu`` / ``interpreter``.
+    """
+
+    pass_: str
+    batch: int
+    in_channels: int
+    out_channels: int
+    input_size: Triple
+    kernel_size: Triple
+    stride: Triple = (1, 1, 1)
+    padding: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    dilation: Triple = (1, 1, 1)
+    groups: int = 1
+    bias: bool = False
+    dtype: str = "float16"
+    precision: str = "ieee"
+    layouts: tuple[str, str, str] = (CHANNELS_LAST, CHANNELS_LAST, CHANNELS_LAST)
+    alignment: int = VECTOR_BYTES
+    index64: bool = False
+    device: str = "cpu"
+    arch: str = "cpu"
+
+    def __hash__(self) -> int:  # computed once: a problem is looked up far more often than it is made
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    @functools.cached_property
+    def output_size(self) -> Triple:
+        """(Do, Ho, Wo), as torch computes them; an impossible geometry gives sizes below 1."""
+        return tuple(
+            (size + self.padding[2 * i] + self.padding[2 * i + 1] - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i, size in enumerate(self.input_size)
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def itemsize(self) -> int:
+        return self.torch_dtype.itemsize
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel_size)
+
+    @property
+    def group_in(self) -> int:
+        """Input channels of one group."""
+        return self.in_channels // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of one group."""
+        return self.out_channels // self.groups
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.in_channels, *self.input_size)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.group_in, *self.kernel_size)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.out_channels, *self.output_size)
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """Shape of what this pass computes."""
+        return {"forward": self.output_shape, "dgrad": self.input_shape, "wgrad": self.weight_shape}[self.pass_]
+
+    @property
+    def result_layout(self) -> str:
+        return self.layouts[{"forward": 2, "dgrad": 0, "wgrad": 1}[self.pass_]]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory format of what this pass computes."""
+        return torch.channels_last_3d if self.result_layout == CHANNELS_LAST else torch.contiguous_format
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of the whole batch, N * Do * Ho * Wo."""
+        return self.batch * math.prod(self.output_size)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the pass, padding counted as work (the field's convention)."""
+        return 2 * self.pixels * self.out_channels * self.group_in * self.taps
+
+    @property
+    def min_bytes(self) -> int:
+        """Bytes of input, weight and output, each once: what any kernel has to move."""
+        sizes = (self.input_shape, self.weight_shape, self.output_shape)
+        return self.itemsize * sum(map(math.prod, sizes)) + self.itemsize * self.out_channels * self.bias
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to multiply: some dimension of input, weight or output is 0."""
+        return self.flops == 0
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Readable and unique: equal keys mean equal problems."""
+        return ";".join(f"{name}={_plain(value)}" for name, value in self.to_dict().items())
+
+    def to_dict(self) -> dict:
+        """Plain values, ready for JSON. :meth:`from_dict` is the way back."""
+        return {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Problem:
+        """Raises ValueError or TypeError for anything that :meth:`to_dict` would not have written."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            raise ValueError(f"a problem has the fields {sorted(names)}, got {sorted(values)}")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    def replace(self, **changes) -> Problem:
+        return dataclasses.replace(self, **changes)
+
+    def empty_result(self, device: torch.device) -> torch.Tensor:
+        """Uninitialised memory for what this pass computes, in the format that torch would return."""
+        return torch.empty(self.result_shape, dtype=self.torch_dtype, device=device, memory_format=self.memory_format)
+
+    def __str__(self) -> str:
+        """One line a person reads: ``forward 2x32x128x128x128 -> 64, kernel 3x3x3, ...``."""
+        cross = "x".join
+        text = f"{self.pass_} {cross(map(str, self.input_shape))} -> {self.out_channels}"
+        text += f", kernel {cross(map(str, self.kernel_size))}"
+        if self.stride != (1, 1, 1):
+            text += f", stride {cross(map(str, self.stride))}"
+        if any(self.padding):
+            low, high = self.padding[::2], self.padding[1::2]
+            text += f", padding {cross(map(str, low))}" + ("" if low == high else f"/{cross(map(str, high))}")
+        if self.dilation != (1, 1, 1):
+            text += f", dilation {cross(map(str, self.dilation))}"
+        if self.groups != 1:
+            text += f", groups {self.groups}"
+        return f"{text}, {self.dtype}" + (f" {self.precision}" if self.dtype == "float32" else "")
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _plain(value) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def layout_of(tensor: torch.Tensor) -> str:
+    """One of the four layouts; where several fit (one channel, one pixel), the one that kernels read directly."""
+    if tensor.is_contiguous(memory_format=torch.channels_last_3d):
+        return CHANNELS_LAST
+    if tensor.is_contiguous():
+        return CONTIGUOUS
+    return VIEW if tensor.stride(1) == 1 or tensor.size(1) == 1 else STRIDED
+
+
+def _pixel_alignment(tensor: torch.Tensor, layout: str) -> int:
+    """Bytes (a power of two, at most 16) that divide the address of every pixel once channels are last."""
+    item = tensor.element_size()
+    if layout in (CONTIGUOUS, STRIDED):  # kernels read a fresh channels-last copy
+        return math.gcd(VECTOR_BYTES, tensor.size(1) * item)
+    steps = [tensor.stride(dim) * item for dim in (0, 2, 3, 4) if tensor.size(dim) > 1]
+    return math.gcd(VECTOR_BYTES, tensor.data_ptr(), *steps)
+
+
+def _byte_extent(tensor: torch.Tensor) -> int:
+    """Bytes that a tensor spans, or a dense copy of it if that is more (expanded tensors)."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return max(last + 1, tensor.numel()) * tensor.element_size()
+
+
+@functools.lru_cache(maxsize=None)
+def device_name(device: torch.device) -> tuple[str, str]:
+    """(name, architecture) of a device: ``("NVIDIA H200", "sm_90")``, or ``("cpu", "interpreter")``."""
+    if device.type != "cuda":
+        return device.type, "interpreter" if interpreted() else device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.name, properties.gcnArchName.split(":")[0]
+    return properties.name, f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
+
+
+def describe(
+    pass_: str,
+    operands: Operands,
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Triple,
+    padding: tuple[int, ...],
+    dilation: Triple,
+    groups: int,
+    channels_last: bool,
+    precision: str,
+) -> Problem:
+    """The problem of one pass over real tensors.
+
+    Args:
+        operands: what the pass reads; see :class:`Operands`.
+        input_shape: (N, C, D, H, W). weight_shape: (K, C/groups, kd, kh, kw).
+        channels_last: memory format of the result.
+        precision: of float32 products; ignored for other types.
+    """
+    tensors = [t for t in (operands.input, operands.weight, operands.grad) if t is not None]
+    result = CHANNELS_LAST if channels_last else CONTIGUOUS
+    layouts = tuple(result if t is None else layout_of(t) for t in (operands.input, operands.weight, operands.grad))
+    device, arch = device_name(tensors[0].device)
+    problem = Problem(
+        pass_=pass_,
+        batch=int(input_shape[0]),
+        in_channels=int(input_shape[1]),
+        out_channels=int(weight_shape[0]),
+        input_size=tuple(map(int, input_shape[2:])),
+        kernel_size=tuple(map(int, weight_shape[2:])),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        bias=operands.bias is not None,
+        dtype=str(tensors[0].dtype).removeprefix("torch."),
+        precision=precision if tensors[0].dtype == torch.float32 else "ieee",
+        layouts=layouts,
+        alignment=min(_pixel_alignment(t, layout_of(t)) for t in tensors),
+        device=device,
+        arch=arch,
+    )
+    largest = max([*map(_byte_extent, tensors), math.prod(problem.result_shape) * problem.itemsize])
+    return problem.replace(index64=largest > _INT32_BYTES)

@@ -1,0 +1,141 @@
+"""The three passes in plain torch float64, written from the definition, and the error measures.
+
+    y[n,g,k,o] = sum over c, t of  x[n,g,c, o*stride + t*dilation - padding] * w[g,k,c,t]   (+ bias[g,k])
+
+with g a group, o an output position and t a tap of the kernel. One loop over the taps, one matrix product each:
+slow, and simple enough to be believed. Works on every device that has float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from .problem import Operands, Problem
+
+
+def compute(problem: Problem, operands: Operands) -> torch.Tensor:
+    """The exact result of a pass, up to the rounding of float64.
+
+    Args:
+        problem: what to compute; only its geometry counts, not its dtype, precision or layouts.
+        operands: the tensors as a kernel would get them: already in float16, bfloat16, ...
+
+    Returns:
+        float64 tensor of ``problem.result_shape``, contiguous.
+    """
+    double = Operands(*(None if t is None else t.detach().to(torch.float64) for t in operands))
+    return {"forward": _forward, "dgrad": _dgrad, "wgrad": _wgrad}[problem.pass_](problem, double)
+
+
+def magnitude(problem: Problem, operands: Operands) -> torch.Tensor:
+    """The same pass over the absolute values of its operands: the scale of each element's rounding error."""
+    return compute(problem, Operands(*(None if t is None else t.detach().to(torch.float64).abs() for t in operands)))
+
+
+def reduction(problem: Problem) -> int:
+    """Products summed into one element of the result, at most."""
+    if problem.pass_ == "forward":
+        return problem.group_in * problem.taps
+    return problem.group_out * problem.taps if problem.pass_ == "dgrad" else problem.pixels
+
+
+def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """(N, C, D, H, W) as (N, groups, C / groups, D, H, W)."""
+    return tensor.unflatten(1, (groups, tensor.size(1) // groups))
+
+
+def _weight_by_group(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
+    """(K, C / groups, kd, kh, kw) as (groups, K / groups, C / groups, kd, kh, kw)."""
+    return weight.unflatten(0, (problem.groups, problem.group_out))
+
+
+def _pad(problem: Problem, input: torch.Tensor) -> torch.Tensor:
+    front, back, top, bottom, left, right = problem.padding
+    return F.pad(input, (left, right, top, bottom, front, back))
+
+
+def _windows(problem: Problem, padded: torch.Tensor) -> Iterator[tuple[tuple[int, int, int], torch.Tensor]]:
+    """For each tap, the padded pixels that it meets: a view of the size of the output."""
+    for tap in itertools.product(*map(range, problem.kernel_size)):
+        region = tuple(
+            slice(t * dilation, t * dilation + (size - 1) * stride + 1, stride)
+            for t, dilation, stride, size in zip(
+                tap, problem.dilation, problem.stride, problem.output_size, strict=True
+            )
+        )
+        yield tap, padded[(..., *region)]
+
+
+def _forward(problem: Problem, operands: Operands) -> torch.Tensor:
+    input = _by_group(_pad(problem, operands.input), problem.groups)
+    weight = _weight_by_group(problem, operands.weight)
+    output = input.new_zeros(problem.batch, problem.groups, problem.group_out, *problem.output_size)
+    for tap, window in _windows(problem, input):
+        output += torch.einsum("ngcdhw,gkc->ngkdhw", window, weight[(..., *tap)])
+    output = output.flatten(1, 2)
+    return output if operands.bias is None else output + operands.bias.view(-1, 1, 1, 1)
+
+
+def _dgrad(problem: Problem, operands: Operands) -> torch.Tensor:
+    grad = _by_group(operands.grad, problem.groups)
+    weight = _weight_by_group(problem, operands.weight)
+    low, high = problem.padding[::2], problem.padding[1::2]
+    size = tuple(a + s + b for a, s, b in zip(low, problem.input_size, high, strict=True))
+    padded = grad.new_zeros(problem.batch, problem.groups, problem.group_in, *size)
+    for tap, window in _windows(problem, padded):
+        window += torch.einsum("ngkdhw,gkc->ngcdhw", grad, weight[(..., *tap)])
+    inner = tuple(slice(a, a + s) for a, s in zip(low, problem.input_size, strict=True))
+    return padded.flatten(1, 2)[(..., *inner)].contiguous()
+
+
+def _wgrad(problem: Problem, operands: Operands) -> torch.Tensor:
+    input = _by_group(_pad(problem, operands.input), problem.groups)
+    grad = _by_group(operands.grad, problem.groups)
+    weight = _weight_by_group(problem, grad.new_zeros(problem.weight_shape))
+    for tap, window in _windows(problem, input):
+        weight[(..., *tap)] = torch.einsum("ngkdhw,ngcdhw->gkc", grad, window)
+    return weight.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """
+    max: largest error, each element's divided by its magnitude; ``inf`` if an element that must be 0 is not.
+    rms: root of the mean squared error, divided by the root of the mean squared magnitude.
+    bias: mean of the signed relative error, over the elements that are not 0: drift, on same-sign data.
+    """
+
+    max: float
+    rms: float
+    bias: float
+
+
+def errors(result: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor) -> Errors:
+    """How far ``result`` is from ``expected``; NaN or infinity in ``result`` gives ``inf``.
+
+    Args:
+        result: what an engine computed, any dtype.
+        expected: of :func:`compute`. magnitude: of :func:`magnitude`. All three of one shape.
+    """
+    if result.shape != expected.shape or expected.shape != magnitude.shape:
+        raise ValueError(
+            f"shapes differ: result {tuple(result.shape)}, expected {tuple(expected.shape)}, "
+            f"magnitude {tuple(magnitude.shape)}"
+        )
+    if result.numel() == 0:
+        return Errors(0.0, 0.0, 0.0)
+    error = result.detach().to(torch.float64) - expected
+    if not bool(error.isfinite().all()):
+        return Errors(math.inf, math.inf, math.inf)
+    relative = torch.where(error == 0, 0.0, error.abs() / magnitude)
+    scale = magnitude.square().mean().sqrt().item()
+    rms = error.square().mean().sqrt().item()
+    nonzero = expected != 0
+    bias = (error[nonzero] / expected[nonzero].abs()).mean().item() if bool(nonzero.any()) else 0.0
+    return Errors(relative.max().item(), rms / scale if scale else (math.inf if rms else 0.0), bias)

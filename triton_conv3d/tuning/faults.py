@@ -1,0 +1,36 @@
+"""What an error of a launch means: a config that does not fit here, no memory left, or a kernel that must not run."""
+
+from __future__ import annotations
+
+import torch
+
+# Errors after which the device's context, or the kernel, can no longer be trusted.
+_FATAL = (
+    "illegal memory access",
+    "illegal address",
+    "illegal instruction",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+)
+_UNFIT_TYPES = ("OutOfResources", "CompilationError", "CompileTimeAssertionFailure", "PTXASError")  # Triton's, by name
+_UNFIT = ("passmanager::run failed", "out of resource", "too many resources requested")
+
+
+def is_illegal_access(error: BaseException) -> bool:
+    """The kernel touched memory that is not its own, or failed on the device."""
+    return _says(error, _FATAL)
+
+
+def is_out_of_resources(error: BaseException) -> bool:
+    """This config does not compile, or needs more shared memory, registers or threads than there are."""
+    return any(kind.__name__ in _UNFIT_TYPES for kind in type(error).__mro__) or _says(error, _UNFIT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
+    text = str(error).lower()
+    return any(sign in text for sign in signs)

@@ -1,0 +1,285 @@
+"""select(problem) -> plan, and run(problem, operands) -> result.
+
+memory -> user cache -> tables (exact, then nearest) -> ranking of the cost model. In the modes ``quick`` and ``full`` a
+problem's first call on a GPU measures candidates and keeps the winner.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import warnings
+from types import ModuleType
+
+import torch
+
+from .. import engines, settings
+from ..engines.base import Config
+from ..problem import Operands, Problem
+from . import cost_model, measure
+from .cache import Entry, PlanCache
+from .environment import environment
+from .faults import is_illegal_access, is_out_of_resources
+from .plan import Plan, offered
+from .table import lookup
+
+logger = logging.getLogger("triton_conv3d")
+
+_ATEN = "aten"
+_TENSORS = (torch.Tensor, torch.nn.Parameter)  # a fake or otherwise special tensor is of a class of its own
+_memory: tuple[dict[Problem, Plan], dict[Problem, Plan]] = ({}, {})  # [1]: where deterministic algorithms are demanded
+_dropped: set[tuple] = set()  # what cannot be launched here, see _specialisation
+_tuning = threading.Lock()
+_logged: dict[Problem, Plan] = {}
+_unstored: dict[tuple[str | None, Problem], Entry] = {}  # what was measured and no cache could keep; by forced engine
+
+
+def _forget_plans() -> None:
+    for plans in (*_memory, _logged):
+        plans.clear()
+
+
+def forget() -> None:
+    """Forget every plan of this process; the caches on disk stay."""
+    _forget_plans()
+    _dropped.clear()
+    _unstored.clear()
+
+
+settings.on_change(_forget_plans)
+
+
+def select(problem: Problem, operands: Operands | None = None) -> Plan:
+    """The plan of a problem.
+
+    Args:
+        problem: what to compute.
+        operands: real tensors of this problem: only with them, and only where :func:`may_measure`, it is tuned.
+
+    Raises:
+        ValueError: the forced engine does not exist.
+        RuntimeError: in strict mode, no engine but torch's own, or not the forced one, can compute the problem; or a
+            candidate accessed memory illegally while it was measured.
+    """
+    plans = _memory[torch.are_deterministic_algorithms_enabled()]
+    plan = plans.get(problem)
+    if plan is None:
+        plan, final = _choose(problem, operands)
+        if final:
+            plans[problem] = plan
+        _log(problem, plan)
+    return plan
+
+
+def run(problem: Problem, operands: Operands) -> torch.Tensor:
+    """Compute a problem by its plan.
+
+    A config that runs out of resources or does not compile is dropped and the next best takes its place, torch's own
+    convolution last.
+
+    Raises:
+        RuntimeError: an illegal memory access, with the name of the config; else as :func:`select`.
+    """
+    plan = _memory[torch.are_deterministic_algorithms_enabled()].get(problem) or select(problem, operands)
+    while True:
+        try:
+            return engines.available()[plan.engine].launch(problem, operands, plan.config)
+        except Exception as error:
+            if is_illegal_access(error):
+                raise RuntimeError(f"{plan.engine} [{plan.config}] failed on {problem}: {error}") from error
+            if plan.engine == _ATEN or not is_out_of_resources(error):
+                raise
+            plan = _replace(problem, plan, error)
+
+
+def _replace(problem: Problem, plan: Plan, error: Exception) -> Plan:
+    """Drop a plan that cannot be launched, and take the next."""
+    _dropped.add(_specialisation(problem, plan.engine, plan.config))
+    warnings.warn(
+        f"{plan.engine} [{plan.config}] cannot be launched on {problem.device} and is dropped: {str(error)[:200]}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    for plans in _memory:
+        plans.pop(problem, None)
+    plan = _ranked_plan(problem)
+    _memory[torch.are_deterministic_algorithms_enabled()][problem] = plan
+    _log(problem, plan)
+    return plan
+
+
+def _specialisation(problem: Problem, engine: str, config: Config) -> tuple:
+    """What decides whether a config compiles and fits."""
+    return engine, config, problem.arch, problem.pass_, problem.dtype, problem.precision
+
+
+def _choose(problem: Problem, operands: Operands | None) -> tuple[Plan, bool]:
+    """A plan, and whether it holds from now on: not where tuning was only put off."""
+    if problem.empty:  # nothing to launch: torch's own makes the result
+        return Plan(_ATEN, _plain_aten(problem), "ranking"), True
+    fallback = _ranked_plan(problem)
+    if fallback.source == "fallback":
+        return fallback, True
+    if _quiet():
+        return fallback, False
+    known = remembered(problem)
+    if known is not None and known.source != "nearest":
+        return known, True
+    hint = known or fallback
+    if settings.current().autotune == "off" or problem.device == "cpu" or torch.are_deterministic_algorithms_enabled():
+        return hint, True
+    if operands is None or not may_measure() or not all(t is None or type(t) in _TENSORS for t in operands):
+        return hint, False
+    if not _tuning.acquire(blocking=False):  # another thread is measuring: two at once would disturb each other
+        return hint, False
+    try:
+        return _tune(problem, operands, hint), True
+    finally:
+        _tuning.release()
+
+
+def _ranked_plan(problem: Problem) -> Plan:
+    """The most promising candidate; torch's own, or an error, where an engine that was asked for has none."""
+    current = settings.current()
+    ranked = ranking(problem)
+    if current.engine is not None:
+        if ranked:
+            return Plan(ranked[0][1].NAME, ranked[0][2], "forced")
+        message = f"engine {current.engine!r} cannot compute {problem}: {refusals(problem)[current.engine]}"
+    elif current.strict and all(engine.NAME == _ATEN for _, engine, _ in ranked):
+        message = f"no engine but torch's own can compute {problem}"
+    else:
+        return Plan(ranked[0][1].NAME, ranked[0][2], "ranking")
+    if current.strict:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals(problem).items())
+        raise RuntimeError(f"{message}. strict=True forbids torch's own. {reasons}")
+    warnings.warn(f"{message}; torch's own convolution is used", RuntimeWarning, stacklevel=4)
+    return Plan(_ATEN, _plain_aten(problem), "fallback")
+
+
+def _plain_aten(problem: Problem) -> Config:
+    return engines.get(_ATEN).configs(problem)[-1]
+
+
+def refusals(problem: Problem) -> dict[str, str]:
+    """Why each engine that has no candidate has none, by name."""
+    reasons = {}
+    for name, engine in engines.available().items():
+        reason = engine.supports(problem)
+        if reason is None and not _usable(problem, engine):
+            reason = "every config failed to launch or gave a wrong result"
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def _usable(problem: Problem, engine: ModuleType) -> list[Config]:
+    """Configs that an engine offers and that have not failed; no search of cuDNN's where determinism is demanded."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return [
+        config
+        for config in engine.configs(problem)
+        if _specialisation(problem, engine.NAME, config) not in _dropped
+        and not measure.quarantined(engine.NAME, config, problem.arch)
+        and not (deterministic and getattr(config, "benchmark", False))
+    ]
+
+
+def ranking(problem: Problem) -> list[tuple[float, ModuleType, Config]]:
+    """Every candidate with its predicted seconds, the most promising first; of the forced engine only, if there is one.
+
+    Raises:
+        ValueError: the forced engine does not exist.
+    """
+    forced = settings.current().engine
+    candidates = [
+        (engine, config)
+        for engine in (engines.available().values() if forced is None else (engines.get(forced),))
+        if engine.supports(problem) is None
+        for config in _usable(problem, engine)
+    ]
+    ranked = cost_model.rank(problem, candidates)
+    if problem.arch == "interpreter":  # asked for the kernels: torch's own convolution only where they cannot
+        ranked.sort(key=lambda item: item[1].NAME == _ATEN)
+    return ranked
+
+
+def remembered(problem: Problem) -> Plan | None:
+    """The plan of the user cache, or of a table; None if neither knows one that an engine offers today.
+
+    In the mode ``full`` a plan that was the best of a few only is not one.
+    """
+    if problem.device == "cpu":
+        return None
+    current = settings.current()
+    names, here = _environment(problem)
+    entry, source = PlanCache(current.cache_dir).load(problem, _key(names)) if here else None, "cache"
+    if entry is None:
+        entry, source = _unstored.get((current.engine, problem)), "memory"
+    if entry is not None and current.autotune == "full" and entry.policy.get("mode") != "full":
+        entry = None
+    found = [(entry, source)] if entry is not None else []
+    found += [
+        (entry, "table" if distance == 0 else "nearest") for entry, distance in lookup(problem, names, current.tables)
+    ]
+    for entry, source in found:
+        config = offered(problem, entry.engine, entry.config)
+        allowed = current.engine in (None, entry.engine)
+        if allowed and config is not None and config in _usable(problem, engines.get(entry.engine)):
+            return Plan(entry.engine, config, source, entry.time_us if source != "nearest" else None)
+    return None
+
+
+def _environment(problem: Problem) -> tuple[dict[str, str], bool]:
+    """The environment of a GPU of the problem's name, and whether there is one; all GPUs of a name share it."""
+    for index in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_properties(index).name == problem.device:
+            return environment(torch.device("cuda", index)), True
+    return {"gpu": problem.device, "arch": problem.arch}, False
+
+
+def _key(names: dict[str, str]) -> dict[str, str]:
+    """The environment as cache entries carry it: the best of a forced engine is not the best of all."""
+    forced = settings.current().engine
+    return names if forced is None else {**names, "only": forced}
+
+
+def may_measure() -> bool:
+    """Not under CUDA-graph capture, not while torch.compile traces, and not where determinism is demanded."""
+    return not (_quiet() or torch.are_deterministic_algorithms_enabled())
+
+
+def _quiet() -> bool:
+    """Capturing or tracing: no measuring, no waiting for the device and no files."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
+    """Measure, and keep the winner; the hint is what holds if nothing could be measured."""
+    ranked = ranking(problem)
+    ranked.sort(key=lambda item: (item[1].NAME, item[2]) != (hint.engine, hint.config))  # stable: the hint comes first
+    current = settings.current()
+    result = measure.best(problem, operands, ranked, current.autotune)
+    if result is None:
+        return hint if hint.config in _usable(problem, engines.get(hint.engine)) else _ranked_plan(problem)
+    device = next(t for t in operands[:3] if t is not None).device
+    entry = Entry(
+        problem.to_dict(), _key(environment(device)), result.policy, result.engine, result.config.to_dict(),
+        result.time_us, result.aten_us, result.candidates,
+    )  # fmt: skip
+    if not PlanCache(current.cache_dir).store(entry):
+        _unstored[current.engine, problem] = entry
+    return Plan(result.engine, result.config, "measured", result.time_us)
+
+
+def _log(problem: Problem, plan: Plan) -> None:
+    if settings.current().log != "plan" or _logged.get(problem) == plan:
+        return
+    _logged[problem] = plan
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+    time = "" if plan.time_us is None else f", {plan.time_us:.1f} us"
+    logger.info("%s: %s [%s] from %s%s", problem, plan.engine, plan.config, plan.source, time)

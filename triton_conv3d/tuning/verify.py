@@ -1,0 +1,94 @@
+"""Whether a candidate computes the right thing: private operands, a trusted result, and the bound between the two."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..engines import aten
+from ..problem import Operands, Problem
+
+_SEED = 20_170_427
+_CHUNKS = 16  # parts of a result that are compared one by one, so that differences need little memory
+_CHAIN = 16_384  # products after which errors of a sum are taken to grow as a random walk
+_DEVIATIONS = 8  # standard deviations that no element of a tensor of any size exceeds
+
+
+def private_operands(operands: Operands) -> Operands:
+    """Random tensors in (-1, 1) with the shapes, strides and alignments of these.
+
+    The caller's own data would not do: zeros hide every fault, and one NaN makes every candidate look wrong. They are
+    drawn from a generator of their own.
+    """
+    device = next(t for t in operands[:3] if t is not None).device
+    generator = torch.Generator(device).manual_seed(_SEED)
+
+    def like(tensor: torch.Tensor) -> torch.Tensor:
+        offset = tensor.data_ptr() % 16 // tensor.element_size()
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        memory = torch.empty(offset + extent, dtype=tensor.dtype, device=device).uniform_(-1, 1, generator=generator)
+        return memory.as_strided(tensor.shape, tensor.stride(), offset)
+
+    return Operands(*(t if t is None else like(t) for t in operands))
+
+
+def trusted(problem: Problem, operands: Operands) -> torch.Tensor:
+    """torch's own result in a wider type: float32 for 16-bit operands, else float64.
+
+    No precision switch is touched: products of 16-bit operands are exact in tf32 as well, and float64 knows no other
+    precision. Where memory does not permit it, 16-bit operands are judged by torch's result in their own type.
+
+    Raises:
+        torch.OutOfMemoryError: there is nothing to judge float32 by.
+    """
+    wide = torch.float32 if problem.itemsize == 2 else torch.float64
+    try:
+        widened = Operands(*(t if t is None else t.to(wide) for t in operands))
+        return aten.launch(problem.replace(dtype=str(wide).removeprefix("torch.")), widened, aten.AtenConfig())
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        if problem.itemsize != 2:
+            raise
+        return aten.launch(problem, operands, aten.AtenConfig())
+
+
+def is_right(problem: Problem, result: torch.Tensor, expected: torch.Tensor, *, coarse: bool = False) -> bool:
+    """Whether every element of a result on :func:`private_operands` is within the error that its arithmetic allows.
+
+    A sum of L products of independent numbers in (-1, 1) has the standard deviation s = sqrt(L) / 3. Allowed are
+
+    - 2 u (|expected| + bias): the result, and the one it is compared with, are rounded once, torch's also before bias;
+    - 2^-5 s for tf32, 2^-16 s for tf32x3: 16 times what rounding or truncating the operands does to a sum;
+    - 2 C 2^-24 s: tensor cores that truncate, with 8 products to a step and partial sums below 8 s. C is L up to
+      16,384; beyond that partial sums are added up in turn and errors grow with the square root.
+
+    A tap, a channel or a tile's edge that is missing or counted twice is far outside for every L in use.
+
+    Args:
+        coarse: partial sums may be rounded to the result's type too, as some of torch's own algorithms do.
+    """
+    length = _products(problem)
+    deviation = math.sqrt(length) / 3
+    unit = torch.finfo(result.dtype).eps / 2
+    chain = min(length, _CHAIN) * math.sqrt(max(1.0, length / _CHAIN))
+    rounded = {"tf32": 2.0**-5, "tf32x3": 2.0**-16}.get(problem.precision, 0.0)
+    absolute = (rounded + 2 * chain * 2.0**-24) * deviation + 2 * unit * problem.bias
+    if coarse:
+        absolute += _DEVIATIONS * unit * deviation
+    within = [
+        ((part.to(other.dtype) - other).abs() <= 2 * unit * other.abs() + absolute).all()
+        for part, other in zip(result.chunk(_CHUNKS), expected.to(_wider(expected.dtype)).chunk(_CHUNKS), strict=True)
+    ]
+    return bool(torch.stack(within).all())
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _products(problem: Problem) -> int:
+    """Products summed into one element of the result, at most."""
+    if problem.pass_ == "wgrad":
+        return max(1, problem.pixels)
+    return max(1, problem.taps * (problem.group_in if problem.pass_ == "forward" else problem.group_out))
