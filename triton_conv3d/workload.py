@@ -58,17 +58,18 @@ class Layer:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        geometry = (self.stride, self._both_sides, self.dilation)
+        geometry = (self.stride, self.padding_both, self.dilation)
         return tuple(ops.output_shape(self.input_shape, self.weight_shape, *geometry))
 
     @property
-    def _both_sides(self) -> tuple[int, ...]:
+    def padding_both(self) -> tuple[int, ...]:
+        """Zeros before and after each dimension."""
         return tuple(pad for pad in self.padding for _ in range(2))
 
     def run(self, passes: Sequence[str], device: torch.device, memory_format: torch.memory_format) -> None:
         """Compute these passes once on random tensors, with input and weight in this memory format."""
         like = {"dtype": DTYPES[self.dtype], "device": device}
-        geometry = (self.stride, self._both_sides, self.dilation, self.groups)
+        geometry = (self.stride, self.padding_both, self.dilation, self.groups)
         last = memory_format == torch.channels_last_3d
 
         def random(shape: tuple[int, ...]) -> torch.Tensor:
@@ -98,14 +99,15 @@ def read(path: str | os.PathLike) -> tuple[list[Layer], int]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"workload {path} is not a list of layers")
     ours = [(i, entry) for i, entry in enumerate(entries) if not _other_op(entry)]
-    return [_layer(i, entry) for i, entry in ours], len(entries) - len(ours)
+    return [layer(entry, i) for i, entry in ours], len(entries) - len(ours)
 
 
 def _other_op(entry: object) -> bool:
     return isinstance(entry, dict) and entry.get("op", "conv3d") != "conv3d"
 
 
-def _layer(index: int, entry: object) -> Layer:
+def layer(entry: object, index: int = 0) -> Layer:
+    """The layer that an entry describes. Raises ValueError naming the field, its value and what would be right."""
     if not isinstance(entry, dict):
         raise ValueError(f"layer {index} is not an object with fields: {entry!r}")
     name = entry.get("id", index)
