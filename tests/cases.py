@@ -11,9 +11,9 @@ import dataclasses
 import itertools
 import math
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Callable, Iterator
 
 import tolerances
 import torch

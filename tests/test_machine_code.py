@@ -24,6 +24,10 @@ SETS = [
 ]
 
 
+LOOP = 120  # instructions
+FENCE = 6  # more, by which Triton after 3.6 orders asynchronous copies before the products: FENCE, MEMBAR, four LDS
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     """Reports by (arch, dtype), from a process of its own: the interpreter of the other tests cannot compile."""
@@ -59,8 +63,5 @@ def test_main_loop_of_the_forward_kernel(kernels):
     }
     import triton
 
-    newer = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # another pipeliner: some scalar bookkeeping more
-    assert loops and max(loops) <= (LIMIT_NEWER if newer else 120)
-
-
-LIMIT_NEWER = 130
+    fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
+    assert loops and max(loops) <= LOOP + FENCE * fenced

@@ -112,7 +112,7 @@ def battery(engine: ModuleType) -> None:
 
     geometries = (
         dict(batch=2, in_channels=7, out_channels=19, input_size=(3, 5, 2), kernel_size=(2, 3, 2), padding=(1, 0, 2, 0, 0, 1)),
-        dict(in_channels=6, out_channels=10, groups=2, stride=(2, 3, 2), input_size=(5, 4, 6), kernel_size=(3, 2, 3),
+        dict(in_channels=6, out_channels=10, groups=2, stride=(2, 3, 2), input_size=(5, 5, 6), kernel_size=(3, 2, 3),
              padding=(1, 1, 0, 0, 1, 0), dilation=(1, 1, 2)),
         dict(in_channels=16, out_channels=16, kernel_size=(1, 2, 2), input_size=(2, 3, 3), layouts=("unaligned",) * 2),
         dict(in_channels=4, out_channels=20, groups=1, stride=(2, 1, 1), dilation=(2, 3, 1), input_size=(5, 7, 3), batch=3,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F

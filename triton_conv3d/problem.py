@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -229,7 +230,7 @@ def _byte_extent(tensor: torch.Tensor) -> int:
     return max(last + 1, tensor.numel()) * tensor.element_size()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_name(device: torch.device) -> tuple[str, str]:
     """(name, architecture) of a device: ``("NVIDIA H200", "sm_90")``, or ``("cpu", "interpreter")``."""
     if device.type != "cuda":

@@ -11,10 +11,11 @@ import statistics
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Callable, Iterator, Protocol
+from typing import Protocol
 
 import torch
 

@@ -186,14 +186,13 @@ def gather_gemm(
     share = tl.cdiv(taps * blocks, splits)
     begin = split * share
     end = tl.minimum(begin + share, taps * blocks)
-    block = begin % blocks
+    r = begin % blocks * BLOCK_K
     tap = begin // blocks
     tw = tap % tl.maximum(taps_w, 1)
     th = tap // tl.maximum(taps_w, 1) % tl.maximum(taps_h, 1)
     td = tap // tl.maximum(taps_hw, 1)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(begin, end):
-        r = block * BLOCK_K
         x_tap = (
             td.to(INDEX) * step[0] * x_strides[1]
             + th.to(INDEX) * step[1] * x_strides[2]
@@ -222,9 +221,9 @@ def gather_gemm(
         a = tl.load(x_ptr + x_tap + x_tile, mask=in_x, other=0.0)
         b = tl.load(w_ptr + w_tap + w_tile, mask=in_w, other=0.0)
         acc = _dot(a, b, acc, PRECISION, UPCAST)
-        block += 1
-        carry = (block == blocks).to(tl.int32)
-        block = tl.where(block == blocks, 0, block)
+        r += BLOCK_K
+        carry = (r >= reduced).to(tl.int32)
+        r = tl.where(r >= reduced, 0, r)
         tap += carry
         tw += carry
         th += (tw == taps_w).to(tl.int32)
