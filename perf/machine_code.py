@@ -1,7 +1,7 @@
 """Machine code of every config, compiled ahead of time: no GPU and no driver are needed.
 
-    python -m perf.machine_code                        the representative set, printed as a table
-    python -m perf.machine_code --all --out FILE.json  every config of every architecture and type
+    python -m perf.machine_code        the representative set, printed as a table
+    python -m perf.machine_code --all  every config of every architecture and type, written to perf/results/machine_code
 
 A launch is compiled exactly as it would be at run time: the engine's own ``launch`` runs with a driver that only names
 the architecture, and every kernel that it would start is compiled instead.
@@ -32,19 +32,28 @@ from triton_conv3d.problem import Operands, Problem, describe
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"))
 PASSES = ("forward", "dgrad", "wgrad")
+LAYERS = ((128, 1), (128, 2), (20, 1))  # (channels, stride): of both sides, of all dimensions
+RESULTS = Path(__file__).with_name("results") / "machine_code"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = r"\b(HGMMA|UTC\w*MMA|HMMA|IGMMA|QGMMA)|v_mfma_\w+"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel became. Bytes and counts; ``loop`` counts the instructions of the loop with the products."""
+    """What one kernel became.
+
+    Attributes:
+        registers: of a thread. spills: instructions that move registers to local memory or back; on AMD registers.
+        shared: bytes. matrix: matrix instructions. wide_copies, narrow_copies: copies into shared memory, of 16 bytes and
+            of less; on AMD loads. loop: instructions of the smallest loop with matrix instructions.
+    """
 
     arch: str
     dtype: str
     precision: str
     pass_: str
     channels: int
+    stride: int
     config: str
     kernel: str
     registers: int
@@ -59,7 +68,7 @@ class Report:
         """What must not be: spills, too much shared memory, no matrix instructions, narrow copies of full vectors."""
         found = []
         if self.spills:
-            found.append(f"{self.spills} bytes spilled")
+            found.append(f"{self.spills} spills")
         if self.shared > _SHARED_BYTES[self.arch]:
             found.append(f"{self.shared} bytes of shared memory")
         if self.kernel != "reduce_splits":
@@ -129,7 +138,7 @@ def read(problem: Problem, config, name: str, kernel) -> Report:
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        spills = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
         instructions = text.splitlines()
         wide = len(re.findall(r"(buffer|global)_load_dwordx4", text))
         narrow = len(re.findall(r"(buffer|global)_load_(ushort|short|dword\b|dwordx2)", text))
@@ -145,8 +154,8 @@ def read(problem: Problem, config, name: str, kernel) -> Report:
         wide = len(re.findall(r"LDGSTS\.\S*128", text))
         narrow = len(re.findall(r"LDGSTS", text)) - wide
     return Report(
-        arch, problem.dtype, problem.precision, problem.pass_, problem.in_channels, str(config), name, registers, spills,
-        kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow, _loop(instructions),
+        arch, problem.dtype, problem.precision, problem.pass_, problem.in_channels, problem.stride[0], str(config), name,
+        registers, spills, kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow, _loop(instructions),
     )  # fmt: skip
 
 
@@ -173,18 +182,19 @@ def _loop(lines: list[str]) -> int:
     return min(loops, default=0)
 
 
+def configs(problem: Problem, most: int | None = None) -> list:
+    """What decides about the code: every tile, whole and split; or the first of ``most`` tiles split, the others whole."""
+    whole = list(dict.fromkeys(dataclasses.replace(c, splits=1) for c in implicit_gemm.configs(problem)))[:most]
+    split = [dataclasses.replace(tile, splits=2) for tile in whole]
+    return whole + split if most is None else split[:1] + whole[1:]
+
+
 def reports(arch: str, dtype: str, precision: str, channels: int, most: int | None, stride: int = 1) -> Iterator[Report]:
-    """Reports of the first ``most`` distinct tiles of each pass, all if None; one config with splits among them."""
+    """One report for every kernel that the three passes of a layer start with :func:`configs`."""
     for problem, operands in problems(arch, dtype, precision, channels, stride):
-        seen = set()
-        for config in implicit_gemm.configs(problem):
-            tile = dataclasses.replace(config, splits=1)
-            if tile in seen or (most is not None and len(seen) >= most):
-                continue
-            seen.add(tile)
-            shown = dataclasses.replace(config, splits=2) if len(seen) == 1 else tile
-            for name, kernel in compile_launch(problem, operands, shown):
-                yield read(problem, shown, name, kernel)
+        for config in configs(problem, most):
+            for name, kernel in compile_launch(problem, operands, config):
+                yield read(problem, config, name, kernel)
 
 
 def table(rows: list[Report]) -> str:
@@ -203,19 +213,22 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every config, also for channels that fill no vector")
     parser.add_argument("--arch", choices=ARCHITECTURES, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--dtype", choices=[name for name, _ in TYPES], default="bfloat16", help="without --all")
-    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    parser.add_argument("--out", type=Path, help="write the report as JSON (with --all, without --arch: where it is kept)")
     options = parser.parse_args()
     rows = []
     for arch in options.arch:
         for dtype, precision in [t for t in TYPES if options.all or t[0] == options.dtype]:
-            for channels, stride in ((128, 1), (128, 2), (20, 1)) if options.all else ((128, 1),):
+            for channels, stride in LAYERS if options.all else LAYERS[:1]:
                 found = list(reports(arch, dtype, precision, channels, None if options.all else 2, stride))
                 print(table(found), flush=True)
                 rows += found
-    if options.out:
-        versions = {"torch": torch.__version__, "triton": triton.__version__}
-        content = {"versions": versions, "kernels": [dataclasses.asdict(r) | {"faults": r.faults()} for r in rows]}
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+    out = options.out
+    if out is None and options.all and options.arch == ARCHITECTURES:
+        out = RESULTS / f"triton-{triton.__version__}.json"
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        kernels = ",\n".join(json.dumps(dataclasses.asdict(row) | {"faults": row.faults()}) for row in rows)
+        out.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{kernels}\n]}}\n')
     faulty = [r for r in rows if r.faults()]
     print(f"{len(rows)} kernels, {len(faulty)} with faults")
     return 1 if faulty else 0

@@ -6,6 +6,7 @@ What is checked of each call stands in one place, :func:`cases.run`.
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import tolerances
@@ -247,6 +248,7 @@ COMMON = dict(batch=2, in_channels=4, out_channels=6, input_size=(4, 4, 4), kern
     ("implicit_gemm", dict(batch=0), "nothing to multiply"),
     ("implicit_gemm", dict(in_channels=0), "nothing to multiply"),
     ("implicit_gemm", dict(kernel_size=(1, 1, 62), input_size=(1, 1, 70)), "63"),
+    ("implicit_gemm", dict(pass_="dgrad", stride=(64, 64, 64)), "parity classes"),
     ("implicit_gemm", dict(precision="tf32x3", dtype="float32", arch="gfx942"), "tf32x3"),
     ("matmul", dict(groups=2, stride=(2, 2, 2)), "groups=2"),
     ("matmul", dict(padding=(0, 0, 0, 0, 0, 1), stride=(2, 2, 2)), "padding"),
@@ -258,7 +260,7 @@ COMMON = dict(batch=2, in_channels=4, out_channels=6, input_size=(4, 4, 4), kern
     ("matmul", dict(batch=0, stride=(2, 2, 2)), "nothing to multiply"),
 ])  # fmt: skip
 def test_unsupported_problems_are_named(engine: str, changes: dict, reason: str) -> None:
-    problem = Problem("forward", **{"arch": "interpreter", **COMMON, **changes})
+    problem = Problem(**{"pass_": "forward", "arch": "interpreter", **COMMON, **changes})
     assert reason in engines.get(engine).supports(problem)
     if "arch" not in changes:  # without the change it is supported
         base = {"stride": changes["stride"]} if engine == "matmul" else {}
@@ -313,3 +315,26 @@ def test_grids_that_triton_would_skip_are_refused(grid: tuple[int, int]) -> None
             launching.launch_kernel(kernel, grid, (), {})
         launching.launch_kernel(kernel, (2**31 - 1, 1), (), {})
     assert len(launched) == 1
+
+
+def test_a_kernel_runs_on_the_device_of_its_tensors(monkeypatch) -> None:
+    """Triton takes the current device, which need not be the tensors' own."""
+    entered = []
+
+    class Entered:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *exc):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    kernel = types.SimpleNamespace(__name__="kernel", run=lambda *args, **options: entered.append("run"))
+    for index in (0, 1):
+        tensor = types.SimpleNamespace(device=torch.device("cuda", index))
+        launching.launch_kernel(kernel, (1, 1), (tensor,), {})
+    assert entered == ["run", torch.device("cuda", 1), "run", None]

@@ -65,3 +65,23 @@ def test_main_loop_of_the_forward_kernel(kernels):
 
     fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
     assert loops and max(loops) <= LOOP + FENCE * fenced
+
+
+@pytest.mark.parametrize("report", sorted((ROOT / "perf" / "results" / "machine_code").glob("*.json")), ids=lambda p: p.stem)
+def test_the_kept_report_covers_every_config_of_today(report):
+    from perf.machine_code import ARCHITECTURES, LAYERS, TYPES, configs, problems
+
+    rows = json.loads(report.read_text())["kernels"]
+    assert not [row for row in rows if row["faults"]]
+    reported = {(row["arch"], row["dtype"], row["precision"], row["pass_"], row["channels"], row["stride"], row["config"]) for row in rows}
+    for arch in ARCHITECTURES:
+        for dtype, precision in TYPES:
+            for channels, stride in LAYERS:
+                for problem, _ in problems(arch, dtype, precision, channels, stride):
+                    key = (arch, dtype, precision, problem.pass_, channels, stride)
+                    missing = [str(c) for c in configs(problem) if (*key, str(c)) not in reported]
+                    assert not missing, f"{key}: {missing}; again: python -m perf.machine_code --all"
+
+
+def test_reports_of_both_ends_are_kept():
+    assert {p.stem for p in (ROOT / "perf" / "results" / "machine_code").glob("*.json")} >= {"triton-3.6.0", "triton-3.9.0"}

@@ -161,7 +161,40 @@ def _fake_wgrad(grad, input, weight_size, stride, padding, dilation, groups, cha
     return _empty(grad, weight_size, channels_last)
 
 
-# Autograd. Each backward calls the other ops, so that it can be differentiated again.
+# Autograd. Each backward calls the other ops, so that it can be differentiated again. Registered by hand: what
+# torch.library.register_autograd makes costs the host twice as much a call.
+
+_AFTER_AUTOGRAD, _AFTER_VIEWS = torch._C._after_autograd_keyset, torch._C._after_ADInplaceOrView_keyset
+_BACKENDS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+
+
+def _autograd(op, kernel, setup, backward):
+    """The op's kernel for the dispatcher's autograd keys.
+
+    Args:
+        setup: ``setup(ctx, inputs, output)`` saves what ``backward(ctx, grad)`` needs.
+    """
+
+    def below(keys, inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            if (keys & _AFTER_VIEWS).highestPriorityTypeId() in _BACKENDS:  # the dispatcher's next stop
+                return kernel(*inputs)
+            return op.redispatch(keys & _AFTER_AUTOGRAD, *inputs)
+
+    def forward(ctx, keys, *inputs):
+        output = below(keys, inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(lambda ctx, grad: (None, *backward(ctx, grad)))}
+    recorded = type(f"Recorded_{op._opname}", (torch.autograd.Function,), methods)
+
+    def autograd(keys, *inputs):
+        if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return recorded.apply(keys, *inputs)
+        return below(keys, inputs)
+
+    return autograd
 
 
 def _sum_bias(grad):
@@ -176,7 +209,7 @@ def _setup_forward(ctx, inputs, output):
 
 def _backward_forward(ctx, grad):
     input, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    _, *needs = ctx.needs_input_grad
     geometry = (*ctx.geometry, ctx.channels_last)
     return (
         conv3d_dgrad(grad, weight, input.shape, *geometry) if needs[0] else None,
@@ -193,7 +226,7 @@ def _setup_dgrad(ctx, inputs, output):
 
 def _backward_dgrad(ctx, grad_input):
     grad, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    _, *needs = ctx.needs_input_grad
     return (
         conv3d(grad_input, weight, None, *ctx.geometry) if needs[0] else None,
         conv3d_wgrad(grad, grad_input, weight.shape, *ctx.geometry, ctx.channels_last) if needs[1] else None,
@@ -208,7 +241,7 @@ def _setup_wgrad(ctx, inputs, output):
 
 def _backward_wgrad(ctx, grad_weight):
     grad, input = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    _, *needs = ctx.needs_input_grad
     return (
         conv3d(input, grad_weight, None, *ctx.geometry) if needs[0] else None,
         conv3d_dgrad(grad, grad_weight, input.shape, *ctx.geometry, ctx.channels_last) if needs[1] else None,
@@ -240,11 +273,10 @@ def _register() -> None:
         (conv3d_dgrad, _dgrad, _fake_dgrad, _setup_dgrad, _backward_dgrad),
         (conv3d_wgrad, _wgrad, _fake_wgrad, _setup_wgrad, _backward_wgrad),
     ):
-        _library.impl(op.name().removesuffix(".default"), kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(op.name().removesuffix(".default"), fake, lib=_library)
-        torch.library.register_autograd(
-            op.name().removesuffix(".default"), backward, setup_context=setup, lib=_library
-        )
+        name = op.name().removesuffix(".default")
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        _library.impl(name, _autograd(op, kernel, setup, backward), "Autograd", with_keyset=True)
+        torch.library.register_fake(name, fake, lib=_library)
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl("conv3d", _autocast(device_type, key), key)
 

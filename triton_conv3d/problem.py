@@ -74,7 +74,13 @@ class Problem:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+        return hash(self._values())
+
+    def _values(self) -> tuple:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def __reduce__(self):  # without what was cached: another process hashes strings differently
+        return Problem, self._values()
 
     @functools.cached_property
     def output_size(self) -> Triple:
@@ -86,7 +92,7 @@ class Problem:
             for i, size in enumerate(self.input_size)
         )
 
-    @property
+    @functools.cached_property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
@@ -120,7 +126,7 @@ class Problem:
     def output_shape(self) -> tuple[int, ...]:
         return (self.batch, self.out_channels, *self.output_size)
 
-    @property
+    @functools.cached_property
     def result_shape(self) -> tuple[int, ...]:
         """Shape of what this pass computes."""
         return {"forward": self.output_shape, "dgrad": self.input_shape, "wgrad": self.weight_shape}[self.pass_]
@@ -129,7 +135,7 @@ class Problem:
     def result_layout(self) -> str:
         return self.layouts[{"forward": 2, "dgrad": 0, "wgrad": 1}[self.pass_]]
 
-    @property
+    @functools.cached_property
     def memory_format(self) -> torch.memory_format:
         """Memory format of what this pass computes."""
         return torch.channels_last_3d if self.result_layout == CHANNELS_LAST else torch.contiguous_format

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,8 @@ def in_format(result: torch.Tensor, memory_format: torch.memory_format) -> torch
     return torch.empty_strided(result.shape, wanted, dtype=result.dtype, device=result.device).copy_(result)
 
 
-def format_strides(shape, memory_format: torch.memory_format) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=4096)
+def format_strides(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[int, ...]:
     """Strides of ``torch.empty(shape, memory_format=memory_format)``, for the two formats of 5-D tensors."""
     n, c, d, h, w = (max(1, size) for size in shape)
     if memory_format == torch.channels_last_3d:

@@ -5,23 +5,33 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-_GRID_LIMIT = (2**31 - 1, 65_535)  # of CUDA and HIP, for the axes x and y
+import torch
+
+GRID_LIMIT = (2**31 - 1, 65_535)  # of CUDA and HIP, for the axes x and y
 
 
 def _run(kernel, grid: tuple[int, int], args: tuple, options: dict) -> None:
-    kernel.run(*args, grid=(*grid, 1), warmup=False, **options)
+    with _on_device(args[0].device):
+        kernel.run(*args, grid=(*grid, 1), warmup=False, **options)
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, wherever its tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 _runner: Callable = _run
 
 
 def launch_kernel(kernel, grid: tuple[int, int], args: tuple, options: dict) -> None:
-    """Launch a jitted kernel over a grid of (x, y) programs.
+    """Launch a jitted kernel over a grid of (x, y) programs, on the device of its first argument, a tensor.
 
     Triton skips a launch silently when the product of the grid's sizes overflows 32 bits, so it is checked here.
     """
     x, y = grid
-    if not (0 < x <= _GRID_LIMIT[0] and 0 < y <= _GRID_LIMIT[1] and x * y <= _GRID_LIMIT[0]):
+    if not (0 < x <= GRID_LIMIT[0] and 0 < y <= GRID_LIMIT[1] and x * y <= GRID_LIMIT[0]):
         raise ValueError(f"grid={grid} of {kernel.__name__}: each size must be positive and the product below 2**31")
     # a * b + c in one instruction: the default up to Triton 3.9, announced to end with 3.10.
     _runner(kernel, grid, args, {**options, "enable_fp_fusion": True})

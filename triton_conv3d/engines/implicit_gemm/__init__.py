@@ -8,14 +8,15 @@ split reductions are float32 and added in a fixed order, so equal inputs give eq
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import triton.language as tl
 
 from ...problem import CHANNELS_LAST, CONTIGUOUS, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem, interpreted
-from ..base import Memory, Work
-from ..launching import launch_kernel
+from ..base import Memory, Work, format_strides
+from ..launching import GRID_LIMIT, launch_kernel
 from .configs import CHAIN, GROUP_M, GemmConfig, configs, workspace_bytes
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
 
@@ -24,6 +25,7 @@ __all__ = ["NAME", "GemmConfig", "configs", "launch", "memory", "supports", "wor
 NAME = "implicit_gemm"
 _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 _REDUCE_BLOCK = 1024  # elements of one program of the split reduction
+_KNOWN_LAUNCHES = 4096  # whose arguments are kept: working them out takes longer than all else of an eager call
 
 
 def supports(problem: Problem) -> str | None:
@@ -35,6 +37,8 @@ def supports(problem: Problem) -> str | None:
         return "nothing to multiply"
     if problem.pass_ != "wgrad" and sum(problem.kernel_size) > _MOST_TAP_BITS:
         return f"kernel sizes {problem.kernel_size} add up to more than {_MOST_TAP_BITS}"
+    if problem.pass_ == "dgrad" and math.prod(problem.stride) > GRID_LIMIT[1]:
+        return f"stride {problem.stride} makes more than {GRID_LIMIT[1]} parity classes"
     if problem.arch == "gfx942" and problem.precision == "tf32x3":
         return "tf32x3 needs NVIDIA's tensor cores"
     return None
@@ -112,20 +116,20 @@ def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     """Dense in channels-last order. Where torch is indifferent (one channel, one pixel) strides are made canonical."""
-    tensor = tensor.contiguous(memory_format=torch.channels_last_3d)
-    n, c, d, h, w = tensor.shape
-    return tensor.as_strided(tensor.shape, (d * h * w * c, 1, h * w * c, w * c, c))
+    strides = format_strides(tensor.shape, torch.channels_last_3d)
+    if tensor.stride() == strides:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last_3d).as_strided(tensor.shape, strides)
 
 
-def _pixel_strides(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+def _pixels(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, int]:
     """(n, d, h, w) strides in elements; of a dimension of size 1 the stride is never used, and 0."""
-    return tuple(0 if tensor.size(dim) == 1 else tensor.stride(dim) for dim in (0, 2, 3, 4))
+    return tuple(0 if shape[dim] == 1 else strides[dim] for dim in (0, 2, 3, 4))
 
 
-def _base_unit(tensor: torch.Tensor, *elements: int) -> int:
-    """The unit in which a tensor is read along its channels, if these counts of elements lead from pixel to pixel."""
-    aligned = tensor.data_ptr() % VECTOR_BYTES == 0  # Triton proves a base aligned to 16 bytes or not at all
-    return _unit(tensor.element_size(), *elements) if aligned else 1
+def _aligned(tensor: torch.Tensor) -> bool:
+    """Triton proves a base aligned to 16 bytes or not at all."""
+    return tensor.data_ptr() % VECTOR_BYTES == 0
 
 
 def _in_units(values, unit: int) -> tuple[int, ...]:
@@ -155,10 +159,28 @@ def _constants(problem: Problem, config: GemmConfig) -> dict:
 
 def _gather(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:
     """forward and dgrad: every pixel of the result gathers from its taps."""
-    dgrad = problem.pass_ == "dgrad"
-    x = _channels_last(operands.grad if dgrad else operands.input)
+    x = _channels_last(operands.grad if problem.pass_ == "dgrad" else operands.input)
     w = _dense(operands.weight)
     y = problem.empty_result(x.device)
+    split = config.splits > 1
+    target = x.new_empty((config.splits, y.numel()), dtype=torch.float32) if split else y
+    grid, arguments, options = _gather_launch(problem, config, x.stride(), _aligned(x), _aligned(w))
+    bias = None if split else operands.bias
+    launch_kernel(gather_gemm, grid, (x, w, bias, target, *arguments), {**options, "BIAS": bias is not None})
+    if split:
+        _reduce(problem, target, operands.bias, y)
+    return y
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _gather_launch(
+    problem: Problem, config: GemmConfig, strides: tuple[int, ...], x_aligned: bool, w_aligned: bool
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the tensors, options) for an x of these strides."""
+    dgrad = problem.pass_ == "dgrad"
+    x_shape, y_shape = problem.input_shape, problem.output_shape
+    if dgrad:
+        x_shape, y_shape = y_shape, x_shape
     produced, reduced = _channels(problem)
     low, stride, dilation = problem.padding[::2], problem.stride, problem.dilation
     strided = dgrad and stride != (1, 1, 1)
@@ -170,85 +192,75 @@ def _gather(problem: Problem, operands: Operands, config: GemmConfig) -> torch.T
         scale, start, step = stride, tuple(-pad for pad in low), dilation
     tap_step = tuple(s // g for s, g in zip(stride, common, strict=True))
     classes = math.prod(stride) if strided else 1
-    largest = tuple(-(-size // s) for size, s in zip(y.shape[2:], stride, strict=True)) if strided else y.shape[2:]
+    largest = tuple(-(-size // s) for size, s in zip(y_shape[2:], stride, strict=True)) if strided else y_shape[2:]
     tiles_m = -(-problem.batch * math.prod(largest) // config.block_m)
     tiles_n = -(-produced // config.block_n)
 
-    splits, target = config.splits, y
-    if splits > 1:  # float32 partial sums, in channels-last order
-        target = x.new_empty((splits, *_permuted(y.shape)), dtype=torch.float32)
-        y_strides = (*_pixel_strides(target[0].permute(0, 4, 1, 2, 3)), 1)
-    else:
-        y_strides = (*_pixel_strides(y), y.stride(1))
-    split_stride = y.numel() if splits > 1 else 0
-    vector_rows = y_strides[4] == 1
-    y_unit = _unit(target.element_size(), produced, *y_strides[:4]) if vector_rows else 1
-    x_unit = _base_unit(x, reduced, *_pixel_strides(x))
-    w_unit = _base_unit(w, problem.group_in)
+    split = config.splits > 1  # float32 partial sums, in channels-last order
+    itemsize = 4 if split else problem.itemsize
+    y_strides = format_strides(y_shape, torch.channels_last_3d if split else problem.memory_format)
+    y_pixels = _pixels(y_shape, y_strides)
+    y_unit = _unit(itemsize, produced, *y_pixels) if y_strides[1] == 1 else 1
+    x_pixels = _pixels(x_shape, strides)
+    x_unit = _unit(problem.itemsize, reduced, *x_pixels) if x_aligned else 1
+    w_unit = _unit(problem.itemsize, problem.group_in) if w_aligned else 1
     w_strides = (problem.taps * problem.group_in, problem.group_in)
-    bias = operands.bias if splits == 1 else None
-    launch_kernel(
-        gather_gemm,
-        (tiles_m * tiles_n * problem.groups * splits, classes),
-        (
-            x, w, bias, target, problem.batch, tuple(x.shape[2:]), tuple(y.shape[2:]), problem.kernel_size,
-            scale, start, step, stride, dilation, tap_step,
-            _in_units(_pixel_strides(x), x_unit), _in_units(w_strides, w_unit), (*_in_units(y_strides[:4], y_unit), y_strides[4]),
-            split_stride, reduced // x_unit, produced // y_unit, splits, tiles_m,
-        ),
-        dict(
-            X_UNIT=x_unit,
-            W_UNIT=w_unit,
-            Y_UNIT=y_unit,
-            DGRAD=dgrad,
-            STRIDED=strided,
-            BIAS=bias is not None,
-            EVEN=reduced % config.block_k == 0,
-            FLAT=problem.taps < 32,
-            BITS=tl.int32 if min(problem.taps, sum(problem.kernel_size)) < 32 else tl.int64,
-            **_constants(problem, config),
-            **_options(config),
-        ),
+    arguments = (
+        problem.batch, x_shape[2:], y_shape[2:], problem.kernel_size,
+        scale, start, step, stride, dilation, tap_step,
+        _in_units(x_pixels, x_unit), _in_units(w_strides, w_unit), (*_in_units(y_pixels, y_unit), y_strides[1]),
+        math.prod(y_shape) if split else 0, reduced // x_unit, produced // y_unit, config.splits, tiles_m,
     )  # fmt: skip
-    if splits > 1:
-        _reduce(problem, target, operands.bias, y)
-    return y
-
-
-def _permuted(shape) -> tuple[int, ...]:
-    n, c, d, h, w = shape
-    return (n, d, h, w, c)
+    options = dict(
+        X_UNIT=x_unit,
+        W_UNIT=w_unit,
+        Y_UNIT=y_unit,
+        DGRAD=dgrad,
+        STRIDED=strided,
+        EVEN=reduced % config.block_k == 0,
+        FLAT=problem.taps < 32,
+        BITS=tl.int32 if min(problem.taps, sum(problem.kernel_size)) < 32 else tl.int64,
+        **_constants(problem, config),
+        **_options(config),
+    )
+    return (tiles_m * tiles_n * problem.groups * config.splits, classes), arguments, options
 
 
 def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:
     """wgrad: filters x pixels times pixels x (taps, channels); the pixels are shared out among the splits."""
     x, grad = _channels_last(operands.input), _dense(operands.grad)
     dw = problem.empty_result(x.device)
+    split = config.splits > 1
+    target = x.new_empty((config.splits, dw.numel()), dtype=torch.float32) if split else dw
+    grid, arguments, options = _wgrad_launch(problem, config, x.stride(), _aligned(x), _aligned(grad))
+    launch_kernel(wgrad_gemm, grid, (grad, x, target, *arguments), options)
+    if split:
+        _reduce(problem, target, None, dw)
+    return dw
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _wgrad_launch(
+    problem: Problem, config: GemmConfig, strides: tuple[int, ...], x_aligned: bool, grad_aligned: bool
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the tensors, options) for an x of these strides."""
     columns = problem.taps * problem.group_in
     tiles_m = -(-problem.group_out // config.block_m)
     tiles_n = -(-columns // config.block_n)
-    splits, target = config.splits, dw
-    channels_last = problem.result_layout == CHANNELS_LAST
+    split = config.splits > 1
+    channels_last = split or problem.result_layout == CHANNELS_LAST
     dw_strides = (columns, problem.group_in, 1) if channels_last else (columns, 1, problem.taps)
-    if splits > 1:
-        target = x.new_empty((splits, dw.numel()), dtype=torch.float32)
-        dw_strides = (columns, problem.group_in, 1)
-    x_unit = _base_unit(x, problem.group_in, *_pixel_strides(x))
-    g_unit = _base_unit(grad, problem.group_out)
-    launch_kernel(
-        wgrad_gemm,
-        (tiles_m * tiles_n * problem.groups * splits, 1),
-        (
-            grad, x, target, problem.pixels, problem.input_size, problem.output_size, problem.kernel_size,
-            problem.stride, problem.padding[::2], problem.dilation,
-            _in_units(_pixel_strides(x), x_unit), dw_strides, dw.numel() if splits > 1 else 0,
-            problem.group_in // x_unit, problem.group_out // g_unit, problem.out_channels // g_unit, splits, tiles_m,
-        ),
-        dict(X_UNIT=x_unit, G_UNIT=g_unit, CHAIN=CHAIN, **_constants(problem, config), **_options(config)),
+    x_pixels = _pixels(problem.input_shape, strides)
+    x_unit = _unit(problem.itemsize, problem.group_in, *x_pixels) if x_aligned else 1
+    g_unit = _unit(problem.itemsize, problem.group_out) if grad_aligned else 1
+    arguments = (
+        problem.pixels, problem.input_size, problem.output_size, problem.kernel_size,
+        problem.stride, problem.padding[::2], problem.dilation,
+        _in_units(x_pixels, x_unit), dw_strides, math.prod(problem.weight_shape) if split else 0,
+        problem.group_in // x_unit, problem.group_out // g_unit, problem.out_channels // g_unit, config.splits, tiles_m,
     )  # fmt: skip
-    if splits > 1:
-        _reduce(problem, target, None, dw)
-    return dw
+    options = dict(X_UNIT=x_unit, G_UNIT=g_unit, CHAIN=CHAIN, **_constants(problem, config), **_options(config))
+    return (tiles_m * tiles_n * problem.groups * config.splits, 1), arguments, options
 
 
 def _reduce(problem: Problem, partials: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor) -> None:

@@ -1,0 +1,71 @@
+"""What a call costs the host, before any kernel runs: microseconds, least of several rounds.
+
+    python -m perf.host_cost
+
+The launch is left out, so this needs no GPU: what remains is checks, the op's dispatch, the look-up of the plan, the
+engine's arithmetic and the result's allocation.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import timeit
+from collections.abc import Callable
+
+import torch
+
+from triton_conv3d import Conv3d
+from triton_conv3d.engines import launching
+from triton_conv3d.ops import problems
+from triton_conv3d.tuning import select
+
+_CALLS, _ROUNDS = 2000, 7
+LIMITS_US = {"select": 3.0, "module forward": 25.0}  # of one call; the project's own bars
+
+
+def measure(function: Callable[[], object], calls: int = _CALLS, rounds: int = _ROUNDS) -> float:
+    """Microseconds of processor time of one call: the least of some rounds, for whatever disturbs can only add."""
+    return min(timeit.repeat(function, timer=time.process_time, number=calls, repeat=rounds)) / calls * 1e6
+
+
+def costs(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
+    """By name: a look-up of a known plan, calls of module and op, and torch's own module on the meta device beside."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    last = {"memory_format": torch.channels_last_3d}
+    layer = Conv3d(32, 32, 3, padding=1).to(device, torch.float16, **last)
+    x = torch.empty(1, 32, 4, 4, 4, dtype=torch.float16, device=device).to(**last)
+    geometry = ((1, 1, 1), (1,) * 6, (1, 1, 1), 1)
+    problem = problems(x, layer.weight, layer.bias, *geometry)[0]
+    inner = torch.nn.Conv3d(32, 32, 3, padding=1, device="meta", dtype=torch.float16).to(**last)
+    y = x.to("meta")
+    with launching.replaced(lambda *launch: None), torch.no_grad():
+        layer(x)  # chooses the plan
+        found = {
+            "select": measure(lambda: select(problem), calls, rounds),
+            "op": measure(lambda: torch.ops.triton_conv3d.conv3d(x, layer.weight, layer.bias, *geometry), calls, rounds),
+            "module forward": measure(lambda: layer(x), calls, rounds),
+        }
+    with launching.replaced(lambda *launch: None):
+        x.requires_grad_()
+        found["module forward, recorded for backward"] = measure(lambda: layer(x), calls, rounds)
+    with torch.no_grad():
+        found["torch's module on the meta device"] = measure(lambda: inner(y), calls, rounds)
+    return found
+
+
+def main() -> int:
+    over = []
+    for name, microseconds in costs().items():
+        limit = LIMITS_US.get(name)
+        print(f"{name:40} {microseconds:7.2f} us" + (f"  at most {limit:g}" if limit else ""))
+        if limit and microseconds > limit:
+            over.append(name)
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        os.execve(sys.executable, [sys.executable, "-m", "perf.host_cost"], {**os.environ, "TRITON_INTERPRET": "1"})
+    sys.exit(main())
