@@ -44,7 +44,9 @@ def costs(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
         layer(x)  # chooses the plan
         found = {
             "select": measure(lambda: select(problem), calls, rounds),
-            "op": measure(lambda: torch.ops.triton_conv3d.conv3d(x, layer.weight, layer.bias, *geometry), calls, rounds),
+            "op": measure(
+                lambda: torch.ops.triton_conv3d.conv3d(x, layer.weight, layer.bias, *geometry), calls, rounds
+            ),
             "module forward": measure(lambda: layer(x), calls, rounds),
         }
     with launching.replaced(lambda *launch: None):

@@ -170,7 +170,9 @@ def test_splits(pass_: str, splits: int) -> None:
 
 def test_partial_sums_are_float32() -> None:
     """Halves of a sum that float16 cannot hold: 40000 + 40000 - 40000."""
-    case = Case("forward", in_channels=1, out_channels=1, kernel_size=(1, 1, 48), input_size=(1, 1, 48), dtype="float16")
+    case = Case(
+        "forward", in_channels=1, out_channels=1, kernel_size=(1, 1, 48), input_size=(1, 1, 48), dtype="float16"
+    )
     config = dataclasses.replace(engines.get("implicit_gemm").configs(case.geometry())[-1], splits=3)
     _, operands = make(case)
     operands.input.fill_(50.0)

@@ -67,13 +67,18 @@ def test_main_loop_of_the_forward_kernel(kernels):
     assert loops and max(loops) <= LOOP + FENCE * fenced
 
 
-@pytest.mark.parametrize("report", sorted((ROOT / "perf" / "results" / "machine_code").glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "report", sorted((ROOT / "perf" / "results" / "machine_code").glob("*.json")), ids=lambda p: p.stem
+)
 def test_the_kept_report_covers_every_config_of_today(report):
     from perf.machine_code import ARCHITECTURES, LAYERS, TYPES, configs, problems
 
     rows = json.loads(report.read_text())["kernels"]
     assert not [row for row in rows if row["faults"]]
-    reported = {(row["arch"], row["dtype"], row["precision"], row["pass_"], row["channels"], row["stride"], row["config"]) for row in rows}
+    reported = {
+        (row["arch"], row["dtype"], row["precision"], row["pass_"], row["channels"], row["stride"], row["config"])
+        for row in rows
+    }
     for arch in ARCHITECTURES:
         for dtype, precision in TYPES:
             for channels, stride in LAYERS:
@@ -84,4 +89,7 @@ def test_the_kept_report_covers_every_config_of_today(report):
 
 
 def test_reports_of_both_ends_are_kept():
-    assert {p.stem for p in (ROOT / "perf" / "results" / "machine_code").glob("*.json")} >= {"triton-3.6.0", "triton-3.9.0"}
+    assert {p.stem for p in (ROOT / "perf" / "results" / "machine_code").glob("*.json")} >= {
+        "triton-3.6.0",
+        "triton-3.9.0",
+    }

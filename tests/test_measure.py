@@ -145,7 +145,9 @@ class TestVerify:
         monkeypatch.setattr(aten, "launch", small)
         assert verify.trusted(problem, operands).dtype == torch.float16
 
-    @pytest.mark.parametrize("dtype, wide", list(zip(DTYPES, ("float32", "float32", "float64", "float64"))), ids=str)
+    @pytest.mark.parametrize(
+        "dtype, wide", list(zip(DTYPES, ("float32", "float32", "float64", "float64"), strict=True)), ids=str
+    )
     def test_trusted_is_wider_than_tf32_can_spoil(self, dtype, wide, monkeypatch):
         """tf32 holds every product of 16-bit numbers, not of float32; and the user's switches are left alone."""
         launch, seen = aten.launch, []
@@ -312,12 +314,13 @@ class TestCompile:
     def test_each_kernel_once_and_none_launched(self):
         self.compile(6, self.launch)
         assert sorted((warmup, warps) for warmup, warps, _ in self.runs) == [(True, 0), (True, 1), (True, 2)]
-        launching.launch_kernel(self, (1, 1), (), {"num_warps": 9})
+        launching.launch_kernel(self, (1, 1), (torch.empty(0),), {"num_warps": 9})
         assert self.runs[-1][:2] == (False, 9)
 
     def test_other_threads_launch_meanwhile(self):
         def launch(problem, operands, config):
-            other = threading.Thread(target=launching.launch_kernel, args=(self, (1, 1), (), {"num_warps": 9}))
+            call = (self, (1, 1), (torch.empty(0),), {"num_warps": 9})
+            other = threading.Thread(target=launching.launch_kernel, args=call)
             other.start()
             other.join()
             self.launch(problem, operands, config)

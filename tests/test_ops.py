@@ -84,7 +84,9 @@ def test_double_backward_in_float32():
 def test_only_the_gradients_that_are_needed(wanted, monkeypatch):
     passes = []
     run = ops.tuning.run
-    monkeypatch.setattr(ops.tuning, "run", lambda problem, operands: passes.append(problem.pass_) or run(problem, operands))
+    monkeypatch.setattr(
+        ops.tuning, "run", lambda problem, operands: passes.append(problem.pass_) or run(problem, operands)
+    )
     inputs = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors())]
     ops.conv3d(*inputs, *GEOMETRY).sum().backward()
     assert passes == ["forward", *[("dgrad",), ("wgrad",), ()][wanted]]

@@ -120,7 +120,9 @@ def test_ways_out_and_back():
     assert again == p and "_hash" not in vars(again)
 
 
-@pytest.mark.parametrize("change", (lambda d: d.pop("batch"), lambda d: d.update(colour="red")), ids=("missing", "unknown"))
+@pytest.mark.parametrize(
+    "change", (lambda d: d.pop("batch"), lambda d: d.update(colour="red")), ids=("missing", "unknown")
+)
 def test_foreign_fields_are_refused(change):
     values = described(LAST).to_dict()
     change(values)

@@ -120,7 +120,8 @@ class Conv3d(nn.Conv3d):
             stacklevel=6,
         )
         with _own_mode(weight), torch.no_grad():
-            fresh = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=_format_of(weight))
+            fresh = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            memory_format = _format_of(weight)
             # Autograd would go on with an accumulator of the old shape; a passing change of dtype makes it drop that.
             weight.data = fresh.new_empty(0, dtype=torch.float16 if fresh.dtype != torch.float16 else torch.float32)
             weight.data = fresh
@@ -129,6 +130,7 @@ class Conv3d(nn.Conv3d):
                 if parameter is not None:
                     parameter.grad = None
             self.reset_parameters()
+            weight.data = weight.data.contiguous(memory_format=memory_format)
 
 
 def _check_arguments(in_channels, out_channels, stride, padding, groups, padding_mode) -> None:
@@ -217,10 +219,10 @@ class LazyConv3d(nn.LazyConv3d, Conv3d):
                     parameter.materialize(shapes[name])
                 elif parameter is not None:
                     loaded.append((parameter, parameter.clone()))
-            self._use_memory_format()
             self.reset_parameters()
             for parameter, value in loaded:
                 parameter.copy_(value)
+            self._use_memory_format()  # last: in another order of memory torch may draw other values
 
     def _use_memory_format(self) -> None:
         memory_format = self.__dict__.pop("_memory_format", None)

@@ -18,7 +18,9 @@ from .problem import Operands, Problem, describe
 
 _GEOMETRY = "SymInt[3] stride, SymInt[6] padding, SymInt[3] dilation, SymInt groups"
 _library = Library("triton_conv3d", "FRAGMENT")
-_library.define(f"conv3d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"conv3d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 _library.define(
     f"conv3d_dgrad(Tensor grad, Tensor weight, SymInt[] input_size, {_GEOMETRY}, bool channels_last) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -186,7 +188,10 @@ def _autograd(op, kernel, setup, backward):
         setup(ctx, inputs, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(lambda ctx, grad: (None, *backward(ctx, grad)))}
+    methods = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(lambda ctx, grad: (None, *backward(ctx, grad))),
+    }
     recorded = type(f"Recorded_{op._opname}", (torch.autograd.Function,), methods)
 
     def autograd(keys, *inputs):

@@ -7,9 +7,9 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-# implicit_gemm needs Triton, which exists for Linux only; the others are plain torch.
-_MODULES = ("matmul", "implicit_gemm", "aten")
-_NEED_TRITON = ("implicit_gemm",)
+# Triton exists for Linux only; engines without kernels of their own are plain torch.
+_MODULES = ("matmul", "folded", "implicit_gemm", "aten")
+_NEED_TRITON = ("folded", "implicit_gemm")
 
 
 @functools.cache

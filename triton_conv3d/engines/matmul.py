@@ -111,7 +111,9 @@ def _to_patches(input: torch.Tensor, problem: Problem, last: bool) -> torch.Tens
     kernel, size = problem.kernel_size, problem.output_size
     used = input[(..., *(slice(o * k) for o, k in zip(size, kernel, strict=True)))]
     n, c = problem.batch, problem.in_channels
-    split = used.unflatten(4, (size[2], kernel[2])).unflatten(3, (size[1], kernel[1])).unflatten(2, (size[0], kernel[0]))
+    split = (
+        used.unflatten(4, (size[2], kernel[2])).unflatten(3, (size[1], kernel[1])).unflatten(2, (size[0], kernel[0]))
+    )
     # split is (n, c, od, kd, oh, kh, ow, kw)
     order = (0, 2, 4, 6, 3, 5, 7, 1) if last else (0, 2, 4, 6, 1, 3, 5, 7)
     return split.permute(order).reshape(n * math.prod(size), c * problem.taps)

@@ -1,0 +1,253 @@
+"""folded: implicit GEMM for few channels, with taps and channels folded together into the reduction.
+
+    y[j, q] = sum over r = (tap, channel) of  x[j * scale + start + tap * step, channel] * w[q, channel, tap]
+
+forward as it stands; dgrad without a stride with the gradient as x and the channels' roles exchanged. With 1 to 8
+channels a step of the other implicit GEMM, which takes the channels of one tap, is almost empty; here 27 taps of one
+channel are one step of 32. Elements are loaded one by one, so every layout of input and weight is read as it is.
+
+Bytes by design: input, weight and output once each from memory (the input's reuse by taps is from L1 and L2), which is
+the minimum; between 1 and 2 bytes in L1 for each product of a pixel and a tap.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..problem import VECTOR_BYTES, Operands, Problem, interpreted
+from .base import Config, Memory, Work, format_strides
+from .implicit_gemm.kernels import _dot, _rounded, _tap_bits
+from .launching import launch_kernel
+
+NAME = "folded"
+_MOST_CHANNELS = 8  # of one group; from 16 on the steps of one tap's channels are full
+_MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
+
+
+@triton.jit
+def folded_gemm(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    batch,
+    x_size,  # (d, h, w), as every triple
+    y_size,
+    scale,
+    start,
+    step,
+    x_strides,  # (n, channel, d, h, w), in elements
+    w_strides,  # (produced channel, reduced channel, d, h, w, group)
+    y_strides,  # (n, d, h, w) in Y_UNIT, channel in elements
+    produced,  # channels of one group that are computed, in Y_UNIT
+    KERNEL_D: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    REDUCED: tl.constexpr,  # channels of one group that are summed over
+    Y_UNIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    INDEX: tl.constexpr,
+    BITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    produced = produced * Y_UNIT
+    tiles_n = tl.cdiv(produced, BLOCK_N)
+    group = tl.program_id(1)
+    pid_n = tl.program_id(0) % tiles_n  # neighbours in time gather from the same pixels
+    pid_m = tl.program_id(0) // tiles_n
+
+    m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sample = tl.full([], y_size[2], INDEX) * y_size[1] * y_size[0]
+    in_rows = m < sample * batch
+    jw = m % y_size[2]
+    jh = m // y_size[2] % y_size[1]
+    jd = m // (y_size[2] * y_size[1]) % y_size[0]
+    n = m // sample
+    xd = jd * scale[0] + start[0]
+    xh = jh * scale[1] + start[1]
+    xw = jw * scale[2] + start[2]
+    valid = tl.full([BLOCK_M], 0, BITS)
+    valid = _tap_bits(valid, 0, xw, step[2], x_size[2], KERNEL_W, False)
+    valid = _tap_bits(valid, KERNEL_W, xh, step[1], x_size[1], KERNEL_H, False)
+    valid = _tap_bits(valid, KERNEL_W + KERNEL_H, xd, step[0], x_size[0], KERNEL_D, False)
+    outside = tl.where(in_rows, ~valid, -1)
+    x_pixels = n * x_strides[0] + xd * x_strides[2] + xh * x_strides[3] + xw * x_strides[4]
+    x_pixels += group.to(INDEX) * REDUCED * x_strides[1]
+
+    q = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_q = q < produced
+    w_filters = q.to(INDEX) * w_strides[0] + group.to(INDEX) * w_strides[5]
+
+    # The pixels run along the tile's last dimension, so that neighbouring threads read neighbouring pixels.
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for first in range(0, KERNEL_D * KERNEL_H * KERNEL_W * REDUCED, BLOCK_K):
+        r = first + tl.arange(0, BLOCK_K)
+        in_r = r < KERNEL_D * KERNEL_H * KERNEL_W * REDUCED
+        channel = r % REDUCED
+        tw = r // REDUCED % KERNEL_W
+        th = r // (REDUCED * KERNEL_W) % KERNEL_H
+        td = r // (REDUCED * KERNEL_W * KERNEL_H)
+        one = tl.full([BLOCK_K], 1, BITS)
+        needed = (one << tw) | (one << (KERNEL_W + th)) | (one << (KERNEL_W + KERNEL_H + td))
+        needed = tl.where(in_r, needed, -1)  # no pixel has every bit
+        x_taps = channel.to(INDEX) * x_strides[1] + td.to(INDEX) * step[0] * x_strides[2]
+        x_taps += th.to(INDEX) * step[1] * x_strides[3] + tw.to(INDEX) * step[2] * x_strides[4]
+        w_taps = channel.to(INDEX) * w_strides[1] + td * w_strides[2] + th * w_strides[3] + tw * w_strides[4]
+        in_x = (needed[:, None] & outside[None, :]) == 0
+        x = tl.load(x_ptr + (x_taps[:, None] + x_pixels[None, :]), mask=in_x, other=0.0)
+        w = tl.load(w_ptr + (w_filters[:, None] + w_taps[None, :]), mask=in_q[:, None] & in_r[None, :], other=0.0)
+        acc = _dot(w, x, acc, PRECISION, UPCAST)
+
+    if BIAS:
+        acc += tl.load(bias_ptr + group * produced + q, mask=in_q, other=0.0).to(tl.float32)[:, None]
+    y_pixels = (n * y_strides[0] + jd * y_strides[1] + jh * y_strides[2] + jw * y_strides[3]) * Y_UNIT
+    y_channels = (group.to(INDEX) * produced + q) * y_strides[4]
+    y_tile = y_ptr + (y_channels[:, None] + y_pixels[None, :])
+    tl.store(y_tile, _rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_q[:, None] & in_rows[None, :])
+
+
+@dataclass(frozen=True)
+class FoldedConfig(Config):
+    """
+    block_m, block_n: tile of the result: pixels x channels. block_k: folded taps and channels of one step.
+    num_warps, num_stages: as Triton's launch options.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 1
+
+
+# The smallest last: it fits every GPU.
+_TILES = (
+    FoldedConfig(128, 128, 32, 8),
+    FoldedConfig(128, 64, 32, 4),
+    FoldedConfig(128, 32, 32, 4),
+    FoldedConfig(128, 16, 32, 4),
+    FoldedConfig(64, 64, 32, 4),
+    FoldedConfig(32, 16, 16, 2),
+)
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.dtype not in ("float16", "bfloat16", "float32"):
+        return f"no kernel for {problem.dtype}"
+    if problem.arch == "cpu":
+        return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+    if problem.empty:
+        return "nothing to multiply"
+    if problem.pass_ == "wgrad":
+        return "wgrad of implicit_gemm folds taps and channels already"
+    if problem.pass_ == "dgrad" and problem.stride != (1, 1, 1):
+        return f"dgrad with stride {problem.stride}"
+    if _reduced(problem) > _MOST_CHANNELS:
+        return f"{_reduced(problem)} channels to sum over in a group: more than {_MOST_CHANNELS}"
+    if _reduced(problem) == _produced(problem) == 1 and problem.groups > 1:
+        return "depthwise: a tile would hold one channel"
+    if sum(problem.kernel_size) > _MOST_TAP_BITS:
+        return f"kernel sizes {problem.kernel_size} add up to more than {_MOST_TAP_BITS}"
+    if problem.groups > 65_535:
+        return f"groups={problem.groups}: more than 65535"
+    if problem.arch == "gfx942" and problem.precision == "tf32x3":
+        return "tf32x3 needs NVIDIA's tensor cores"
+    return None
+
+
+def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
+    """The tiles that are not more than twice as wide as there are channels, the smallest last."""
+    wide = 2 * max(16, _produced(problem))
+    return tuple(tile for tile in _TILES if tile.block_n < wide)
+
+
+def memory(problem: Problem, config: FoldedConfig) -> Memory:
+    return Memory()
+
+
+def work(problem: Problem, config: FoldedConfig) -> Work:
+    """The launch as the cost model sees it."""
+    m, n, k = config.block_m, config.block_n, config.block_k
+    pixels = math.prod(problem.result_shape) // (_produced(problem) * problem.groups)
+    return Work(
+        programs=math.ceil(pixels / m) * math.ceil(_produced(problem) / n) * problem.groups,
+        iterations=math.ceil(problem.taps * _reduced(problem) / k),
+        flops=2.0 * m * n * k,
+        bytes_read=float(problem.itemsize * (m + n) * k),
+        bytes_written=float(problem.itemsize * m * n),
+        num_warps=config.num_warps,
+        shared_bytes=problem.itemsize * (m + n) * k * config.num_stages,
+        tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+    )
+
+
+def launch(problem: Problem, operands: Operands, config: FoldedConfig) -> torch.Tensor:
+    x, w = operands.grad if problem.pass_ == "dgrad" else operands.input, operands.weight
+    y = problem.empty_result(x.device)
+    grid, arguments, options = _launch(problem, config, x.stride(), w.stride())
+    launch_kernel(folded_gemm, grid, (x, w, operands.bias, y, *arguments), options)
+    return y
+
+
+def _reduced(problem: Problem) -> int:
+    """Channels of one group that are summed over."""
+    return problem.group_out if problem.pass_ == "dgrad" else problem.group_in
+
+
+def _produced(problem: Problem) -> int:
+    """Channels of one group that are computed."""
+    return problem.group_in if problem.pass_ == "dgrad" else problem.group_out
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    problem: Problem, config: FoldedConfig, x_strides: tuple[int, ...], w_strides: tuple[int, ...]
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the tensors, options) for operands of these strides."""
+    produced = _produced(problem)
+    low = problem.padding[::2]
+    if problem.pass_ == "dgrad":  # position i reads grad at i + pad - t * dilation
+        x_shape, y_shape = problem.output_shape, problem.input_shape
+        scale, start, step = (1, 1, 1), low, tuple(-d for d in problem.dilation)
+        channels = (w_strides[1], w_strides[0])
+    else:
+        x_shape, y_shape = problem.input_shape, problem.output_shape
+        scale, start, step = problem.stride, tuple(-pad for pad in low), problem.dilation
+        channels = w_strides[:2]
+    y_strides = format_strides(y_shape, problem.memory_format)
+    pixels = [0 if y_shape[dim] == 1 else y_strides[dim] for dim in (0, 2, 3, 4)]
+    unit = math.gcd(VECTOR_BYTES // problem.itemsize, produced, *pixels) if y_strides[1] == 1 else 1
+    arguments = (
+        problem.batch, x_shape[2:], y_shape[2:], scale, start, step, x_strides,
+        (*channels, *w_strides[2:], problem.group_out * w_strides[0]),
+        (*(stride // unit for stride in pixels), y_strides[1]), produced // unit,
+    )  # fmt: skip
+    options = dict(
+        KERNEL_D=problem.kernel_size[0],
+        KERNEL_H=problem.kernel_size[1],
+        KERNEL_W=problem.kernel_size[2],
+        REDUCED=_reduced(problem),
+        Y_UNIT=unit,
+        BIAS=problem.bias,
+        INDEX=tl.int64 if problem.index64 else tl.int32,
+        BITS=tl.int32 if sum(problem.kernel_size) < 32 else tl.int64,
+        PRECISION=problem.precision,
+        UPCAST=problem.dtype == "bfloat16" and interpreted(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    rows = problem.batch * math.prod(y_shape[2:])
+    return (-(-rows // config.block_m) * -(-produced // config.block_n), problem.groups), arguments, options
