@@ -1,15 +1,20 @@
 """Result files: CSV, one row for each case and provider, every row stamped with what it was measured on and with.
 
 A file only grows. The rows of a case are appended together once all its providers are done, so that an interrupted run
-keeps every finished case; a line that was cut off is dropped when the file is opened to go on.
+keeps every finished case; a line that was cut off is not read, and is dropped when rows are added. Of two rows for one
+case and provider the later one counts.
+
+Rows are of any dataclass; :class:`Row` is that of ``python -m perf run``.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +57,7 @@ class Row:
         time_us: median. low_us, high_us: quantiles 0.2 and 0.8. samples: how many.
         host_us: the host's time for one call, the device not waited for.
         peak_bytes: memory allocated on the device at most, operands included.
-        error: RMS error against float64, relative to the RMS of the magnitude (:class:`triton_conv3d.reference.Errors`).
+        error: RMS error against float64, relative to the RMS of the magnitude (``triton_conv3d.reference.Errors``).
         flops, min_bytes: of the case: what has to be computed and moved.
         tflops, gbps: those, divided by the median.
         matmul_tflops, copy_gbps: ceilings measured in the same run: a large matrix product in this dtype, a large copy.
@@ -95,8 +100,12 @@ class Row:
     measured: str = ""
 
 
-COLUMNS = ("schema", *(f.name for f in dataclasses.fields(Row)), *(f.name for f in dataclasses.fields(Stamp)))
-_KINDS = {f.name: f.type.split(" ")[0] for kind in (Row, Stamp) for f in dataclasses.fields(kind)}
+_TYPES = {"str": str, "int": int, "float": float}
+
+
+def columns(kind: type) -> tuple[str, ...]:
+    """The first line of a file whose rows are of this dataclass."""
+    return ("schema", *(f.name for f in dataclasses.fields(kind)), *(f.name for f in dataclasses.fields(Stamp)))
 
 
 def folder(gpu: str) -> Path:
@@ -104,75 +113,85 @@ def folder(gpu: str) -> Path:
     return RESULTS / (re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-") or "unknown")
 
 
-def append(path: Path, rows: list[Row], stamp: Stamp) -> None:
-    """Add rows at the end, all of them or, if the process dies, none that would be read.
+def append(path: Path, rows: Sequence, stamp: Stamp) -> None:
+    """Add rows at the end, all of one dataclass whose fields are ``str``, ``int`` or ``float``, or None as well.
+
+    Whatever happens to the process, the file stays readable. Line breaks in text become spaces.
 
     Raises:
         Refused: the file that is there is of another schema.
         OSError: it cannot be written.
     """
+    if not rows:
+        return
+    names = columns(type(rows[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _mend(path)
-    fresh = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if fresh:
-            writer.writerow(COLUMNS)
-        for row in rows:
-            values = [SCHEMA, *dataclasses.astuple(row), *dataclasses.astuple(stamp)]
-            writer.writerow("" if value is None else f"{value:.6g}" if type(value) is float else value for value in values)
+    whole = _whole_lines(path, names) if path.exists() else b""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if not whole:
+        writer.writerow(names)
+    for row in rows:
+        writer.writerow(map(_text, (SCHEMA, *dataclasses.astuple(row), *dataclasses.astuple(stamp))))
+    with open(path, "ab") as file:
+        file.truncate(len(whole))  # a last line that was cut off
+        file.write(text.getvalue().encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> list[tuple[Row, Stamp]]:
-    """Every whole row. Raises Refused for a file of another schema, or with values that are none; OSError."""
-    with open(path, newline="", encoding="utf-8") as file:
-        text = file.read()
-    whole = text[: text.rfind("\n") + 1]
-    lines = list(csv.reader(whole.splitlines()))
-    if not lines or tuple(lines[0]) != COLUMNS:
-        raise Refused(f"{path} is no result file of schema {SCHEMA}: its first line must name the columns {', '.join(COLUMNS)}")
-    return [_parse(path, number, values) for number, values in enumerate(lines[1:], 2)]
+def read(path: Path, kind: type = Row) -> list[tuple]:
+    """Every whole row with its stamp, in the order of the file.
 
+    Args:
+        kind: the dataclass of the rows.
 
-def _parse(path: Path, number: int, values: list[str]) -> tuple[Row, Stamp]:
-    if len(values) != len(COLUMNS):
-        raise Refused(f"{path}, line {number}: {len(values)} values for {len(COLUMNS)} columns")
-    named = dict(zip(COLUMNS, values, strict=True))
-    if named.pop("schema") != str(SCHEMA):
-        raise Refused(f"{path}, line {number}: schema {values[0]}, expected {SCHEMA}")
+    Raises:
+        Refused: a file of another schema, or with values that are none.
+        OSError: it cannot be read.
+    """
     try:
-        typed = {name: _typed(_KINDS[name], value) for name, value in named.items()}
+        lines = list(csv.reader(_whole_lines(path, columns(kind)).decode().split("\n")[:-1]))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Refused(f"{path} is no result file: {error}") from None
+    return [_parse(path, number, values, kind) for number, values in enumerate(lines[1:], 2)]
+
+
+def _whole_lines(path: Path, names: Sequence[str]) -> bytes:
+    """What stands in a file up to its last line break. Refused if it does not begin as one of this schema."""
+    data = path.read_bytes()
+    head, line_break, _ = data.partition(b"\n")
+    expected = ",".join(names).encode()
+    if head != expected if line_break else not expected.startswith(head):
+        wanted = ", ".join(names)
+        raise Refused(f"{path} is no result file of schema {SCHEMA}: its first line must name the columns {wanted}")
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if type(value) is float else " ".join(str(value).split())
+
+
+def _parse(path: Path, number: int, values: list[str], kind: type) -> tuple:
+    names = columns(kind)
+    if len(values) != len(names):
+        raise Refused(f"{path}, line {number}: {len(values)} values for {len(names)} columns")
+    named = dict(zip(names, values, strict=True))
+    if named["schema"] != str(SCHEMA):
+        raise Refused(f"{path}, line {number}: schema {values[0]}, expected {SCHEMA}")
+    if named.get("status", OK) not in STATUSES:
+        raise Refused(f"{path}, line {number}: status={named['status']!r}, expected one of {', '.join(STATUSES)}")
+    try:
+        row, stamp = (
+            part(**{f.name: _typed(f, named[f.name]) for f in dataclasses.fields(part)}) for part in (kind, Stamp)
+        )
+        return row, stamp
     except ValueError as error:
         raise Refused(f"{path}, line {number}: {error}") from None
-    if typed["status"] not in STATUSES:
-        raise Refused(f"{path}, line {number}: status={typed['status']!r}, expected one of {', '.join(STATUSES)}")
-    stamps = {f.name: typed.pop(f.name) for f in dataclasses.fields(Stamp)}
-    return Row(**typed), Stamp(**stamps)
 
 
-def _typed(kind: str, value: str):
-    if kind == "str":
-        return value
-    if value == "":
-        return None
-    return int(value) if kind == "int" else float(value)
-
-
-def _mend(path: Path) -> None:
-    """Cut off a last line that was not finished, and refuse a file of another schema before anything is added to it."""
-    if not path.exists() or path.stat().st_size == 0:
-        path.unlink(missing_ok=True)
-        return
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole:
-        if not ",".join(COLUMNS).encode().startswith(data):
-            raise Refused(f"{path} is no result file of schema {SCHEMA}")
-        path.unlink()
-        return
-    read(path)
-    if len(whole) < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
+def _typed(field: dataclasses.Field, value: str):
+    of = field.type.split(" ")[0]
+    return None if value == "" and of != "str" else _TYPES[of](value)

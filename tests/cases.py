@@ -20,7 +20,7 @@ import torch
 
 from triton_conv3d import engines
 from triton_conv3d.engines.base import Config
-from triton_conv3d.problem import Operands, Problem, Triple, describe, interpreted
+from triton_conv3d.problem import Operands, Problem, Triple, describe, device_name, interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # "cpu": in Triton's interpreter
 DTYPES = ("float16", "bfloat16", "float32")
@@ -67,8 +67,10 @@ class Case:
 
     def geometry(self) -> Problem:
         """The problem of dense, aligned operands: shapes and sizes, before there are tensors."""
+        device, arch = device_name(DEVICE)
         return Problem(
-            arch="interpreter",
+            device=device,
+            arch=arch,
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(Case) if f.name in _PROBLEM_FIELDS},
         )
 

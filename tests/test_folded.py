@@ -51,7 +51,7 @@ def test_fuzz(pass_: str, seed: int) -> None:
     run(case, "folded", config)
 
 
-LARGE = Problem("forward", 2, 3, 512, (64, 64, 64), (3, 3, 3), arch="sm_90", device="any")
+LARGE = Problem("forward", 2, 3, 512, (64, 64, 64), (3, 3, 3), arch="sm_90", device="any")  # takes every tile
 
 
 @pytest.mark.parametrize("config", engines.get("folded").configs(LARGE), ids=str)

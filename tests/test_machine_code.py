@@ -71,7 +71,7 @@ def test_main_loop_of_the_forward_kernel(kernels):
     "report", sorted((ROOT / "perf" / "results" / "machine_code").glob("*.json")), ids=lambda p: p.stem
 )
 def test_the_kept_report_covers_every_config_of_today(report):
-    from perf.machine_code import ARCHITECTURES, LAYERS, TYPES, configs, problems
+    from perf.machine_code import ARCHITECTURES, KEPT, LAYERS, configs, problems
 
     rows = json.loads(report.read_text())["kernels"]
     assert not [row for row in rows if row["faults"]]
@@ -80,7 +80,7 @@ def test_the_kept_report_covers_every_config_of_today(report):
         for row in rows
     }
     for arch in ARCHITECTURES:
-        for dtype, precision in TYPES:
+        for dtype, precision in KEPT:
             for channels, stride in LAYERS:
                 for problem, _ in problems(arch, dtype, precision, channels, stride):
                     key = (arch, dtype, precision, problem.pass_, channels, stride)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from perf import calls, workloads
 from perf.workloads import PASSES, Case, sweeps
-from perf.tensors import Tensors
 
 ENTRIES = {entry["id"]: entry for entry in json.loads(workloads.REAL.read_text())}
 TRANSPOSED = [w for w in workloads.real() if w.transposed]
@@ -34,7 +33,7 @@ class TestSuites:
 
     @pytest.mark.parametrize("name", ["resnet", "", "core,resnet", "sweep", "sweep.depth"])
     def test_an_unknown_suite_lists_what_exists(self, name):
-        with pytest.raises(ValueError, match="no suite named .*: the suites are core, all, nnunet3d, .*sweep.channels, "):
+        with pytest.raises(ValueError, match="no suite named .*: the suites are core, all, nnunet3d, .*sweep.size, "):
             workloads.suite(name)
 
 
@@ -83,7 +82,7 @@ def test_a_transposed_layer_is_the_adjoint_of_its_convolution(workload):
     case = Case(workload, "forward", "fp16")
     assert calls.output_padding(case) == tuple(entry["output_padding"])
     assert case.problems()[0].pass_ == "dgrad"
-    assert Tensors(case, torch.device("meta")).problems[0].result_shape == layer.input_shape
+    assert case.problems()[0].result_shape == layer.input_shape
 
 
 class TestCases:
@@ -123,7 +122,7 @@ class TestSelect:
 
     @pytest.mark.parametrize(
         "filter, layers, passes",
-        [("c32_k32", 1, 3), ("/dgrad/", 23, 1), ("*_k64_*/wgrad/*", 4, 1), ("nnunet3d.c?_*", 1, 3), ("*s[12]22*", 10, 3)],
+        [("c32_k32", 1, 3), ("/dgrad/", 23, 1), ("*_k64_*/wgrad/*", 4, 1), ("*.c?_*", 1, 3), ("*s[12]22*", 10, 3)],
     )
     def test_text_or_pattern(self, filter, layers, passes):
         chosen = workloads.select(self.CASES, filter)

@@ -272,10 +272,24 @@ class TestRun:
 @pytest.mark.parametrize("kernel, expected", [((1, 1, 1), "matmul"), ((3, 3, 3), "implicit_gemm")])
 def test_the_interpreter_runs_kernels(kernel, expected):
     pytest.importorskip("triton")
-    here = Problem("forward", 1, 4, 4, (6, 6, 6), kernel, dtype="float32", arch="interpreter")
+    here = Problem("forward", 1, 16, 4, (6, 6, 6), kernel, dtype="float32", arch="interpreter")
     ranked = selecting.ranking(here)
     assert ranked[0][1].NAME == expected and ranked[-1][1].NAME == "aten"
     assert select(here.replace(arch="cpu")).engine == "aten"
+
+
+def test_cudnn_searches_only_where_it_is_measured():
+    """Not by a ranking, which may be used under capture; and a measured one always does."""
+    def searches(**how):
+        offers = selecting.ranking(GPU, **how)
+        return {config.benchmark for _, engine, config in offers if engine.NAME == "aten"}
+
+    assert searches() == {False} and searches(measuring=True) == {True}
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert searches(measuring=True) == {False}
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_plan_is_logged_once_and_again_when_it_changes(world, caplog):

@@ -61,18 +61,15 @@ def memory(problem: Problem, config: MatmulConfig) -> Memory:
 
 
 def launch(problem: Problem, operands: Operands, config: MatmulConfig) -> torch.Tensor:
-    ieee = problem.precision == "ieee" and problem.dtype == "float32" and problem.arch.startswith("sm_")
-    if not ieee and not (problem.precision == "tf32" and problem.arch.startswith("sm_")):
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    if problem.dtype != "float32" or not problem.arch.startswith("sm_") or before == problem.precision:
         return _product(problem, operands)
-    # The convolution's float32 switch holds, not the one of torch.matmul.
-    before = torch.backends.cuda.matmul.allow_tf32
-    if before == (not ieee):
-        return _product(problem, operands)
-    torch.backends.cuda.matmul.allow_tf32 = not ieee
+    switch.fp32_precision = problem.precision  # the convolution's switch holds, not the one of torch.matmul
     try:
         return _product(problem, operands)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        switch.fp32_precision = before
 
 
 def _product(problem: Problem, operands: Operands) -> torch.Tensor:

@@ -182,12 +182,21 @@ def _usable(problem: Problem, engine: ModuleType) -> list[Config]:
         for config in engine.configs(problem)
         if _specialisation(problem, engine.NAME, config) not in _dropped
         and not measure.quarantined(engine.NAME, config, problem.arch)
-        and not (deterministic and getattr(config, "benchmark", False))
+        and not (deterministic and _searches(config))
     ]
 
 
-def ranking(problem: Problem) -> list[tuple[float, ModuleType, Config]]:
+def _searches(config: Config) -> bool:
+    """Whether cuDNN measures its own algorithms for this config, at its first launch in every thread."""
+    return getattr(config, "benchmark", False)
+
+
+def ranking(problem: Problem, measuring: bool = False) -> list[tuple[float, ModuleType, Config]]:
     """Every candidate with its predicted seconds, the most promising first; of the forced engine only, if there is one.
+
+    Args:
+        measuring: the candidates are to be measured. Only then cuDNN may search, and then it always does: a thread
+            keeps one algorithm for a convolution, however it was found, so that the two cannot be told apart.
 
     Raises:
         ValueError: the forced engine does not exist.
@@ -199,6 +208,8 @@ def ranking(problem: Problem) -> list[tuple[float, ModuleType, Config]]:
         if engine.supports(problem) is None
         for config in _usable(problem, engine)
     ]
+    searching = {engine.NAME for engine, config in candidates if measuring and _searches(config)}
+    candidates = [(e, config) for e, config in candidates if _searches(config) == (e.NAME in searching)]
     ranked = cost_model.rank(problem, candidates)
     if problem.arch == "interpreter":  # asked for the kernels: torch's own convolution only where they cannot
         ranked.sort(key=lambda item: item[1].NAME == _ATEN)
@@ -257,7 +268,7 @@ def _quiet() -> bool:
 
 def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
     """Measure, and keep the winner; the hint is what holds if nothing could be measured."""
-    ranked = ranking(problem)
+    ranked = ranking(problem, measuring=True)
     ranked.sort(key=lambda item: (item[1].NAME, item[2]) != (hint.engine, hint.config))  # stable: the hint comes first
     current = settings.current()
     result = measure.best(problem, operands, ranked, current.autotune)

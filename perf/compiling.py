@@ -1,0 +1,149 @@
+"""Kernels of launches, compiled with no GPU, in processes of their own: Triton's interpreter, where it is on, cannot.
+
+Kernels that differ in nothing but run-time numbers are one variant, and the first of them is compiled for all. Triton
+itself may prove more about some numbers (that they are 1, or multiples of 16) and compile such a launch once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+
+from triton_conv3d import engines
+from triton_conv3d.engines import launching
+from triton_conv3d.engines.base import Config
+from triton_conv3d.problem import Operands, Problem
+
+from . import machine_code
+from .machine_code import Report
+from .workloads import LAYOUTS
+
+_ROOT = Path(__file__).resolve().parent.parent
+_COMMAND = (sys.executable, "-W", "ignore", "-m", "perf.compiling")
+_INT32_LIMIT = 2**31  # Triton passes larger numbers as 64-bit ones
+
+Variant = tuple  # hashable: what a kernel is compiled for
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel that this launch of an engine, given by its name, starts as its ``index``-th."""
+
+    problem: Problem
+    engine: str
+    config: Config
+    index: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of a kernel, and what of it must not be."""
+
+    report: Report
+    faults: tuple[str, ...]
+
+
+def variants(problem: Problem, engine: ModuleType, config: Config) -> list[Variant]:
+    """The variant of each kernel that this launch would start, in their order. No tensor is allocated."""
+    return [
+        (problem.arch, kernel.__name__, tuple(map(_kind, args)), tuple((name, str(v)) for name, v in options.items()))
+        for kernel, args, options in _launched(problem, engine, config)
+    ]
+
+
+def _launched(problem: Problem, engine: ModuleType, config: Config) -> list[tuple]:
+    """(kernel, arguments, options) of every kernel that this launch would start."""
+    found = []
+    with launching.replaced(lambda kernel, grid, args, options: found.append((kernel, args, options))):
+        engine.launch(problem, _operands(problem), config)
+    return found
+
+
+def _kind(argument) -> object:
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
+    if isinstance(argument, int):
+        return "i32" if -_INT32_LIMIT <= argument < _INT32_LIMIT else "i64"
+    return str(argument.dtype) if isinstance(argument, torch.Tensor) else argument
+
+
+def _operands(problem: Problem) -> Operands:
+    """Dense tensors without memory, in the layouts of the problem."""
+
+    def empty(role: int) -> torch.Tensor:
+        shape = (problem.input_shape, problem.weight_shape, problem.output_shape)[role]
+        like = {"dtype": problem.torch_dtype, "device": "meta"}
+        return torch.empty(shape, **like, memory_format=LAYOUTS[problem.layouts[role]])
+
+    if problem.pass_ == "forward":
+        bias = torch.empty(problem.out_channels, dtype=problem.torch_dtype, device="meta") if problem.bias else None
+        return Operands(empty(0), empty(1), None, bias)
+    return Operands(None, empty(1), empty(2)) if problem.pass_ == "dgrad" else Operands(empty(0), None, empty(2))
+
+
+def compiled(kernels: Sequence[Kernel], processes: int) -> Iterator[Compiled | str]:
+    """Compile kernels; yields in their order what became of each, or why nothing did.
+
+    Raises:
+        RuntimeError: a process ended before its work was done.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    lines = [json.dumps([k.problem.to_dict(), k.engine, k.config.to_dict(), k.index]) for k in kernels]
+    workers: list[subprocess.Popen] = []
+    with contextlib.ExitStack() as stack:
+        for first in range(min(processes, len(lines))):
+            worker = stack.enter_context(subprocess.Popen(_COMMAND, cwd=_ROOT, env=environment, **pipes))
+            stack.callback(worker.kill)
+            workers.append(worker)
+            with contextlib.suppress(BrokenPipeError):  # it ended early: its answers will be missed
+                worker.stdin.write("\n".join(lines[first::processes]))
+                worker.stdin.close()
+        for index in range(len(lines)):
+            worker = workers[index % processes]
+            answer = worker.stdout.readline()
+            if not answer:
+                raise RuntimeError(f"a compiling process ended early, with status {worker.wait()}")
+            found = json.loads(answer)
+            yield found if isinstance(found, str) else Compiled(Report(**found[0]), tuple(found[1]))
+
+
+def _work() -> None:
+    """A compiling process: a kernel a line on stdin, an answer a line on stdout."""
+    for line in sys.stdin.read().splitlines():
+        problem, name, config, index = json.loads(line)
+        problem, engine = Problem.from_dict(problem), engines.get(name)
+        config = type(engine.configs(problem)[0])(**config)
+        print(json.dumps(_compile(problem, engine, config, index)), flush=True)
+
+
+def _compile(problem: Problem, engine: ModuleType, config: Config, index: int) -> tuple[dict, list[str]] | str:
+    triton.runtime.driver.set_active(machine_code._NamedTarget(machine_code.target(problem.arch)))
+    try:
+        kernel, args, options = _launched(problem, engine, config)[index]
+        code = kernel.run(*args, grid=(1, 1, 1), warmup=True, **options)
+        report = machine_code.read(problem, config, kernel.__name__, code)
+    except Exception as error:  # of whatever kind: the other kernels are still wanted
+        return f"{type(error).__name__}: {error}"
+    vectors = math.gcd(problem.group_in, problem.group_out)  # what is copied at once lies within one group
+    report = dataclasses.replace(report, channels=vectors)
+    allowed = set() if engine.work(problem, config).tensor_cores else {"no matrix instructions"}
+    if engine.NAME != "implicit_gemm":  # other engines load into registers by design
+        allowed.add("no 16-byte copies")
+    return dataclasses.asdict(report), [fault for fault in report.faults() if fault not in allowed]
+
+
+if __name__ == "__main__":
+    _work()

@@ -1,0 +1,218 @@
+"""The acceptance in slices. A slice is a module with these names; it is a list of steps that are run once each.
+
+    NAME, WHAT                 "correctness.large", and one line for people
+    WORKERS                    steps that run at the same time
+    unavailable(setting)       why none of it can run here beside the lack of a GPU, or None
+    steps(setting)             its steps; without a GPU too, for their number and estimated times
+
+Each finished step is a row of a result file; the next call goes on with what has none.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+from .. import machine
+from ..machine import Machine
+from ..results import FAILED, MEMORY, OK, UNSUPPORTED
+from ..run import BAD
+from ..timing import POLICY
+from . import process
+
+BUDGET = 540.0  # seconds of one call: nine minutes
+TUNING = "quick"  # the mode in which the slices tune
+TIMED = f"{POLICY}; ours tuned: {TUNING}"  # how times are taken, as ``python -m perf run`` says it by default
+_WHOLE = 0.9 * BUDGET  # seconds: a step that had so many and was not done would never be
+_REASON = 500  # characters
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step: one of :data:`perf.results.STATUSES`, why if not ``ok``, and how much was checked."""
+
+    status: str = OK
+    reason: str = ""
+    checks: int = 0
+
+
+class DeviceLost(Exception):
+    """After an illegal memory access this process can compute nothing more.
+
+    outcome: of the step that it happened in; None if the next call has to go on with it.
+    """
+
+    def __init__(self, outcome: Outcome | None = None):
+        super().__init__("a kernel accessed memory illegally: this process can compute nothing more")
+        self.outcome = outcome
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    name: unique in its slice. seconds: that it is estimated to take.
+    run: ``run(limit)`` returns what came of it; None if ``limit`` seconds were not enough: the next call goes on.
+    keeps: what it did in part is kept, so that a later call needs less time.
+    """
+
+    name: str
+    seconds: float
+    run: Callable[[float], Outcome | None]
+    keeps: bool = False
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A row of the result file: one finished step. seconds: that it took. measured: when, ISO 8601 in UTC."""
+
+    slice: str
+    step: str
+    status: str
+    reason: str
+    checks: int
+    seconds: float
+    measured: str = field(default_factory=_now)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the acceptance runs, and where its files go.
+
+    out: folder of the results. gpu: its name; None where torch sees none. memory: of the GPU, in bytes.
+    """
+
+    out: Path
+    gpu: str | None = None
+    memory: int = 0
+
+    @property
+    def state(self) -> Path:
+        """Which steps are done."""
+        return self.out / "validate" / "steps.csv"
+
+    @property
+    def cache(self) -> Path:
+        """Plans that the slices tune, for each other and for the next call."""
+        return self.out / "validate" / "plans"
+
+    @cached_property
+    def machine(self) -> Machine:
+        """The GPU with its ceilings, measured when first asked for."""
+        return machine.here(TIMED)
+
+
+@dataclass
+class Progress:
+    """How far a slice is. rows: of its finished steps, by name. reason: why none of it can run here."""
+
+    slice: ModuleType
+    steps: list[Step]
+    reason: str | None
+    rows: dict[str, Check]
+
+    @property
+    def pending(self) -> list[Step]:
+        return [] if self.reason else [step for step in self.steps if step.name not in self.rows]
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimated, of what is pending."""
+        steps = self.pending
+        longest = max((step.seconds for step in steps), default=0.0)
+        return max(longest, math.fsum(step.seconds for step in steps) / self.slice.WORKERS)
+
+    def count(self, *statuses: str) -> int:
+        return sum(row.status in statuses for row in self.rows.values())
+
+
+def progress(module: ModuleType, setting: Setting, rows: Iterable[Check]) -> Progress:
+    """What is left of a slice, given the rows of earlier calls; of two for one step the later one counts."""
+    steps = module.steps(setting)
+    names = {step.name for step in steps}
+    known = {row.step: row for row in rows if row.slice == module.NAME and row.step in names}
+    return Progress(module, steps, module.unavailable(setting), known)
+
+
+def advance(
+    state: Progress,
+    deadline: float,
+    record: Callable[[Check], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Run the pending steps that fit before the deadline, several at a time where the slice allows it.
+
+    Args:
+        deadline: of ``clock``, in seconds.
+        record: told of every finished step.
+
+    Raises:
+        DeviceLost: no further step can run in this process.
+    """
+    pending, running = state.pending, {}
+    with ThreadPoolExecutor(state.slice.WORKERS) if state.slice.WORKERS > 1 else _Inline() as pool:
+        try:
+            while True:
+                while len(running) < state.slice.WORKERS:
+                    step = next((step for step in pending if clock() + step.seconds <= deadline), None)
+                    if step is None:
+                        break
+                    pending.remove(step)
+                    begin = clock()
+                    running[pool.submit(step.run, deadline - begin)] = (step, begin)
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    step, begin = running.pop(future)
+                    outcome = _outcome(future, step, deadline - begin)
+                    if outcome is not None:
+                        row = Check(state.slice.NAME, step.name, **vars(outcome), seconds=clock() - begin)
+                        state.rows[step.name] = row
+                        record(row)
+                    if isinstance(future.exception(), DeviceLost):
+                        raise future.exception()
+        finally:
+            process.end_all()
+
+
+class _Inline(Executor):
+    """Runs what is submitted at once and here, so that an interrupt reaches it."""
+
+    def submit(self, function, /, *args, **kwargs) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _outcome(future: Future, step: Step, limit: float) -> Outcome | None:
+    """What a step returned; one that raises has failed, and the others go on."""
+    error = future.exception()
+    if isinstance(error, DeviceLost):
+        return error.outcome
+    if error is not None:
+        return Outcome(FAILED, f"{type(error).__name__}: {error}"[:_REASON])
+    if future.result() is None and not step.keeps and limit >= _WHOLE:
+        return Outcome(FAILED, f"not done within {limit:.0f} s")
+    return future.result()
+
+
+def summed(outcomes: Iterable[Outcome]) -> Outcome:
+    """One for several: the worst status, the reasons of all that are not ``ok``, and all checks."""
+    outcomes = list(outcomes)
+    statuses = {outcome.status for outcome in outcomes}
+    status = next(status for status in (*BAD, MEMORY, UNSUPPORTED, OK) if status in statuses)
+    reasons = "; ".join(dict.fromkeys(o.reason for o in outcomes if o.reason))
+    return Outcome(status, reasons[:_REASON], sum(o.checks for o in outcomes))

@@ -1,0 +1,383 @@
+"""The depthwise engine in Triton's interpreter or on the GPU: fuzzing, every config, every layout, and its promises.
+
+What is checked of each call stands in one place, :func:`cases.run`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, Case, make, pose, run
+from depthwise_cases import ENGINE, fuzz_case, patched_once
+from guarded import subprocess_of
+
+from triton_conv3d import reference
+from triton_conv3d.engines.base import Memory
+from triton_conv3d.engines.depthwise.configs import CHAIN, WORKSPACE_LIMIT, met_taps, plan, smallest
+from triton_conv3d.problem import PASSES, Problem
+
+IN_CI, LONG = 300, 3_000
+LAST, FIRST = ("channels_last", "channels_last"), ("contiguous", "contiguous")
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter():
+    with patched_once():
+        yield
+
+
+def depthwise(pass_: str, channels: int = 4, multiplier: int = 1, **rest) -> Case:
+    return Case(pass_, in_channels=channels, out_channels=channels * multiplier, groups=channels, **rest)
+
+
+def large(pass_: str, dtype: str = "bfloat16", layout: str = "channels_last", **rest) -> Problem:
+    """A layer on a GPU, large enough for every strip."""
+    shape = dict(batch=2, in_channels=64, out_channels=64, input_size=(64, 56, 64), kernel_size=(3, 3, 3), padding=(1,) * 6)
+    return Problem(pass_, **{**shape, **rest}, groups=64, dtype=dtype, layouts=(layout,) * 3, arch="sm_90", device="any")
+
+
+# ------------------------------------------------------------------------------------------------- T1 and T2
+
+
+@pytest.mark.parametrize("seed", range(IN_CI))
+@pytest.mark.parametrize("pass_", PASSES)
+def test_fuzz(pass_: str, seed: int) -> None:
+    case, config = fuzz_case(pass_, seed)
+    run(case, ENGINE, config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(IN_CI, LONG))
+@pytest.mark.parametrize("pass_", PASSES)
+def test_fuzz_long(pass_: str, seed: int) -> None:
+    case, config = fuzz_case(pass_, seed)
+    run(case, ENGINE, config)
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_fuzzer_reaches_everything(pass_: str) -> None:
+    """The drawn cases cover what the fuzzer promises; a fuzzer that shrinks unnoticed tests nothing."""
+    seen: collections.Counter = collections.Counter()
+    for seed in range(IN_CI):
+        case, config = fuzz_case(pass_, seed)
+        problem = case.geometry()
+        at = plan(problem, config)
+        size = problem.input_size if pass_ == "dgrad" else problem.output_size
+        seen.update([case.dtype, *case.layouts, f"last={case.channels_last}", f"bias={case.bias}", config.kernel])
+        seen.update(["x".join(map(str, case.kernel_size)), f"multiplier={case.out_channels // case.in_channels}"])
+        seen["odd channels"] += case.in_channels % 8 > 0
+        seen["one channel"] += case.in_channels == 1
+        seen["strided"] += case.stride != (1, 1, 1)
+        seen["dilated"] += case.dilation != (1, 1, 1)
+        seen["asymmetric"] += case.padding[::2] != case.padding[1::2]
+        seen["taps skipped"] += met_taps(problem).kernel != case.kernel_size
+        seen["kernel above input"] += any(k > i for k, i in zip(case.kernel_size, case.input_size, strict=True))
+        seen["dilation above input"] += any(
+            d >= i and k > 1 for d, i, k in zip(case.dilation, case.input_size, case.kernel_size, strict=True)
+        )
+        seen["width below strip"] += size[2] < config.columns
+        seen["several tiles"] += max(at.tiles) > 1
+        seen["several parts"] += config.splits > 1
+    wanted = [*DTYPES, *LAYOUTS, "last=True", "last=False", "slide", "3x3x3", "5x5x5", "7x7x7", "1x3x3", "3x1x1", "5x1x1"]
+    wanted += ["multiplier=1", "multiplier=2", "multiplier=3", "odd channels", "one channel", "strided", "dilated"]
+    wanted += ["asymmetric", "taps skipped", "kernel above input", "dilation above input", "width below strip"]
+    wanted += ["several tiles", "several parts"] + ["rows"] * (pass_ != "wgrad") + ["bias=True"] * (pass_ == "forward")
+    assert {name: seen[name] for name in wanted if seen[name] < 5} == {}
+
+
+def test_a_seed_gives_one_case() -> None:
+    assert fuzz_case("dgrad", 11) == fuzz_case("dgrad", 11)
+
+
+# Eight shapes for every config: ragged in every direction, one after another against strips and tiles of every size.
+SHAPES = {
+    "one": dict(channels=1, input_size=(1, 1, 1), kernel_size=(1, 1, 1)),
+    "aligned": dict(channels=16, input_size=(1, 3, 8), kernel_size=(1, 2, 3), padding=(0, 0, 1, 0, 1, 1)),
+    "ragged": dict(channels=7, batch=2, input_size=(2, 5, 3), kernel_size=(2, 1, 3), padding=(1, 0, 0, 0, 1, 1)),
+    "strided": dict(channels=5, input_size=(3, 5, 6), kernel_size=(2, 3, 2), stride=(2, 2, 2), padding=(1, 0, 0, 1, 1, 0)),
+    "wide": dict(channels=40, input_size=(1, 1, 19), kernel_size=(1, 1, 2)),
+    "multiplier": dict(channels=3, multiplier=2, input_size=(2, 2, 4), kernel_size=(2, 1, 2)),
+    "dilated": dict(channels=3, input_size=(4, 4, 7), kernel_size=(2, 1, 2), dilation=(3, 1, 2), padding=(0, 0, 0, 0, 2, 1)),
+    "tall": dict(channels=2, input_size=(1, 11, 2), kernel_size=(1, 3, 1), padding=(0, 0, 1, 1, 0, 0)),
+}
+LAYERS = (
+    dict(),
+    dict(stride=(2, 2, 2)),
+    dict(kernel_size=(5, 5, 5), padding=(2,) * 6),
+    dict(kernel_size=(1, 3, 3), padding=(0, 0, 1, 1, 1, 1)),
+    dict(kernel_size=(5, 1, 1), padding=(2, 2, 0, 0, 0, 0)),
+)
+
+
+def strips(pass_: str) -> list:
+    """Every config, but for its splits, that the engine offers to some large layer."""
+    problems = [large(pass_, *kind, **layer) for kind in itertools.product(DTYPES[1:], LAST[:1] + FIRST[:1]) for layer in LAYERS]
+    found = {
+        dataclasses.replace(config, splits=1): problem.layouts[0]
+        for problem in problems
+        for config in ENGINE.configs(problem)
+    }
+    return [
+        pytest.param(pass_, config, layout, id=f"{pass_}-" + "x".join(map(str, vars(config).values())))
+        for config, layout in sorted(found.items(), key=str)
+    ]
+
+
+@pytest.mark.parametrize("pass_, config, layout", [param for pass_ in PASSES for param in strips(pass_)])
+def test_every_config_is_exact(pass_: str, config, layout: str) -> None:
+    for i, shape in enumerate(SHAPES.values()):
+        case = depthwise(pass_, dtype=DTYPES[i % 3], layouts=(layout,) * 2, channels_last=layout == LAST[0], seed=i, **shape)
+        problem, _ = make(case)
+        if pass_ == "dgrad":
+            if config.kernel == "slide" and case.in_channels != case.out_channels:
+                continue  # not offered: it holds one filter of a channel
+            _, rows, columns = problem.stride if config.kernel == "slide" else (1, 1, problem.stride[2])
+            config = dataclasses.replace(config, rows=-(-config.rows // rows) * rows, columns=-(-config.columns // columns) * columns)
+        run(case, ENGINE, dataclasses.replace(config, splits=1 + i % 3))
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_offered_config_is_exact(shape: str, pass_: str) -> None:
+    """What the engine itself offers for a shape, the smallest last and no config twice."""
+    for layouts in (LAST, FIRST):
+        case = depthwise(pass_, dtype="float16", layouts=layouts, channels_last=layouts == LAST, **SHAPES[shape])
+        problem, _ = make(case)
+        offers = ENGINE.configs(problem)
+        assert offers[-1] == smallest(problem) and len(set(offers)) == len(offers)
+        for config in {offers[0], offers[-1]}:
+            run(case, ENGINE, config)
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, pass_: str) -> None:
+    """Random data in each layout beside the next one; both result formats, the first and the last config."""
+    names = list(LAYOUTS)
+    following = names[(names.index(layout) + 1) % len(names)]
+    for i, dtype in enumerate(DTYPES):
+        case = depthwise(
+            pass_, channels=(8, 3, 16)[i], batch=2, input_size=(2, 4, 5), kernel_size=(2, 1, 3), stride=(1, 2, 1),
+            padding=(0, 1, 0, 0, 1, 0), dtype=dtype, exact=False, layouts=(layout, following), channels_last=i == 1,
+        )  # fmt: skip
+        problem, _ = make(case)
+        run(case, ENGINE, ENGINE.configs(problem)[0])
+        run(case.replace(channels_last=i != 1, layouts=(following, layout)), ENGINE)
+
+
+# Geometries at the borders of what a convolution can be.
+SPECIAL = {
+    "pointwise": dict(channels=9, kernel_size=(1, 1, 1)),
+    "single_frame": dict(input_size=(1, 6, 5), padding=(1,) * 6),
+    "one_pixel": dict(input_size=(1, 1, 1), padding=(1,) * 6, batch=5),
+    "kernel_is_input": dict(kernel_size=(3, 2, 4), input_size=(3, 2, 4), batch=3),
+    "kernel_above_input": dict(kernel_size=(5, 4, 7), input_size=(2, 1, 2), padding=(2, 2, 3, 1, 3, 3)),
+    "dilation_above_input": dict(kernel_size=(3, 3, 3), dilation=(9, 8, 100), padding=(9, 9, 8, 8, 100, 100), input_size=(2, 4, 5)),
+    "taps_skip_the_input": dict(kernel_size=(2, 2, 2), dilation=(4, 4, 4), padding=(2,) * 6, input_size=(1, 2, 3)),
+    "stride_above_kernel": dict(kernel_size=(1, 2, 1), stride=(3, 4, 2), input_size=(5, 7, 4)),
+    "stride_above_input": dict(kernel_size=(2, 1, 2), stride=(4, 3, 5), input_size=(3, 2, 4)),
+    "padding_above_kernel": dict(kernel_size=(1, 2, 1), padding=(2, 3, 3, 2, 0, 1), input_size=(2, 1, 3)),
+    "padding_unequal": dict(kernel_size=(2, 4, 2), padding=(0, 1, 1, 2, 1, 0)),
+    "dilation_shares_stride": dict(kernel_size=(2, 3, 2), stride=(2, 2, 6), dilation=(2, 4, 4), input_size=(6, 9, 8)),
+    "dilation_is_prime_to_stride": dict(kernel_size=(3, 2, 3), stride=(2, 3, 3), dilation=(3, 2, 1), input_size=(8, 7, 6)),
+    "many_taps": dict(channels=2, kernel_size=(1, 2, 19), input_size=(1, 2, 24), padding=(0, 0, 0, 0, 7, 1)),
+    "many_taps_strided": dict(channels=2, kernel_size=(1, 1, 19), input_size=(1, 2, 24), stride=(1, 1, 3), dilation=(1, 1, 2), padding=(0, 0, 0, 0, 20, 1)),
+    "one_channel": dict(channels=1, multiplier=3, input_size=(3, 4, 9), padding=(1,) * 6),
+    "multiplier": dict(channels=4, multiplier=3, kernel_size=(2, 2, 1), input_size=(3, 3, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_geometries(name: str, pass_: str) -> None:
+    for layouts in (LAST, FIRST):
+        case = depthwise(pass_, **{"layouts": layouts, "channels_last": layouts == LAST, **SPECIAL[name]})
+        offers = ENGINE.configs(make(case)[0])
+        for config in {offers[0], offers[-1]}:
+            run(case, ENGINE, config)
+    run(case.replace(dtype="float16", channels_last=True), ENGINE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias(dtype: str) -> None:
+    """Fused: one value for all pixels, also for those that only meet padding, and for every part of the depth."""
+    case = depthwise("forward", 6, 2, input_size=(3, 2, 3), kernel_size=(1, 1, 3), padding=(1, 1, 0, 0, 3, 3), bias=True, dtype=dtype)
+    for channels_last, exact in itertools.product((True, False), (True, False)):
+        case = case.replace(channels_last=channels_last, exact=exact)
+        for config in ENGINE.configs(make(case)[0])[-2:]:
+            run(case, ENGINE, dataclasses.replace(config, splits=2))
+
+
+# ---------------------------------------------------------------------------------------------- reductions
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 4, 7, 201])
+@pytest.mark.parametrize("pass_", PASSES)
+def test_splits(pass_: str, splits: int) -> None:
+    """7 and 201 are more parts than there is work: some stay empty."""
+    case = depthwise(pass_, 5, batch=2, input_size=(3, 3, 4), kernel_size=(2, 1, 2), dtype="float16", padding=(0, 1, 0, 0, 1, 1))
+    for config in {ENGINE.configs(make(case)[0])[i] for i in (0, -1)}:
+        run(case, ENGINE, dataclasses.replace(config, splits=splits))
+
+
+def test_partial_sums_are_float32() -> None:
+    """Parts of a sum that float16 cannot hold: 90000 - 144000 + 90000."""
+    case = depthwise("wgrad", 1, input_size=(3, 1, 36), kernel_size=(1, 1, 1), dtype="float16")
+    _, operands = make(case)
+    operands.input.fill_(50.0)
+    operands.grad.fill_(50.0)
+    operands.grad[:, :, 1].fill_(-80.0)
+    problem = pose(case, operands)
+    result = ENGINE.launch(problem, operands, dataclasses.replace(smallest(problem), splits=3))
+    assert result.item() == 36_000.0
+
+
+def test_equal_bits_in_every_run() -> None:
+    case = depthwise("wgrad", 5, batch=2, input_size=(3, 4, 5), padding=(1,) * 6, exact=False, dtype="float16")
+    problem, operands = make(case)
+    config = dataclasses.replace(ENGINE.configs(problem)[0], splits=3)
+    first = ENGINE.launch(problem, operands, config)
+    for _ in range(3):
+        assert torch.equal(ENGINE.launch(problem, operands, config), first)
+
+
+LONG_WGRAD = (
+    dict(),
+    dict(batch=8, input_size=(160, 160, 160)),
+    dict(input_size=(8, 8, 8), batch=1),
+    dict(kernel_size=(7, 7, 7), padding=(3,) * 6, input_size=(128, 128, 128)),
+    dict(in_channels=64, out_channels=192),
+)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("layer", LONG_WGRAD, ids=str)
+def test_accumulators_are_short_and_the_workspace_small(layer: dict, layout: str) -> None:
+    problem = large("wgrad", layout=layout, **layer)
+    assert ENGINE.supports(problem) is None
+    for config in ENGINE.configs(problem):
+        at = plan(problem, config)
+        assert at.share * at.chunk * config.rows * config.columns <= CHAIN, config
+        assert ENGINE.memory(problem, config).workspace <= WORKSPACE_LIMIT, config
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_errors_are_not_above_the_peers(pass_: str) -> None:
+    """T3: against torch's own convolution in the same precision, and over the same data."""
+    import tolerances
+
+    from triton_conv3d import engines
+
+    case = depthwise(pass_, 16, batch=2, input_size=(4, 5, 4), padding=(1, 1, 0, 0, 1, 0), dtype="bfloat16", exact=False)
+    problem, operands = make(case)
+    expected, scale = reference.compute(problem, operands), reference.magnitude(problem, operands)
+    aten = engines.get("aten")
+    ours = ENGINE.launch(problem, operands, smallest(problem))
+    peer = aten.launch(problem, operands, aten.configs(problem)[0])
+    tolerances.check_peer(reference.errors(ours, expected, scale), reference.errors(peer, expected, scale))
+
+
+# ---------------------------------------------------------------------------------- what it takes, and what not
+
+COMMON = dict(batch=2, in_channels=4, out_channels=8, groups=4, input_size=(4, 4, 4), kernel_size=(2, 2, 2))
+
+
+@pytest.mark.parametrize("changes, reason", [
+    (dict(dtype="float64"), "float64"),
+    (dict(arch="cpu"), "TRITON_INTERPRET"),
+    (dict(batch=0), "nothing to multiply"),
+    (dict(groups=2), "groups=2 is not in_channels=4"),
+    (dict(groups=1), "groups=1 is not in_channels=4"),
+    (dict(pass_="dgrad", stride=(1, 1, 17), input_size=(4, 4, 40)), "stride 17"),
+    (dict(pass_="wgrad", kernel_size=(64, 64, 64), input_size=(64, 64, 64), in_channels=64, out_channels=128, groups=64), "partial sums"),
+])  # fmt: skip
+def test_unsupported_problems_are_named(changes: dict, reason: str) -> None:
+    problem = Problem(**{"pass_": "forward", "arch": "interpreter", **COMMON, **changes})
+    assert reason in ENGINE.supports(problem)
+    assert ENGINE.supports(Problem("forward", arch="interpreter", **COMMON)) is None
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_memory_counts_copies_weights_and_partial_sums(pass_: str) -> None:
+    def used(layouts: tuple[str, str], **changes) -> Memory:
+        problem, _ = make(depthwise(pass_, 4, 2, batch=2, dtype="float16", layouts=layouts))
+        return ENGINE.memory(problem, dataclasses.replace(smallest(problem), **changes))
+
+    weights = 4 * 8 * 27
+    base = Memory(3 * weights, 0) if pass_ == "wgrad" else Memory(0, weights)
+    assert used(LAST, splits=3) == used(FIRST, splits=3) == used(("cropped", "cropped"), splits=3) == base
+    copied = {"forward": 2 * 4 * 64, "dgrad": 2 * 8 * 8, "wgrad": 2 * 4 * 64 + 2 * 8 * 8}[pass_]
+    assert used(("channel_step", "channel_step"), splits=3) == dataclasses.replace(base, copies=base.copies + 2 * copied)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("pass_", PASSES)
+def test_bytes_by_design(pass_: str, layout: str) -> None:
+    """Planes that two parts of the depth both read come from memory twice: at most 1.25 times the least bytes in all."""
+    problem = large(pass_, layout=layout)
+    config = ENGINE.configs(problem)[0]
+    at = plan(problem, config)
+    again = (at.chunks - 1) * 2 / problem.input_size[0] if config.kernel == "slide" else 0.0
+    moved = problem.min_bytes + again * problem.min_bytes / 2 + 2 * ENGINE.memory(problem, config).workspace
+    assert moved <= 1.25 * problem.min_bytes
+
+
+@pytest.mark.parametrize("changes, first, kernel, pad", [
+    (dict(), (0, 0, 0), (3, 3, 3), (1, 1, 1)),
+    (dict(input_size=(1, 8, 8)), (1, 0, 0), (1, 3, 3), (0, 1, 1)),
+    (dict(dilation=(9, 1, 1), padding=(9, 9, 1, 1, 1, 1), input_size=(4, 8, 8)), (1, 0, 0), (1, 3, 3), (0, 1, 1)),
+    (dict(stride=(8, 1, 1), input_size=(2, 8, 8)), (1, 0, 0), (2, 3, 3), (0, 1, 1)),
+    (dict(padding=(1, 0, 0, 1, 1, 1), input_size=(2, 2, 8)), (1, 0, 0), (2, 2, 3), (0, 0, 1)),
+])  # fmt: skip
+def test_taps_that_only_meet_padding_are_skipped(changes: dict, first: tuple, kernel: tuple, pad: tuple) -> None:
+    shape = dict(batch=1, in_channels=4, out_channels=4, groups=4, input_size=(8, 8, 8), kernel_size=(3, 3, 3), padding=(1,) * 6)
+    for pass_ in PASSES:
+        met = met_taps(Problem(pass_, **{**shape, **changes}))
+        assert (met.first, met.kernel, met.pad) == (first, kernel, pad)
+
+
+# ---------------------------------------------------------------------------------------------- memory safety
+
+
+@pytest.mark.parametrize("mode", ["end", "start", "checked", "large"])
+def test_in_a_process_of_its_own(mode: str) -> None:
+    """end, start: tensors flush with pages that fault; checked: no 32-bit overflow; large: offsets beyond 2^31."""
+    done = subprocess_of("depthwise_cases.py", mode)
+    last = done.stdout.splitlines()[-1:]
+    assert done.returncode == 0 and last == ["done"], f"exit {done.returncode} in {last}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("which", [0, 1], ids=["first_operand", "second_operand"])
+def test_one_nan_touches_only_its_footprint(which: int, pass_: str) -> None:
+    """The result is NaN where the definition multiplies that element, and exact everywhere else.
+
+    A weight in dgrad, and a NaN at the border in wgrad, may also meet zeros that stand for padding: 0 * NaN, but only in
+    their own channel.
+    """
+    problem, operands = make(depthwise(pass_, 5, batch=2, input_size=(3, 5, 6), padding=(1, 1, 0, 1, 1, 0)))
+    tensor = [tensor for tensor in operands if tensor is not None][which]
+    clean = reference.compute(problem, operands)
+    touched = 0
+    for position in (0, tensor.numel() // 2, tensor.numel() - 1):
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape))
+        value = tensor[where].item()
+        tensor[where] = math.nan
+        expected = reference.compute(problem, operands).isnan()
+        offers = ENGINE.configs(problem)
+        result = ENGINE.launch(problem, operands, offers[position % len(offers)])
+        tensor[where] = value
+        allowed = expected.clone()
+        if pass_ == "wgrad":
+            allowed[where[1]] = True
+        elif (pass_, which) == ("dgrad", 0):
+            allowed[:, where[0]] = True
+        assert bool((result.isnan() >= expected).all()) and bool((result.isnan() <= allowed).all())
+        assert torch.equal(result[~result.isnan()].double(), clean[~result.isnan()])
+        touched += int(expected.sum())
+    assert touched
