@@ -130,7 +130,7 @@ def _work() -> None:
 
 
 def _compile(problem: Problem, engine: ModuleType, config: Config, index: int) -> tuple[dict, list[str]] | str:
-    triton.runtime.driver.set_active(machine_code._NamedTarget(machine_code.target(problem.arch)))
+    triton.runtime.driver.set_active(machine_code.NamedTarget(machine_code.target(problem.arch)))
     try:
         kernel, args, options = _launched(problem, engine, config)[index]
         code = kernel.run(*args, grid=(1, 1, 1), warmup=True, **options)

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from triton_conv3d.engines import implicit_gemm, launching
-from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES
+from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES, spills
 from triton_conv3d.problem import Operands, Problem, describe
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -80,7 +80,7 @@ class Report:
         return found
 
 
-class _NamedTarget:
+class NamedTarget:
     """A driver that knows the architecture and nothing else: enough for Triton to specialise and compile."""
 
     def __init__(self, target: GPUTarget):
@@ -107,7 +107,7 @@ def compile_launch(problem: Problem, operands: Operands, config) -> list[tuple[s
     def compile_only(kernel, grid, args, options):
         compiled.append((kernel.__name__, kernel.run(*args, grid=(*grid, 1), warmup=True, **options)))
 
-    triton.runtime.driver.set_active(_NamedTarget(target(problem.arch)))
+    triton.runtime.driver.set_active(NamedTarget(target(problem.arch)))
     try:
         with launching.replaced(compile_only):
             implicit_gemm.launch(problem, operands, config)
@@ -187,6 +187,7 @@ def configs(problem: Problem, most: int | None = None) -> list:
     """What decides about the code: every tile, whole and split; or the first of ``most`` tiles split, the others whole."""
     whole = list(dict.fromkeys(dataclasses.replace(c, splits=1) for c in implicit_gemm.configs(problem)))[:most]
     split = [dataclasses.replace(tile, splits=2) for tile in whole]
+    split = [config for config in split if not spills(problem, config)]
     return whole + split if most is None else split[:1] + whole[1:]
 
 

@@ -151,7 +151,7 @@ def _prediction(
     kernels: Sequence[Variant],
 ) -> Prediction:
     rates = cost_model.rates(problem)
-    roofline = cost_model._roofline(problem, rates)
+    roofline = cost_model.roofline(problem, rates)
     memory = problem.min_bytes / rates.bandwidth
     return Prediction(
         case.workload.suite, case.workload.model, case.key, gpu, engine.NAME, rank, str(config), seconds * 1e6,
@@ -255,7 +255,7 @@ def write(path: Path, predictions: Sequence[Prediction], variants: Sequence[Vari
             writer.writerow(field.name for field in dataclasses.fields(Prediction))
             writer.writerows(map(dataclasses.astuple, predictions))
     else:
-        title = f"Prediction of the cost model for {gpu}, nothing measured: tiles of configs"
+        title = f"Prediction of the cost model for {gpu}, nothing measured: tiles of implicit_gemm"
         figures = plots.figures()
         figures.save(figures.heat_map(plots.tile_shares(tiles(cases, gpu)), title, plots.TILE_CAPTION), path)
 

@@ -88,8 +88,5 @@ def test_the_kept_report_covers_every_config_of_today(report):
                     assert not missing, f"{key}: {missing}; again: python -m perf.machine_code --all"
 
 
-def test_reports_of_both_ends_are_kept():
-    assert {p.stem for p in (ROOT / "perf" / "results" / "machine_code").glob("*.json")} >= {
-        "triton-3.6.0",
-        "triton-3.9.0",
-    }
+def test_the_report_of_the_oldest_triton_is_kept():
+    assert (ROOT / "perf" / "results" / "machine_code" / "triton-3.6.0.json").is_file()

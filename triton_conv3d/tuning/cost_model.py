@@ -71,7 +71,7 @@ def predict(problem: Problem, engine: ModuleType, config: Config) -> float:
     if problem.arch == "interpreter":
         elements = work.bytes_read / problem.itemsize
         return work.programs * work.iterations * (_INTERPRETED_STEP + elements * _INTERPRETED_ELEMENT)
-    return max(_predicted(problem, work, gpu), _roofline(problem, gpu))
+    return max(_predicted(problem, work, gpu), roofline(problem, gpu))
 
 
 def rank(
@@ -108,7 +108,8 @@ def _peak(problem: Problem, gpu: Rates, tensor_cores: bool = True) -> float:
     return gpu.tensor / {"tf32": 2, "tf32x3": 6}.get(problem.precision, 1)
 
 
-def _roofline(problem: Problem, gpu: Rates) -> float:
+def roofline(problem: Problem, gpu: Rates) -> float:
+    """Seconds that no kernel can beat: the flops at the peak rate, or the minimal bytes at the memory's."""
     return max(problem.flops / _peak(problem, gpu), problem.min_bytes / gpu.bandwidth)
 
 
@@ -116,10 +117,10 @@ def _guess(problem: Problem, engine: ModuleType, config: Config, gpu: Rates) -> 
     """For engines that launch what is not ours."""
     copies = 2 * engine.memory(problem, config).copies / gpu.bandwidth
     if engine.NAME == "matmul":
-        return _LAUNCH + copies + _roofline(problem, gpu) / _MATMUL_PART
+        return _LAUNCH + copies + roofline(problem, gpu) / _MATMUL_PART
     part = _ATEN_PART if problem.groups == 1 else _ATEN_GROUPED_PART
     if any(layout != CHANNELS_LAST for layout in problem.layouts) and not getattr(config, "channels_last", False):
         part *= _ATEN_OTHER_LAYOUT
     if getattr(config, "benchmark", False):
         part *= _ATEN_BENCHMARK
-    return 2 * _LAUNCH + copies + _roofline(problem, gpu) / part
+    return 2 * _LAUNCH + copies + roofline(problem, gpu) / part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -87,23 +88,35 @@ _WGRAD_16 = _tiles(
 _WGRAD_32 = _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 16, 16, 2, 2))
 _WGRAD_FMA = _tiles((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (16, 16, 16, 2, 2))
 
-# Of these, what needs more registers than a thread has, as perf/machine_code.py finds. Beside them, tiles above
-# 128 x 128 spill everywhere but on sm_90, whose accumulators leave room.
+# Of these, (block_m, block_n, num_warps) that need more registers than a thread has, as perf/machine_code.py finds: whole,
+# and only as parts of a split reduction. Beside them, tiles above 128 x 128 spill everywhere but on sm_90, whose
+# accumulators leave room.
 _SPILLING = {
-    ("sm_80", "strided dgrad"): ((256, 64, 8),),  # (block_m, block_n, num_warps)
+    ("sm_80", "strided dgrad"): ((256, 64, 8),),
     ("sm_90", "strided dgrad"): ((256, 128, 8),),
     ("sm_100", "dgrad"): ((128, 128, 4),),
     ("sm_100", "wgrad"): ((64, 128, 8),),
 }
+_SPILLING_SPLIT = {
+    ("sm_80", "forward"): ((128, 128, 4), (128, 32, 4), (128, 16, 4)),
+    ("sm_80", "dgrad"): ((128, 128, 4), (128, 32, 4)),
+    ("sm_80", "strided dgrad"): ((128, 128, 4), (128, 32, 4), (64, 64, 4), (256, 32, 4), (64, 32, 4)),
+    ("sm_90", "strided dgrad"): ((128, 128, 4),),
+    ("sm_90", "wgrad"): ((16, 128, 4),),
+    ("sm_100", "forward"): ((128, 128, 4), (128, 16, 4)),
+    ("sm_100", "strided dgrad"): ((128, 128, 4),),
+}
 _LARGEST_ELSEWHERE = 128 * 128
 
 
-def _spills(problem: Problem, tile: GemmConfig) -> bool:
-    if problem.arch not in ("sm_90", "interpreter") and tile.block_m * tile.block_n > _LARGEST_ELSEWHERE:
+def spills(problem: Problem, config: GemmConfig) -> bool:
+    """Whether the config is known to keep registers in memory, and so is not offered."""
+    if problem.arch not in ("sm_90", "interpreter") and config.block_m * config.block_n > _LARGEST_ELSEWHERE:
         return True
     strided = problem.pass_ == "dgrad" and problem.stride != (1, 1, 1)
-    spilling = _SPILLING.get((problem.arch, "strided dgrad" if strided else problem.pass_), ())
-    return (tile.block_m, tile.block_n, tile.num_warps) in spilling
+    kind = (problem.arch, "strided dgrad" if strided else problem.pass_)
+    spilling = _SPILLING.get(kind, ()) + (_SPILLING_SPLIT.get(kind, ()) if config.splits > 1 else ())
+    return (config.block_m, config.block_n, config.num_warps) in spilling
 
 
 def _base(problem: Problem) -> tuple[GemmConfig, ...]:
@@ -168,17 +181,15 @@ def _splits(problem: Problem, tile: GemmConfig) -> tuple[int, ...]:
 
 
 def configs(problem: Problem) -> tuple[GemmConfig, ...]:
-    """Every configuration that this problem can take, the smallest last. Splits do not add compiled kernels."""
-    base = tuple(tile for tile in _base(problem) if not _spills(problem, tile))
-    if problem.arch.startswith("gfx"):  # two stages are AMD's software pipeline
-        base = tuple(dict.fromkeys(GemmConfig(*(t.block_m, t.block_n, t.block_k, t.num_warps, 2)) for t in base))
+    """Every configuration that this problem can take, the smallest last. All splits above 1 share a compiled kernel."""
+    base = tuple(tile for tile in _base(problem) if not spills(problem, tile))
+    if problem.arch.startswith("gfx"):  # two stages are AMD's software pipeline, and its warps have 64 threads
+        base = [dataclasses.replace(t, num_warps=1 if t.num_warps == 2 else t.num_warps, num_stages=2) for t in base]
+        base = tuple(dict.fromkeys(base))
     tiles = [tile for tile in base if _fits(problem, tile)] or [base[-1]]
     if problem.arch == "interpreter":
         tiles.insert(0, _interpreter_tile(problem))
-    offers = [
-        GemmConfig(t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, splits)
-        for t in tiles
-        for splits in _splits(problem, t)
-    ]
+    offers = [dataclasses.replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile)]
+    offers = [offer for offer in offers if not spills(problem, offer)]
     smallest = base[-1]
     return (*(offer for offer in offers if offer != smallest), smallest)

@@ -1,0 +1,163 @@
+"""Faults planted in the depthwise engine, one at a time, must all be caught by a small battery of the checks used elsewhere.
+
+A fault is a substitution in the engine's source. The mutated engine is loaded under a name of its own and runs between
+guard pages in a forked process: ``python tests/test_depthwise_faults.py`` prints how each of them ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from guarded import guards, overflow_checked, subprocess_of
+
+FOLDER = Path(__file__).resolve().parent.parent / "triton_conv3d" / "engines" / "depthwise"
+
+# name: (file, what stands there once, what is planted)
+FAULTS = {
+    # masks
+    "channels_off": ("kernels.py", "inside &= c < channels * C_UNIT", "inside &= c >= 0"),
+    "width_below_zero": ("lanes.py", "((at + FIRST).to(tl.uint32, bitcast=True) < size)", "(at + FIRST < size)"),
+    "always_even": ("__init__.py", "return size >= strips * step", "return True"),
+    "height_below_zero": ("kernels.py", "((xh + position(r, ROWS, HEIGHT, DGRAD)).to(tl.uint32, bitcast=True) < height)", "(xh + position(r, ROWS, HEIGHT, DGRAD) < height)"),
+    "depth_above_size": ("kernels.py", "height = tl.where((z >= 0) & (z < x_size[0]), x_size[1], 0)\n            plane", "height = tl.where(z >= 0, x_size[1], 0)\n            plane"),
+    "rows_of_result_off": ("kernels.py", "inside & (yh + i < y_size[1]),", "inside,"),
+    "wgrad_strips_off": ("wgrad.py", "inside = in_tile & (h < strips[0]) & (w < strips[1])", "inside = in_tile & (w < strips[1])"),
+    "wgrad_rows_off": ("wgrad.py", "inside & (gh + i < height)", "inside"),
+    "wgrad_planes_of_gradient_off": ("wgrad.py", "height = tl.where(step < end, y_size[1], 0)", "height = y_size[1]"),
+    "wgrad_taps_beyond_kernel": ("wgrad.py", "wanted = tl.where(exists, filters * C_UNIT, 0)", "wanted = filters * C_UNIT"),
+    "reduction_off": ("wgrad.py", "mask = (first + split < splits) & (at < elements)[None, :]", "mask = (first + split >= 0) & (at < elements)[None, :]"),
+    # geometry
+    "kernel_flipped": ("axes.py", "ahead = open_plane if DGRAD else", "ahead = kernel - 1 - open_plane if DGRAD else"),
+    "parity_ignored": ("axes.py", "    if DGRAD and at % stride:\n        return -1\n", ""),
+    "ring_short": ("axes.py", "max((kernel - 1) * dilation + 1, stride)", "(kernel - 1) * dilation + 1"),
+    "dilation_of_height": ("configs.py", "(met.kernel[i], stride[i], dilation[i], met.pad[i])", "(met.kernel[i], stride[i], dilation[2], met.pad[i])"),
+    "padding_at_the_end": ("configs.py", "problem.padding[::2], strict=True", "problem.padding[1::2], strict=True"),
+    "first_tap_lost": ("__init__.py", "taps = taps.narrow(dim + 1, first, count)", "taps = taps.narrow(dim + 1, 0, count)"),
+    "part_of_depth_starts_late": ("kernels.py", "first + pad_d - (RING - 1)", "first + pad_d"),
+    "row_of_taps_shared": ("kernels.py", "tap = (first_d + td * tap_step[0]) * kernel[1]", "tap = (first_d + td * tap_step[0])"),
+    "part_of_row_not_shifted": ("kernels.py", "xw + parts * SHIFT, x_size[2]", "xw, x_size[2]"),
+    "multiplier_of_weight": ("kernels.py", "tap_ptr = w_ptr + tap * kernel[2] * w_step + m", "tap_ptr = w_ptr + tap * kernel[2] * w_step"),
+    "groups_of_pixels_swapped": ("lanes.py", "parts += (even[i], odd[i])", "parts += (odd[i], even[i])"),
+    "last_unit_lost": ("wgrad.py", "tl.minimum((split + 1) * share, units)", "tl.minimum((split + 1) * share, units - 1)"),
+    "ring_not_moved": ("wgrad.py", "ring = ring[1:] + (grads,)", "ring = ring[:-1] + (grads,)"),
+    # numbers and memory
+    "bias_lost": ("kernels.py", "initial += tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)", "initial += 0.0"),
+    "partial_sums_in_half": ("__init__.py", "partials = torch.empty((config.splits, *met.kernel, problem.out_channels), dtype=torch.float32", "partials = torch.empty((config.splits, *met.kernel, problem.out_channels), dtype=torch.float16"),
+    "offsets_in_32_bits": ("__init__.py", '"INDEX": tl.int64 if problem.index64 else tl.int32', '"INDEX": tl.int32'),
+    "copy_forgotten": ("__init__.py", "if layout == STRIDED:", "if False:"),
+    "skipped_taps_not_zeroed": ("__init__.py", "        dw.zero_()\n", "        pass\n"),
+    "units_of_two": ("__init__.py", "self.unit = 1\n", "self.unit = 2\n"),
+}  # fmt: skip
+
+
+def load(name: str, fault: tuple[str, str, str] | None, folder: str) -> ModuleType:
+    """The engine with a fault in it, as a module of its own. LookupError if its place is gone."""
+    package = Path(folder) / name
+    shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("__pycache__"))
+    if fault:
+        file, old, new = fault
+        source = (package / file).read_text()
+        if old not in source:
+            raise LookupError(f"{file} no longer holds: {old}")
+        (package / file).write_text(source.replace(old, new))
+    full = f"triton_conv3d.engines.{name}"
+    spec = importlib.util.spec_from_file_location(full, package / "__init__.py", submodule_search_locations=[str(package)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def battery(engine: ModuleType) -> None:
+    """Raises, or kills the process, if the engine is wrong."""
+    from cases import Case, make, run
+    from depthwise_cases import run_large
+
+    rows = ("contiguous",) * 2
+    geometries = (
+        dict(in_channels=7, batch=2, input_size=(2, 5, 6), kernel_size=(2, 3, 3), padding=(1, 0, 2, 0, 1, 1)),
+        dict(in_channels=3, input_size=(2, 3, 8), kernel_size=(3, 1, 3), padding=(1, 1, 0, 0, 1, 1), layouts=rows, channels_last=False),
+        dict(in_channels=6, input_size=(4, 5, 6), kernel_size=(1, 2, 3), stride=(2, 3, 2), padding=(1, 0, 0, 1, 1, 0), dilation=(1, 2, 1)),
+        dict(in_channels=3, out_channels=6, input_size=(2, 3, 3), kernel_size=(2, 1, 2), layouts=("unaligned", "channel_step")),
+        dict(in_channels=4, input_size=(1, 4, 3), kernel_size=(3, 3, 3), padding=(1,) * 6, layouts=("channel_step", "unaligned")),
+        dict(in_channels=2, input_size=(1, 2, 24), kernel_size=(1, 1, 19), padding=(0, 0, 0, 0, 2, 3)),
+        dict(in_channels=4, input_size=(2, 5, 6), kernel_size=(1, 5, 6), padding=(0, 0, 2, 0, 0, 2)),
+        dict(in_channels=259, input_size=(1, 3, 1), kernel_size=(1, 2, 1)),
+        dict(in_channels=5, input_size=(3, 5, 4), kernel_size=(1, 2, 1), exact=False),
+    )  # fmt: skip
+    for i, geometry in enumerate(geometries):
+        for pass_ in ("forward", "dgrad", "wgrad"):
+            channels = geometry["in_channels"]
+            case = Case(pass_, seed=i, groups=channels, bias=pass_ == "forward", **{"out_channels": channels, **geometry})
+            offers = engine.configs(make(case)[0])
+            with guards(at_end=i % 2 == 0) as fresh:
+                run(case, engine, dataclasses.replace(offers[0], splits=2), fresh)
+                run(case, engine, dataclasses.replace(offers[-1], splits=3, vector=1 if pass_ != "wgrad" else 4), fresh)
+    for pass_ in ("forward", "dgrad", "wgrad"):
+        with overflow_checked():
+            run_large(engine, pass_, "batch", contiguous=False)
+
+
+def _in_a_fork(name: str, fault: tuple[str, str, str] | None) -> str:
+    """'survived', or how the fault was caught."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        outcome = "survived"
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                battery(load(name, fault, folder))
+        except LookupError as error:
+            outcome = f"stale: {error}"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: " + " | ".join(str(error).splitlines()[:1] + str(error).splitlines()[-1:])
+            if fault is None:
+                traceback.print_exc()
+        os.write(writer, outcome[:2000].encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        outcome = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else outcome
+
+
+def main(*names: str) -> None:
+    import torch
+    from depthwise_cases import patched_once
+
+    torch.set_num_threads(1)
+    with patched_once():
+        for name in names or ("", *FAULTS):
+            print(json.dumps([name, _in_a_fork(f"depthwise_{name or 'sound'}", FAULTS.get(name))]), flush=True)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    done = subprocess_of("test_depthwise_faults.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+def test_without_a_fault_the_battery_passes(outcomes: dict[str, str]) -> None:
+    assert outcomes[""] == "survived"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
+    assert not outcomes[name].startswith("stale"), outcomes[name]
+    assert outcomes[name] != "survived"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
