@@ -344,7 +344,7 @@ def _plan(rng: random.Random, problem: Problem, longest: int) -> tuple[str, Conf
     offers = list(engine.configs(problem))
     if not hasattr(engine, "work"):
         return name, rng.choice(offers)
-    if rng.random() < 0.3:
+    if name == "implicit_gemm" and rng.random() < 0.3:
         offers = [dataclasses.replace(offer, splits=rng.choice((2, 3, 5))) for offer in offers]
     works = [engine.work(problem, offer) for offer in offers]
     cheap = [

@@ -1,6 +1,12 @@
 """Depthwise convolution: groups == in_channels, with any channel multiplier. Direct, and bound by memory.
 
-TODO
+    y[n, c, o] = sum over taps t of  x[n, c, o * stride + t * dilation - padding] * w[c, t]      (+ bias[c])
+
+forward as it stands, dgrad with the parity of a stride known at compile time, wgrad in two stages: float32 partial sums
+of at most 64 MiB, then a reduction in a fixed order. A program slides a strip of rows and columns through the volume
+along D and keeps what the next plane needs in registers; the kernel ``rows`` takes over where that does not fit.
+Channels-last and contiguous tensors are both read and written as they are. Bytes that a config reads are worked out in
+:func:`.configs.read_bytes`; by design each tensor is written once, and read once but for the overlap of strips.
 """
 
 from __future__ import annotations
