@@ -13,18 +13,33 @@ from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
 import tolerances
+import triton.language as tl
 from cases import _READ, DTYPES, LAYOUTS, PRECISIONS, Case, make, pose, run
 from guarded import guards, overflow_checked, reserved
-import triton.language as tl
 from triton.runtime import interpreter
 
 from triton_conv3d.engines.base import Config
-from triton_conv3d.engines.depthwise.configs import met_taps
+from triton_conv3d.engines.depthwise.geometry import met_taps
 from triton_conv3d.problem import PASSES, Operands, Problem
 
 ENGINE = importlib.import_module("triton_conv3d.engines.depthwise")
 KERNELS = ((3, 3, 3), (5, 5, 5), (7, 7, 7), (1, 3, 3), (1, 5, 5), (1, 7, 7), (3, 1, 1), (5, 1, 1), (1, 1, 9), (1, 1, 1))
+LAST, FIRST = ("channels_last", "channels_last"), ("contiguous", "contiguous")
 _MOST_OPERATIONS = (400, 400, 400, 1200)  # of one case in the interpreter: some 25 to 75 milliseconds
+
+
+def depthwise(pass_: str, channels: int = 4, multiplier: int = 1, **rest) -> Case:
+    return Case(pass_, in_channels=channels, out_channels=channels * multiplier, groups=channels, **rest)
+
+
+def large(pass_: str, dtype: str = "bfloat16", layout: str = "channels_last", **rest) -> Problem:
+    """A layer on a GPU, large enough for every strip."""
+    shape = dict(
+        batch=2, in_channels=64, out_channels=64, input_size=(64, 56, 64), kernel_size=(3, 3, 3), padding=(1,) * 6
+    )
+    return Problem(
+        pass_, **{**shape, **rest}, groups=64, dtype=dtype, layouts=(layout,) * 3, arch="sm_90", device="any"
+    )
 
 
 def fuzz_case(pass_: str, seed: int) -> tuple[Case, Config]:
@@ -120,23 +135,28 @@ def patched_once() -> Iterator[None]:
 
 def guarded_cases() -> list[Case]:
     """Ragged in every direction, so that every mask is needed; each read natively, without a copy."""
+    rows = ("contiguous",) * 2
     geometries = (
         dict(in_channels=1, input_size=(1, 1, 1), kernel_size=(1, 1, 1)),
         dict(batch=2, in_channels=7, input_size=(2, 5, 3), padding=(1, 1, 2, 0, 0, 1)),
-        dict(batch=2, in_channels=5, input_size=(2, 5, 4), padding=(1, 1, 1, 0, 0, 1), layouts=("contiguous",) * 2),
-        dict(in_channels=3, input_size=(2, 3, 16), padding=(1,) * 6, layouts=("contiguous",) * 2, channels_last=False, dtype="float16"),
+        dict(batch=2, in_channels=5, input_size=(2, 5, 4), padding=(1, 1, 1, 0, 0, 1), layouts=rows),
+        dict(in_channels=3, input_size=(2, 3, 16), padding=(1,) * 6, layouts=rows, channels_last=False, dtype="float16"),
         dict(in_channels=6, stride=(2, 1, 2), input_size=(4, 3, 6), padding=(1, 1, 0, 0, 1, 0), dtype="float16"),
-        dict(in_channels=6, stride=(2, 2, 2), input_size=(3, 4, 8), padding=(1,) * 6, layouts=("contiguous",) * 2, channels_last=False),
+        dict(in_channels=6, stride=(2, 2, 2), input_size=(3, 4, 8), padding=(1,) * 6, layouts=rows, channels_last=False),
         dict(in_channels=16, kernel_size=(1, 2, 2), input_size=(2, 3, 9), dtype="float16"),
         dict(in_channels=3, multiplier=2, kernel_size=(2, 1, 2), input_size=(5, 4, 3), stride=(3, 2, 1)),
-        dict(in_channels=3, multiplier=2, kernel_size=(2, 1, 2), input_size=(3, 4, 3), layouts=("contiguous",) * 2, channels_last=False),
+        dict(in_channels=3, multiplier=2, kernel_size=(2, 1, 2), input_size=(3, 4, 3), layouts=rows, channels_last=False),
         dict(in_channels=9, layouts=("cropped", "cropped"), kernel_size=(2, 2, 1)),
         dict(in_channels=9, layouts=("unaligned", "channel_slice"), channels_last=False, bias=True),
         dict(in_channels=2, kernel_size=(1, 1, 11), input_size=(1, 2, 12), dilation=(1, 1, 2), padding=(0, 0, 0, 0, 10, 9)),
     )  # fmt: skip
     cases = []
     for pass_, (seed, geometry) in itertools.product(PASSES, enumerate(geometries)):
-        geometry = {**geometry, "bias": geometry.get("bias", False) and pass_ == "forward", "groups": geometry["in_channels"]}
+        geometry = {
+            **geometry,
+            "bias": geometry.get("bias", False) and pass_ == "forward",
+            "groups": geometry["in_channels"],
+        }
         geometry["out_channels"] = geometry["in_channels"] * geometry.pop("multiplier", 1)
         cases.append(Case(pass_, seed=seed, **geometry))
     return cases
@@ -149,8 +169,11 @@ def large_case(pass_: str, crossing: str, contiguous: bool) -> tuple[Problem, Op
     if crossing in ("depth", "height", "width"):
         kernel = tuple(1 + (crossing == name) for name in ("depth", "height", "width"))
     layouts = ("contiguous",) * 2 if contiguous else ("channels_last",) * 2
-    case = Case(pass_, batch=size["batch"], in_channels=size["channels"], out_channels=size["channels"], groups=size["channels"],
-                input_size=(size["depth"], size["height"], size["width"]), kernel_size=kernel, dtype="float16", layouts=layouts)  # fmt: skip
+    n, c, *pixels = size.values()
+    case = Case(
+        pass_, batch=n, in_channels=c, out_channels=c, groups=c, input_size=tuple(pixels), kernel_size=kernel,
+        dtype="float16", layouts=layouts,
+    )  # fmt: skip
     _, operands = make(case)
 
     def spread(tensor):

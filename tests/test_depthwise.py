@@ -12,33 +12,22 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, Case, make, pose, run
-from depthwise_cases import ENGINE, fuzz_case, patched_once
+from cases import DTYPES, LAYOUTS, make, pose, run
+from depthwise_cases import ENGINE, FIRST, LAST, depthwise, fuzz_case, large, patched_once
 from guarded import subprocess_of
 
 from triton_conv3d import reference
-from triton_conv3d.engines.base import Memory
-from triton_conv3d.engines.depthwise.configs import CHAIN, WORKSPACE_LIMIT, met_taps, plan, smallest
-from triton_conv3d.problem import PASSES, Problem
+from triton_conv3d.engines.depthwise.configs import smallest
+from triton_conv3d.engines.depthwise.geometry import met_taps, plan
+from triton_conv3d.problem import PASSES
 
 IN_CI, LONG = 300, 3_000
-LAST, FIRST = ("channels_last", "channels_last"), ("contiguous", "contiguous")
 
 
 @pytest.fixture(autouse=True)
 def quick_interpreter():
     with patched_once():
         yield
-
-
-def depthwise(pass_: str, channels: int = 4, multiplier: int = 1, **rest) -> Case:
-    return Case(pass_, in_channels=channels, out_channels=channels * multiplier, groups=channels, **rest)
-
-
-def large(pass_: str, dtype: str = "bfloat16", layout: str = "channels_last", **rest) -> Problem:
-    """A layer on a GPU, large enough for every strip."""
-    shape = dict(batch=2, in_channels=64, out_channels=64, input_size=(64, 56, 64), kernel_size=(3, 3, 3), padding=(1,) * 6)
-    return Problem(pass_, **{**shape, **rest}, groups=64, dtype=dtype, layouts=(layout,) * 3, arch="sm_90", device="any")
 
 
 # ------------------------------------------------------------------------------------------------- T1 and T2
@@ -83,7 +72,19 @@ def test_fuzzer_reaches_everything(pass_: str) -> None:
         seen["width below strip"] += size[2] < config.columns
         seen["several tiles"] += max(at.tiles) > 1
         seen["several parts"] += config.splits > 1
-    wanted = [*DTYPES, *LAYOUTS, "last=True", "last=False", "slide", "3x3x3", "5x5x5", "7x7x7", "1x3x3", "3x1x1", "5x1x1"]
+    wanted = [
+        *DTYPES,
+        *LAYOUTS,
+        "last=True",
+        "last=False",
+        "slide",
+        "3x3x3",
+        "5x5x5",
+        "7x7x7",
+        "1x3x3",
+        "3x1x1",
+        "5x1x1",
+    ]
     wanted += ["multiplier=1", "multiplier=2", "multiplier=3", "odd channels", "one channel", "strided", "dilated"]
     wanted += ["asymmetric", "taps skipped", "kernel above input", "dilation above input", "width below strip"]
     wanted += ["several tiles", "several parts"] + ["rows"] * (pass_ != "wgrad") + ["bias=True"] * (pass_ == "forward")
@@ -99,10 +100,14 @@ SHAPES = {
     "one": dict(channels=1, input_size=(1, 1, 1), kernel_size=(1, 1, 1)),
     "aligned": dict(channels=16, input_size=(1, 3, 8), kernel_size=(1, 2, 3), padding=(0, 0, 1, 0, 1, 1)),
     "ragged": dict(channels=7, batch=2, input_size=(2, 5, 3), kernel_size=(2, 1, 3), padding=(1, 0, 0, 0, 1, 1)),
-    "strided": dict(channels=5, input_size=(3, 5, 6), kernel_size=(2, 3, 2), stride=(2, 2, 2), padding=(1, 0, 0, 1, 1, 0)),
+    "strided": dict(
+        channels=5, input_size=(3, 5, 6), kernel_size=(2, 3, 2), stride=(2, 2, 2), padding=(1, 0, 0, 1, 1, 0)
+    ),
     "wide": dict(channels=40, input_size=(1, 1, 19), kernel_size=(1, 1, 2)),
     "multiplier": dict(channels=3, multiplier=2, input_size=(2, 2, 4), kernel_size=(2, 1, 2)),
-    "dilated": dict(channels=3, input_size=(4, 4, 7), kernel_size=(2, 1, 2), dilation=(3, 1, 2), padding=(0, 0, 0, 0, 2, 1)),
+    "dilated": dict(
+        channels=3, input_size=(4, 4, 7), kernel_size=(2, 1, 2), dilation=(3, 1, 2), padding=(0, 0, 0, 0, 2, 1)
+    ),
     "tall": dict(channels=2, input_size=(1, 11, 2), kernel_size=(1, 3, 1), padding=(0, 0, 1, 1, 0, 0)),
 }
 LAYERS = (
@@ -116,7 +121,9 @@ LAYERS = (
 
 def strips(pass_: str) -> list:
     """Every config, but for its splits, that the engine offers to some large layer."""
-    problems = [large(pass_, *kind, **layer) for kind in itertools.product(DTYPES[1:], LAST[:1] + FIRST[:1]) for layer in LAYERS]
+    problems = [
+        large(pass_, *kind, **layer) for kind in itertools.product(DTYPES[1:], LAST[:1] + FIRST[:1]) for layer in LAYERS
+    ]
     found = {
         dataclasses.replace(config, splits=1): problem.layouts[0]
         for problem in problems
@@ -131,13 +138,17 @@ def strips(pass_: str) -> list:
 @pytest.mark.parametrize("pass_, config, layout", [param for pass_ in PASSES for param in strips(pass_)])
 def test_every_config_is_exact(pass_: str, config, layout: str) -> None:
     for i, shape in enumerate(SHAPES.values()):
-        case = depthwise(pass_, dtype=DTYPES[i % 3], layouts=(layout,) * 2, channels_last=layout == LAST[0], seed=i, **shape)
+        case = depthwise(
+            pass_, dtype=DTYPES[i % 3], layouts=(layout,) * 2, channels_last=layout == LAST[0], seed=i, **shape
+        )
         problem, _ = make(case)
         if pass_ == "dgrad":
             if config.kernel == "slide" and case.in_channels != case.out_channels:
                 continue  # not offered: it holds one filter of a channel
             _, rows, columns = problem.stride if config.kernel == "slide" else (1, 1, problem.stride[2])
-            config = dataclasses.replace(config, rows=-(-config.rows // rows) * rows, columns=-(-config.columns // columns) * columns)
+            config = dataclasses.replace(
+                config, rows=-(-config.rows // rows) * rows, columns=-(-config.columns // columns) * columns
+            )
         run(case, ENGINE, dataclasses.replace(config, splits=1 + i % 3))
 
 
@@ -177,7 +188,7 @@ SPECIAL = {
     "one_pixel": dict(input_size=(1, 1, 1), padding=(1,) * 6, batch=5),
     "kernel_is_input": dict(kernel_size=(3, 2, 4), input_size=(3, 2, 4), batch=3),
     "kernel_above_input": dict(kernel_size=(5, 4, 7), input_size=(2, 1, 2), padding=(2, 2, 3, 1, 3, 3)),
-    "dilation_above_input": dict(kernel_size=(3, 3, 3), dilation=(9, 8, 100), padding=(9, 9, 8, 8, 100, 100), input_size=(2, 4, 5)),
+    "dilation_above_input": dict(dilation=(9, 8, 100), padding=(9, 9, 8, 8, 100, 100), input_size=(2, 4, 5)),
     "taps_skip_the_input": dict(kernel_size=(2, 2, 2), dilation=(4, 4, 4), padding=(2,) * 6, input_size=(1, 2, 3)),
     "stride_above_kernel": dict(kernel_size=(1, 2, 1), stride=(3, 4, 2), input_size=(5, 7, 4)),
     "stride_above_input": dict(kernel_size=(2, 1, 2), stride=(4, 3, 5), input_size=(3, 2, 4)),
@@ -186,7 +197,10 @@ SPECIAL = {
     "dilation_shares_stride": dict(kernel_size=(2, 3, 2), stride=(2, 2, 6), dilation=(2, 4, 4), input_size=(6, 9, 8)),
     "dilation_is_prime_to_stride": dict(kernel_size=(3, 2, 3), stride=(2, 3, 3), dilation=(3, 2, 1), input_size=(8, 7, 6)),
     "many_taps": dict(channels=2, kernel_size=(1, 2, 19), input_size=(1, 2, 24), padding=(0, 0, 0, 0, 7, 1)),
-    "many_taps_strided": dict(channels=2, kernel_size=(1, 1, 19), input_size=(1, 2, 24), stride=(1, 1, 3), dilation=(1, 1, 2), padding=(0, 0, 0, 0, 20, 1)),
+    "many_taps_strided": dict(
+        channels=2, kernel_size=(1, 1, 19), input_size=(1, 2, 24), stride=(1, 1, 3), dilation=(1, 1, 2),
+        padding=(0, 0, 0, 0, 20, 1),
+    ),
     "one_channel": dict(channels=1, multiplier=3, input_size=(3, 4, 9), padding=(1,) * 6),
     "multiplier": dict(channels=4, multiplier=3, kernel_size=(2, 2, 1), input_size=(3, 3, 2)),
 }  # fmt: skip
@@ -206,7 +220,9 @@ def test_special_geometries(name: str, pass_: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bias(dtype: str) -> None:
     """Fused: one value for all pixels, also for those that only meet padding, and for every part of the depth."""
-    case = depthwise("forward", 6, 2, input_size=(3, 2, 3), kernel_size=(1, 1, 3), padding=(1, 1, 0, 0, 3, 3), bias=True, dtype=dtype)
+    case = depthwise(
+        "forward", 6, 2, input_size=(3, 2, 3), kernel_size=(1, 1, 3), padding=(1, 1, 0, 0, 3, 3), bias=True, dtype=dtype
+    )
     for channels_last, exact in itertools.product((True, False), (True, False)):
         case = case.replace(channels_last=channels_last, exact=exact)
         for config in ENGINE.configs(make(case)[0])[-2:]:
@@ -220,7 +236,9 @@ def test_bias(dtype: str) -> None:
 @pytest.mark.parametrize("pass_", PASSES)
 def test_splits(pass_: str, splits: int) -> None:
     """7 and 201 are more parts than there is work: some stay empty."""
-    case = depthwise(pass_, 5, batch=2, input_size=(3, 3, 4), kernel_size=(2, 1, 2), dtype="float16", padding=(0, 1, 0, 0, 1, 1))
+    case = depthwise(
+        pass_, 5, batch=2, input_size=(3, 3, 4), kernel_size=(2, 1, 2), dtype="float16", padding=(0, 1, 0, 0, 1, 1)
+    )
     for config in {ENGINE.configs(make(case)[0])[i] for i in (0, -1)}:
         run(case, ENGINE, dataclasses.replace(config, splits=splits))
 
@@ -246,26 +264,6 @@ def test_equal_bits_in_every_run() -> None:
         assert torch.equal(ENGINE.launch(problem, operands, config), first)
 
 
-LONG_WGRAD = (
-    dict(),
-    dict(batch=8, input_size=(160, 160, 160)),
-    dict(input_size=(8, 8, 8), batch=1),
-    dict(kernel_size=(7, 7, 7), padding=(3,) * 6, input_size=(128, 128, 128)),
-    dict(in_channels=64, out_channels=192),
-)
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("layer", LONG_WGRAD, ids=str)
-def test_accumulators_are_short_and_the_workspace_small(layer: dict, layout: str) -> None:
-    problem = large("wgrad", layout=layout, **layer)
-    assert ENGINE.supports(problem) is None
-    for config in ENGINE.configs(problem):
-        at = plan(problem, config)
-        assert at.share * at.chunk * config.rows * config.columns <= CHAIN, config
-        assert ENGINE.memory(problem, config).workspace <= WORKSPACE_LIMIT, config
-
-
 @pytest.mark.parametrize("pass_", PASSES)
 def test_errors_are_not_above_the_peers(pass_: str) -> None:
     """T3: against torch's own convolution in the same precision, and over the same data."""
@@ -273,72 +271,15 @@ def test_errors_are_not_above_the_peers(pass_: str) -> None:
 
     from triton_conv3d import engines
 
-    case = depthwise(pass_, 16, batch=2, input_size=(4, 5, 4), padding=(1, 1, 0, 0, 1, 0), dtype="bfloat16", exact=False)
+    case = depthwise(
+        pass_, 16, batch=2, input_size=(4, 5, 4), padding=(1, 1, 0, 0, 1, 0), dtype="bfloat16", exact=False
+    )
     problem, operands = make(case)
     expected, scale = reference.compute(problem, operands), reference.magnitude(problem, operands)
     aten = engines.get("aten")
     ours = ENGINE.launch(problem, operands, smallest(problem))
     peer = aten.launch(problem, operands, aten.configs(problem)[0])
     tolerances.check_peer(reference.errors(ours, expected, scale), reference.errors(peer, expected, scale))
-
-
-# ---------------------------------------------------------------------------------- what it takes, and what not
-
-COMMON = dict(batch=2, in_channels=4, out_channels=8, groups=4, input_size=(4, 4, 4), kernel_size=(2, 2, 2))
-
-
-@pytest.mark.parametrize("changes, reason", [
-    (dict(dtype="float64"), "float64"),
-    (dict(arch="cpu"), "TRITON_INTERPRET"),
-    (dict(batch=0), "nothing to multiply"),
-    (dict(groups=2), "groups=2 is not in_channels=4"),
-    (dict(groups=1), "groups=1 is not in_channels=4"),
-    (dict(pass_="dgrad", stride=(1, 1, 17), input_size=(4, 4, 40)), "stride 17"),
-    (dict(pass_="wgrad", kernel_size=(64, 64, 64), input_size=(64, 64, 64), in_channels=64, out_channels=128, groups=64), "partial sums"),
-])  # fmt: skip
-def test_unsupported_problems_are_named(changes: dict, reason: str) -> None:
-    problem = Problem(**{"pass_": "forward", "arch": "interpreter", **COMMON, **changes})
-    assert reason in ENGINE.supports(problem)
-    assert ENGINE.supports(Problem("forward", arch="interpreter", **COMMON)) is None
-
-
-@pytest.mark.parametrize("pass_", PASSES)
-def test_memory_counts_copies_weights_and_partial_sums(pass_: str) -> None:
-    def used(layouts: tuple[str, str], **changes) -> Memory:
-        problem, _ = make(depthwise(pass_, 4, 2, batch=2, dtype="float16", layouts=layouts))
-        return ENGINE.memory(problem, dataclasses.replace(smallest(problem), **changes))
-
-    weights = 4 * 8 * 27
-    base = Memory(3 * weights, 0) if pass_ == "wgrad" else Memory(0, weights)
-    assert used(LAST, splits=3) == used(FIRST, splits=3) == used(("cropped", "cropped"), splits=3) == base
-    copied = {"forward": 2 * 4 * 64, "dgrad": 2 * 8 * 8, "wgrad": 2 * 4 * 64 + 2 * 8 * 8}[pass_]
-    assert used(("channel_step", "channel_step"), splits=3) == dataclasses.replace(base, copies=base.copies + 2 * copied)
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("pass_", PASSES)
-def test_bytes_by_design(pass_: str, layout: str) -> None:
-    """Planes that two parts of the depth both read come from memory twice: at most 1.25 times the least bytes in all."""
-    problem = large(pass_, layout=layout)
-    config = ENGINE.configs(problem)[0]
-    at = plan(problem, config)
-    again = (at.chunks - 1) * 2 / problem.input_size[0] if config.kernel == "slide" else 0.0
-    moved = problem.min_bytes + again * problem.min_bytes / 2 + 2 * ENGINE.memory(problem, config).workspace
-    assert moved <= 1.25 * problem.min_bytes
-
-
-@pytest.mark.parametrize("changes, first, kernel, pad", [
-    (dict(), (0, 0, 0), (3, 3, 3), (1, 1, 1)),
-    (dict(input_size=(1, 8, 8)), (1, 0, 0), (1, 3, 3), (0, 1, 1)),
-    (dict(dilation=(9, 1, 1), padding=(9, 9, 1, 1, 1, 1), input_size=(4, 8, 8)), (1, 0, 0), (1, 3, 3), (0, 1, 1)),
-    (dict(stride=(8, 1, 1), input_size=(2, 8, 8)), (1, 0, 0), (2, 3, 3), (0, 1, 1)),
-    (dict(padding=(1, 0, 0, 1, 1, 1), input_size=(2, 2, 8)), (1, 0, 0), (2, 2, 3), (0, 0, 1)),
-])  # fmt: skip
-def test_taps_that_only_meet_padding_are_skipped(changes: dict, first: tuple, kernel: tuple, pad: tuple) -> None:
-    shape = dict(batch=1, in_channels=4, out_channels=4, groups=4, input_size=(8, 8, 8), kernel_size=(3, 3, 3), padding=(1,) * 6)
-    for pass_ in PASSES:
-        met = met_taps(Problem(pass_, **{**shape, **changes}))
-        assert (met.first, met.kernel, met.pad) == (first, kernel, pad)
 
 
 # ---------------------------------------------------------------------------------------------- memory safety

@@ -1,52 +1,63 @@
-"""Depthwise convolution: groups == in_channels, with any channel multiplier. Direct, and bound by memory.
+"""Depthwise convolution: groups == in_channels, with any channel multiplier. Direct, in float32.
 
     y[n, c, o] = sum over taps t of  x[n, c, o * stride + t * dilation - padding] * w[c, t]      (+ bias[c])
 
 forward as it stands, dgrad with the parity of a stride known at compile time, wgrad in two stages: float32 partial sums
-of at most 64 MiB, then a reduction in a fixed order. A program slides a strip of rows and columns through the volume
-along D and keeps what the next plane needs in registers; the kernel ``rows`` takes over where that does not fit.
-Channels-last and contiguous tensors are both read and written as they are. Bytes that a config reads are worked out in
-:func:`.configs.read_bytes`; by design each tensor is written once, and read once but for the overlap of strips.
+of at most 64 MiB, then a reduction in a fixed order. Every thread computes a strip of neighbouring pixels for a few
+channels, so that an input is loaded and converted once for all the outputs and taps of the strip that it meets
+(kernels.py, wgrad.py). Channels-last tensors and views of them are read and written in vectors of channels, contiguous
+ones in vectors of pixels; others are copied.
+
+Bytes by design. From memory: input, weight and output once; planes between two parts of the depth twice, in all at most
+1.25 times the least where tensors outgrow L2, and in wgrad its partial sums. From L2: the input times the halo of a
+tile, (rows + 2) (columns + 2) / (rows columns) for a kernel of 3, at most 1.5 from 12 x 12 pixels on ("rows": again for
+taps along D that L1 no longer holds). From L1, with strips of 4 x 4 pixels: 2.25 times.
+
+Instructions by design. Each output and channel takes one FMA a tap, and what the SASS of sm_90 shows beside them for
+3x3x3: "slide" 35 in all with strips of 4 x 4 in 16-bit types (38 with 2 x 2), 34 in float32 and along dense rows;
+"rows" 49; wgrad 36 to 38. A multiprocessor starts 128 a cycle, so 16-bit layers of 3x3x3 (4 bytes an output) are bound by
+that rate, not by memory: 3.6 outputs and 14.6 bytes a cycle at most. On 132 multiprocessors at 1.75 GHz that is 3.4 TB/s:
+above what an H100's memory gives (3.35 by its data sheet), 70 % of an H200's. float32 layers (8 bytes), kernels of up to
+16 taps and strided layers are bound by memory on both. Kernels above 64 taps are bound by products: 62 % of the
+instructions of 5x5x5 are FMAs. Since all 27 taps of a channel stay in registers, "slide" holds 2 channels of a 16-bit
+type in a thread and loads 4 bytes at a time; "rows", float32, smaller kernels and dense rows load 16.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import triton.language as tl
 
-from ...problem import CHANNELS_LAST, CONTIGUOUS, STRIDED, VECTOR_BYTES, Operands, Problem, interpreted
-from ..base import Memory, Work
+from ...problem import STRIDED, VECTOR_BYTES, Operands, Problem, interpreted
+from ..base import Memory, Work, format_strides
 from ..launching import launch_kernel
-from .configs import (
+from .axes import ring_size, strip_step
+from .configs import WORKSPACE_LIMIT, DepthwiseConfig, configs, partial_bytes, register_limit, smallest
+from .geometry import (
     ROWS,
     SLIDE,
-    WORKSPACE_LIMIT,
-    DepthwiseConfig,
     Plan,
     axes,
-    block_of_taps,
     channel_unit,
     channels_dense,
-    configs,
     instructions,
     lanes_last,
     met_taps,
-    partial_bytes,
     parts_of_row,
     plan,
     produced,
     read_bytes,
-    smallest,
 )
-from .axes import ring_size, strip_step
 from .kernels import rows, slide
 from .wgrad import reduce_partials, wgrad
 
 __all__ = ["NAME", "DepthwiseConfig", "configs", "launch", "memory", "supports", "work"]
 
 NAME = "depthwise"
+_KNOWN_LAUNCHES = 4096  # whose arguments are kept: working them out takes longer than all else of an eager call
 _REDUCE_SPLITS, _REDUCE_ELEMENTS = 64, 16  # of one program of the second stage of wgrad
 
 
@@ -117,24 +128,37 @@ class _Side:
     ``last``: channels are dense. ``group``: pixels along W that are loaded or stored as one vector.
     """
 
-    def __init__(self, tensor: torch.Tensor, last: bool, whole_steps: int):
-        strides = [0 if tensor.size(dim) == 1 else tensor.stride(dim) for dim in range(5)]
-        self.last = last
-        self.pixel = strides[4] if last else 1
-        dense = (tensor.size(1), strides[4]) if last else (strides[1], tensor.size(4))
-        self.unit = 1
-        if tensor.data_ptr() % VECTOR_BYTES == 0:  # Triton proves a base aligned to 16 bytes or not at all
-            self.unit = math.gcd(VECTOR_BYTES // tensor.element_size(), strides[0], *strides[2:4], *dense)
-        self.strides = tuple(stride // self.unit for stride in (strides[0], 0 if last else strides[1], *strides[2:4]))
+    def __init__(self, problem: Problem, role: int, strides: tuple[int, ...], aligned: bool, whole_steps: int):
+        shape = (problem.input_shape, problem.weight_shape, problem.output_shape)[role]
+        n, c, d, h, w = (0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+        self.last = last = channels_dense(problem.layouts[role], shape[1])
+        self.pixel = w if last else 1
+        dense = (shape[1], w) if last else (c, shape[4])
+        self.unit = math.gcd(VECTOR_BYTES // problem.itemsize, n, d, h, *dense) if aligned else 1
+        self.strides = tuple(stride // self.unit for stride in (n, 0 if last else c, d, h))
         self.group = 1 if last else math.gcd(self.unit, whole_steps)
 
 
-def _read(tensor: torch.Tensor, layout: str, whole_steps: int) -> tuple[torch.Tensor, _Side]:
+def _readable(problem: Problem, tensor: torch.Tensor, role: int) -> torch.Tensor:
     """An operand as kernels take it, a copy only if neither its channels nor its rows are dense."""
-    channels = tensor.size(1)
-    if layout == STRIDED:
-        tensor = tensor.contiguous(memory_format=torch.channels_last_3d if channels > 1 else torch.contiguous_format)
-    return tensor, _Side(tensor, channels_dense(layout, channels), whole_steps)
+    if problem.layouts[role] != STRIDED:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last_3d if tensor.size(1) > 1 else torch.contiguous_format)
+
+
+def _met(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
+    """The taps that meet the input, of a weight or of its gradient."""
+    met = met_taps(problem)
+    if met.kernel == problem.kernel_size:
+        return weight
+    for dim, (first, count) in enumerate(zip(met.first, met.kernel, strict=True), start=2):
+        weight = weight.narrow(dim, first, count)
+    return weight
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    """Triton proves a base aligned to 16 bytes or not at all."""
+    return tensor.data_ptr() % VECTOR_BYTES == 0
 
 
 def _even(size: int, strips: int, step: int) -> bool:
@@ -147,6 +171,22 @@ def _upcast(problem: Problem) -> bool:
     return problem.dtype == "bfloat16" and interpreted()
 
 
+def _gather(problem: Problem, operands: Operands, config: DepthwiseConfig) -> torch.Tensor:
+    dgrad = problem.pass_ == "dgrad"
+    x = _readable(problem, operands.grad if dgrad else operands.input, 2 if dgrad else 0)
+    w = _met(problem, operands.weight)
+    y = problem.empty_result(x.device)
+    if config.kernel == SLIDE:
+        grid, arguments, options = _slide_launch(problem, config, x.stride(), _aligned(x), w.stride())
+        launch_kernel(slide, grid, (x, w, operands.bias, y, *arguments), options)
+        return y
+    taps = torch.empty((*w.shape[2:], problem.out_channels), dtype=torch.float32, device=x.device)
+    taps.copy_(w[:, 0].permute(1, 2, 3, 0))
+    grid, arguments, options = _rows_launch(problem, config, x.stride(), _aligned(x))
+    launch_kernel(rows, grid, (x, taps, operands.bias, y, *arguments), options)
+    return y
+
+
 def _common(problem: Problem, config: DepthwiseConfig, at: Plan) -> dict:
     return {
         "C_UNIT": channel_unit(problem),
@@ -155,111 +195,123 @@ def _common(problem: Problem, config: DepthwiseConfig, at: Plan) -> dict:
         "COLUMNS": config.columns,
         "BLOCK": at.lanes,
         "num_warps": config.num_warps,
+        **register_limit(problem, config),
     }
 
 
-def _gather(problem: Problem, operands: Operands, config: DepthwiseConfig) -> torch.Tensor:
+def _sides(problem: Problem, config: DepthwiseConfig, strides: tuple[int, ...], aligned: bool, whole_steps: int):
+    """The sizes and what is read and written, and the options that both kernels of forward and dgrad have in common."""
     dgrad = problem.pass_ == "dgrad"
-    at, axis, met = plan(problem, config), axes(problem), met_taps(problem)
-    step = strip_step(config.columns, axis.width, dgrad)
-    part, parts, shift = parts_of_row(problem)
-    source, layout = (operands.grad, problem.layouts[2]) if dgrad else (operands.input, problem.layouts[0])
-    x, read = _read(source, layout, step if config.kernel == SLIDE or parts == 1 else math.gcd(step, shift))
-    y = problem.empty_result(x.device)
-    written = _Side(y, channels_dense(problem.result_layout, y.size(1)), config.columns)
-    unit = channel_unit(problem)
-    multiplier = problem.out_channels // problem.in_channels
-    tile = (at.tile[0] // unit, *at.tile[1:])
-    constants = dict(
-        X_UNIT=read.unit, Y_UNIT=written.unit, X_PIXEL=read.pixel, Y_PIXEL=written.pixel,
-        X_GROUP=read.group, Y_GROUP=written.group,
-        Y_EVEN=_even(y.size(4), at.strips[1], config.columns),
-        Y_LAST=written.last, DGRAD=dgrad, BIAS=operands.bias is not None, UPCAST=_upcast(problem),
-        **_common(problem, config, at),
+    at, step = plan(problem, config), strip_step(config.columns, axes(problem).width, dgrad)
+    sizes = (problem.output_size, problem.input_size) if dgrad else (problem.input_size, problem.output_size)
+    x = _Side(problem, 2 if dgrad else 0, strides, aligned, whole_steps)
+    y_strides = format_strides(problem.result_shape, problem.memory_format)
+    y = _Side(problem, 0 if dgrad else 2, y_strides, True, config.columns)
+    options = dict(
+        X_UNIT=x.unit, Y_UNIT=y.unit, X_PIXEL=x.pixel, Y_PIXEL=y.pixel, X_GROUP=x.group, Y_GROUP=y.group,
+        X_EVEN=_even(sizes[0][2], at.strips[1], step), Y_EVEN=_even(sizes[1][2], at.strips[1], config.columns),
+        Y_LAST=y.last, DGRAD=dgrad, BIAS=problem.bias, UPCAST=_upcast(problem), **_common(problem, config, at),
     )  # fmt: skip
-    even = _even(x.size(4), at.strips[1], step)
-    taps = operands.weight[:, 0]
-    for dim, (first, count) in enumerate(zip(met.first, met.kernel, strict=True)):
-        taps = taps.narrow(dim + 1, first, count)
-    programs = math.prod(at.tiles) * at.chunks * problem.batch
-    sizes = (tuple(x.shape[2:]), tuple(y.shape[2:]))
-    if config.kernel == SLIDE:
-        launch_kernel(
-            slide,
-            (programs, 1),
-            (
-                x, taps, operands.bias, y, *sizes, met.pad[0], read.strides, taps.stride(), written.strides,
-                produced(problem)[0] // unit, tile, at.tiles, at.strips, at.chunk, at.chunks,
-            ),
-            dict(
-                **constants, X_EVEN=even, MULTIPLIER=multiplier, DEPTH=axis.depth, HEIGHT=axis.height, WIDTH=axis.width,
-                ROWS=config.rows,
-            ),
-        )  # fmt: skip
-        return y
-    weights = torch.empty((*met.kernel, problem.out_channels), dtype=torch.float32, device=x.device)
-    weights.copy_(taps.permute(1, 2, 3, 0))
+    return sizes, x, y, options
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _slide_launch(
+    problem: Problem, config: DepthwiseConfig, strides: tuple[int, ...], aligned: bool, w_strides: tuple[int, ...]
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the tensors, options) for an x and a weight of these strides."""
+    at, axis, unit = plan(problem, config), axes(problem), channel_unit(problem)
+    step = strip_step(config.columns, axis.width, problem.pass_ == "dgrad")
+    sizes, x, y, options = _sides(problem, config, strides, aligned, step)
+    arguments = (
+        *sizes, met_taps(problem).pad[0], x.strides, (w_strides[0], *w_strides[2:]), y.strides,
+        produced(problem)[0] // unit, (at.tile[0] // unit, *at.tile[1:]), at.tiles, at.strips, at.chunk, at.chunks,
+    )  # fmt: skip
+    options = dict(
+        **options, MULTIPLIER=problem.out_channels // problem.in_channels, DEPTH=axis.depth, HEIGHT=axis.height,
+        WIDTH=axis.width, ROWS=config.rows,
+    )  # fmt: skip
+    return (math.prod(at.tiles) * at.chunks * problem.batch, 1), arguments, options
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _rows_launch(
+    problem: Problem, config: DepthwiseConfig, strides: tuple[int, ...], aligned: bool
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the tensors, options) for an x of these strides."""
+    dgrad = problem.pass_ == "dgrad"
+    at, axis, met, unit = plan(problem, config), axes(problem), met_taps(problem), channel_unit(problem)
+    part, parts, shift = parts_of_row(problem)
+    whole = part == axis.width[0]
+    step = strip_step(config.columns, axis.width, dgrad)
+    sizes, x, y, options = _sides(problem, config, strides, aligned, step if whole else math.gcd(step, shift))
     pad, stride, dilation = met.pad[:2], problem.stride[:2], problem.dilation[:2]
     common = tuple(map(math.gcd, stride, dilation))
+    tap_step = (1, 1)
     if dgrad:  # output o reads the gradient at (o + pad - t * dilation) / stride, for the taps that divide
         scale, start, step = (1, 1), pad, tuple(-d // g for d, g in zip(dilation, common, strict=True))
+        tap_step = tuple(s // g for s, g in zip(stride, common, strict=True))
     else:
         scale, start, step = stride, tuple(-p for p in pad), dilation
-    strided = dgrad and at.classes != (1, 1)
-    launch_kernel(
-        rows,
-        (programs, math.prod(at.classes)),
-        (
-            x, weights, operands.bias, y, *sizes, met.kernel, scale, start, step, at.classes, dilation,
-            tuple(s // g for s, g in zip(stride, common, strict=True)) if strided else (1, 1),
-            read.strides, written.strides, produced(problem)[0] // unit, problem.out_channels // unit, multiplier, parts,
-            tile, at.tiles, at.strips[1], at.chunk, at.chunks,
-        ),
-        dict(
-            **constants, X_EVEN=even and parts == 1 and part == axis.width[0], MULTIPLIED=multiplier > 1, STRIDED=strided,
-            WIDTH=(part, *axis.width[1:]), REST=(axis.width[0] - parts * part, *axis.width[1:]), SHIFT=shift,
-        ),
+    arguments = (
+        *sizes, met.kernel, scale, start, step, at.classes, dilation, tap_step, x.strides, y.strides,
+        produced(problem)[0] // unit, problem.out_channels // unit, problem.out_channels // problem.in_channels, parts,
+        (at.tile[0] // unit, *at.tile[1:]), at.tiles, at.strips[1], at.chunk, at.chunks,
     )  # fmt: skip
-    return y
+    options.update(
+        X_EVEN=options["X_EVEN"] and whole, MULTIPLIED=problem.out_channels > problem.in_channels,
+        STRIDED=at.classes != (1, 1), WIDTH=(part, *axis.width[1:]),
+        REST=(axis.width[0] - parts * part, *axis.width[1:]), SHIFT=shift,
+    )  # fmt: skip
+    return (math.prod(at.tiles) * at.chunks * problem.batch, math.prod(at.classes)), arguments, options
 
 
 def _wgrad(problem: Problem, operands: Operands, config: DepthwiseConfig) -> torch.Tensor:
-    at, axis, met = plan(problem, config), axes(problem), met_taps(problem)
-    block = block_of_taps(problem, config)
-    step = strip_step(config.columns, axis.width, False)
-    shift = block[2] * problem.dilation[2] if at.blocks[2] > 1 else 0
-    x, x_side = _read(operands.input, problem.layouts[0], math.gcd(step, shift))
-    grad, g_side = _read(operands.grad, problem.layouts[2], config.columns)
+    x, grad = _readable(problem, operands.input, 0), _readable(problem, operands.grad, 2)
     dw = problem.empty_result(x.device)
-    taps = dw[:, 0]
-    if met.kernel != problem.kernel_size:  # what only meets padding has no gradient
+    taps = _met(problem, dw)
+    if taps is not dw:  # what only meets padding has no gradient
         dw.zero_()
-    for dim, (first, count) in enumerate(zip(met.first, met.kernel, strict=True)):
-        taps = taps.narrow(dim + 1, first, count)
-    partials = torch.empty((config.splits, *met.kernel, problem.out_channels), dtype=torch.float32, device=x.device)
-    unit = channel_unit(problem)
-    launch_kernel(
-        wgrad,
-        (at.tiles[0] * math.prod(at.blocks) * config.splits, 1),
-        (
-            grad, x, partials, problem.input_size, problem.output_size, met.pad[0], met.kernel, at.blocks,
-            x_side.strides, g_side.strides, problem.out_channels // unit, problem.out_channels // problem.in_channels,
-            (at.tile[0] // unit, *at.tile[1:]), at.tiles, at.strips, at.chunk, at.chunks,
-            problem.batch * at.chunks * at.tiles[1] * at.tiles[2], at.share,
-        ),
-        dict(
-            X_UNIT=x_side.unit, G_UNIT=g_side.unit, X_PIXEL=x_side.pixel, G_PIXEL=g_side.pixel,
-            X_GROUP=x_side.group, G_GROUP=g_side.group,
-            X_EVEN=at.blocks[2] == 1 and _even(x.size(4), at.strips[1], step),
-            G_EVEN=_even(grad.size(4), at.strips[1], config.columns),
-            G_LAST=g_side.last, DEPTH=(block[0], *axis.depth[1:]), HEIGHT=(block[1], *axis.height[1:]),
-            WIDTH=(block[2], *axis.width[1:]), ROWS=config.rows, CHANNELS=at.tile[0], **_common(problem, config, at),
-        ),
-    )  # fmt: skip
+    filters, _, *kernel = taps.shape
+    partials = torch.empty((config.splits, *kernel, filters), dtype=torch.float32, device=x.device)
+    strides = (x.stride(), grad.stride())
+    grid, arguments, options = _wgrad_launch(problem, config, *strides, _aligned(x), _aligned(grad))
+    launch_kernel(wgrad, grid, (grad, x, partials, *arguments), options)
     launch_kernel(
         reduce_partials,
-        (-(-met.count * problem.out_channels // _REDUCE_ELEMENTS), 1),
-        (partials, taps, met.kernel, problem.out_channels, taps.stride(), config.splits),
+        (-(-taps.numel() // _REDUCE_ELEMENTS), 1),
+        (partials, taps, tuple(kernel), filters, (taps.stride(0), *taps.stride()[2:]), config.splits),
         dict(UPCAST=_upcast(problem), SPLITS=_REDUCE_SPLITS, ELEMENTS=_REDUCE_ELEMENTS, num_warps=4),
     )
     return dw
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _wgrad_launch(
+    problem: Problem,
+    config: DepthwiseConfig,
+    x_strides: tuple[int, ...],
+    grad_strides: tuple[int, ...],
+    x_aligned: bool,
+    grad_aligned: bool,
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the tensors, options) for operands of these strides."""
+    at, axis, unit = plan(problem, config), axes(problem), channel_unit(problem)
+    step = strip_step(config.columns, axis.width, False)
+    shift = at.block[2] * problem.dilation[2] if at.blocks[2] > 1 else 0
+    x = _Side(problem, 0, x_strides, x_aligned, math.gcd(step, shift))
+    grad = _Side(problem, 2, grad_strides, grad_aligned, config.columns)
+    arguments = (
+        problem.input_size, problem.output_size, met_taps(problem).pad[0], met_taps(problem).kernel, at.blocks,
+        x.strides, grad.strides, problem.out_channels // unit, problem.out_channels // problem.in_channels,
+        (at.tile[0] // unit, *at.tile[1:]), at.tiles, at.strips, at.chunk, at.chunks,
+        problem.batch * at.chunks * at.tiles[1] * at.tiles[2], at.share,
+    )  # fmt: skip
+    options = dict(
+        X_UNIT=x.unit, G_UNIT=grad.unit, X_PIXEL=x.pixel, G_PIXEL=grad.pixel, X_GROUP=x.group, G_GROUP=grad.group,
+        X_EVEN=at.blocks[2] == 1 and _even(problem.input_size[2], at.strips[1], step),
+        G_EVEN=_even(problem.output_size[2], at.strips[1], config.columns), G_LAST=grad.last,
+        DEPTH=(at.block[0], *axis.depth[1:]), HEIGHT=(at.block[1], *axis.height[1:]),
+        WIDTH=(at.block[2], *axis.width[1:]), ROWS=config.rows, CHANNELS=at.tile[0], **_common(problem, config, at),
+    )  # fmt: skip
+    return (at.tiles[0] * math.prod(at.blocks) * config.splits, 1), arguments, options

@@ -155,9 +155,7 @@ def store_line(
             value = _rounded(values[first], row_ptr.dtype.element_ty, UPCAST)
             tl.store(row_ptr + first * PIXEL + lane, value, mask=inside)
         else:
-            value = _rounded(
-                _join(values[first : first + GROUP], BLOCK, GROUP), row_ptr.dtype.element_ty, UPCAST
-            )
+            value = _rounded(_join(values[first : first + GROUP], BLOCK, GROUP), row_ptr.dtype.element_ty, UPCAST)
             tl.store(row_ptr + first + lane[:, None] + tl.arange(0, GROUP)[None, :], value, mask=inside[:, None])
 
 
