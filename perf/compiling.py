@@ -19,10 +19,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import triton
 
 from triton_conv3d import engines
-from triton_conv3d.engines import launching
 from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import Operands, Problem
 
@@ -59,16 +57,8 @@ def variants(problem: Problem, engine: ModuleType, config: Config) -> list[Varia
     """The variant of each kernel that this launch would start, in their order. No tensor is allocated."""
     return [
         (problem.arch, kernel.__name__, tuple(map(_kind, args)), tuple((name, str(v)) for name, v in options.items()))
-        for kernel, args, options in _launched(problem, engine, config)
+        for kernel, args, options in machine_code.launches(problem, _operands(problem), engine, config)
     ]
-
-
-def _launched(problem: Problem, engine: ModuleType, config: Config) -> list[tuple]:
-    """(kernel, arguments, options) of every kernel that this launch would start."""
-    found = []
-    with launching.replaced(lambda kernel, grid, args, options: found.append((kernel, args, options))):
-        engine.launch(problem, _operands(problem), config)
-    return found
 
 
 def _kind(argument) -> object:
@@ -130,11 +120,10 @@ def _work() -> None:
 
 
 def _compile(problem: Problem, engine: ModuleType, config: Config, index: int) -> tuple[dict, list[str]] | str:
-    triton.runtime.driver.set_active(machine_code.NamedTarget(machine_code.target(problem.arch)))
     try:
-        kernel, args, options = _launched(problem, engine, config)[index]
-        code = kernel.run(*args, grid=(1, 1, 1), warmup=True, **options)
-        report = machine_code.read(problem, config, kernel.__name__, code)
+        with machine_code.compiling_for(problem.arch):
+            launch = machine_code.launches(problem, _operands(problem), engine, config)[index]
+            report = machine_code.read(problem, config, *machine_code.compiled(launch))
     except Exception as error:  # of whatever kind: the other kernels are still wanted
         return f"{type(error).__name__}: {error}"
     vectors = math.gcd(problem.group_in, problem.group_out)  # what is copied at once lies within one group

@@ -20,12 +20,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 from triton_conv3d.engines import implicit_gemm, launching
+from triton_conv3d.engines.base import Config
 from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES, spills
 from triton_conv3d.problem import Operands, Problem, describe
 
@@ -100,21 +102,29 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
 
 
-def compile_launch(problem: Problem, operands: Operands, config) -> list[tuple[str, object]]:
-    """(name, compiled kernel) of everything that this launch would start."""
-    compiled = []
+def launches(problem: Problem, operands: Operands, engine: ModuleType, config: Config) -> list[tuple]:
+    """(kernel, arguments, options) of every kernel that this launch would start; nothing runs."""
+    found: list[tuple] = []
+    with launching.replaced(lambda kernel, grid, args, options: found.append((kernel, args, options))):
+        engine.launch(problem, operands, config)
+    return found
 
-    def compile_only(kernel, grid, args, options):
-        compiled.append((kernel.__name__, kernel.run(*args, grid=(*grid, 1), warmup=True, **options)))
 
-    triton.runtime.driver.set_active(NamedTarget(target(problem.arch)))
+@contextlib.contextmanager
+def compiling_for(arch: str) -> Iterator[None]:
+    """Triton compiles for this architecture within the block."""
+    triton.runtime.driver.set_active(NamedTarget(target(arch)))
     try:
-        with launching.replaced(compile_only):
-            implicit_gemm.launch(problem, operands, config)
+        yield
     finally:
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
             triton.runtime.driver.reset_active()
-    return compiled
+
+
+def compiled(launch: tuple) -> tuple[str, object]:
+    """(name, compiled kernel) of one of :func:`launches`, within :func:`compiling_for`."""
+    kernel, args, options = launch
+    return kernel.__name__, kernel.run(*args, grid=(1, 1, 1), warmup=True, **options)
 
 
 def problems(arch: str, dtype: str, precision: str, channels: int, stride: int = 1) -> Iterator[tuple[Problem, Operands]]:
@@ -195,8 +205,9 @@ def reports(arch: str, dtype: str, precision: str, channels: int, most: int | No
     """One report for every kernel that the three passes of a layer start with :func:`configs`."""
     for problem, operands in problems(arch, dtype, precision, channels, stride):
         for config in configs(problem, most):
-            for name, kernel in compile_launch(problem, operands, config):
-                yield read(problem, config, name, kernel)
+            with compiling_for(arch):
+                for name, kernel in map(compiled, launches(problem, operands, implicit_gemm, config)):
+                    yield read(problem, config, name, kernel)
 
 
 def table(rows: list[Report]) -> str:

@@ -23,7 +23,7 @@ from .machine import Machine
 from .measurement import Measurement
 from .providers import Provider
 from .results import FAILED, OK, UNSUPPORTED, WRONG, Row
-from .timing import POLICY
+from .timing import policy
 from .workloads import LAYOUTS, PRECISIONS, TRAIN, Case
 
 LEFT = "left"  # cases that are still to be measured, beside the statuses that :func:`measure` counts
@@ -131,7 +131,7 @@ def main(options: argparse.Namespace) -> int:
     )
     if options.filter is not None:
         cases = workloads.select(cases, options.filter)
-    machine = machines.here(f"{POLICY}; ours tuned: {options.mode}")
+    machine = machines.here(policy(options.mode))
     path = options.out or results.folder(machine.gpu) / f"{options.suite.replace(',', '+')}.csv"
     with settings.configure(autotune=options.mode):
         counts = measure(cases, chosen, path, suite=options.suite, machine=machine, budget=options.budget)

@@ -18,7 +18,7 @@ from types import ModuleType
 import tolerances
 import torch
 
-from triton_conv3d import engines
+from triton_conv3d import engines, reference
 from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import Operands, Problem, Triple, describe, device_name, interpreted
 
@@ -262,6 +262,36 @@ def judge(
         truncated=engine != "implicit_gemm",
         roundings=roundings,
     )
+
+
+def check_footprint(
+    engine: ModuleType,
+    problem: Problem,
+    operands: Operands,
+    which: int,
+    beyond: Callable[[tuple[int, ...]], tuple | None],
+) -> None:
+    """One NaN in the operand that the pass reads first or second (``which``) touches only what it is multiplied into.
+
+    Everything else stays exact. ``beyond(where)``: what of the result a NaN at ``where`` may touch besides.
+    """
+    tensor = [tensor for tensor in operands if tensor is not None][which]
+    clean = reference.compute(problem, operands)
+    offers, touched = engine.configs(problem), 0
+    for position in (0, tensor.numel() // 2, tensor.numel() - 1):
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape))
+        value = tensor[where].item()
+        tensor[where] = math.nan
+        expected = reference.compute(problem, operands).isnan()
+        result = engine.launch(problem, operands, offers[position % len(offers)])
+        tensor[where] = value
+        allowed, more = expected.clone(), beyond(where)
+        if more is not None:
+            allowed[more] = True
+        assert bool((result.isnan() >= expected).all()) and bool((result.isnan() <= allowed).all())
+        assert torch.equal(result[~result.isnan()].double(), clean[~result.isnan()])
+        touched += int(expected.sum())
+    assert touched
 
 
 def engines_for(problem: Problem) -> list[str]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, make, pose, run
+from cases import DTYPES, LAYOUTS, check_footprint, make, pose, run
 from depthwise_cases import ENGINE, FIRST, LAST, depthwise, fuzz_case, large, patched_once
 from guarded import subprocess_of
 
@@ -302,23 +301,10 @@ def test_one_nan_touches_only_its_footprint(which: int, pass_: str) -> None:
     their own channel.
     """
     problem, operands = make(depthwise(pass_, 5, batch=2, input_size=(3, 5, 6), padding=(1, 1, 0, 1, 1, 0)))
-    tensor = [tensor for tensor in operands if tensor is not None][which]
-    clean = reference.compute(problem, operands)
-    touched = 0
-    for position in (0, tensor.numel() // 2, tensor.numel() - 1):
-        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape))
-        value = tensor[where].item()
-        tensor[where] = math.nan
-        expected = reference.compute(problem, operands).isnan()
-        offers = ENGINE.configs(problem)
-        result = ENGINE.launch(problem, operands, offers[position % len(offers)])
-        tensor[where] = value
-        allowed = expected.clone()
+
+    def beyond(where: tuple[int, ...]) -> tuple | None:
         if pass_ == "wgrad":
-            allowed[where[1]] = True
-        elif (pass_, which) == ("dgrad", 0):
-            allowed[:, where[0]] = True
-        assert bool((result.isnan() >= expected).all()) and bool((result.isnan() <= allowed).all())
-        assert torch.equal(result[~result.isnan()].double(), clean[~result.isnan()])
-        touched += int(expected.sum())
-    assert touched
+            return (where[1],)
+        return (slice(None), where[0]) if (pass_, which) == ("dgrad", 0) else None
+
+    check_footprint(ENGINE, problem, operands, which, beyond)

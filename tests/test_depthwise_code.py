@@ -35,11 +35,9 @@ MOST = {"slide": 40, "rows": 52}
 def report(arch: str, pass_: str, dtype: str, layout: str, kernel: str) -> dict:
     """What the first config of a 3x3x3 layer with 64 channels became; in float32 the first that loads 16 bytes."""
     import torch
-    import triton
     from depthwise_cases import ENGINE
 
-    from perf.machine_code import NamedTarget, target
-    from triton_conv3d.engines import launching
+    from perf.machine_code import compiled, compiling_for, launches
     from triton_conv3d.problem import Operands, describe
 
     def empty(*shape: int) -> torch.Tensor:
@@ -55,17 +53,11 @@ def report(arch: str, pass_: str, dtype: str, layout: str, kernel: str) -> dict:
     ).replace(arch=arch, device=arch)  # fmt: skip
     offers = [config for config in ENGINE.configs(problem) if config.kernel == kernel]
     config = next(c for c in offers if dtype != "float32" or c.vector * problem.itemsize == 16)
-    compiled = {}
-
-    def compile_only(jitted, grid, args, options):
-        compiled[jitted.__name__] = jitted.run(*args, grid=(*grid, 1), warmup=True, **options)
-
-    triton.runtime.driver.set_active(NamedTarget(target(arch)))
-    with launching.replaced(compile_only):
-        ENGINE.launch(problem, operands, config)
+    with compiling_for(arch):
+        kernels = dict(map(compiled, launches(problem, operands, ENGINE, config)))
     name = "wgrad" if pass_ == "wgrad" else kernel
     found = {"arch": arch, "pass": pass_, "dtype": dtype, "layout": layout, "kernel": kernel, "config": str(config)}
-    return found | (_amd if arch.startswith("gfx") else _nvidia)(compiled[name])
+    return found | (_amd if arch.startswith("gfx") else _nvidia)(kernels[name])
 
 
 def _amd(compiled) -> dict:

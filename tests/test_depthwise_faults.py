@@ -1,7 +1,6 @@
 """Faults planted in the depthwise engine, one at a time, must all be caught by a small battery of the checks used elsewhere.
 
-A fault is a substitution in the engine's source. The mutated engine is loaded under a name of its own and runs between
-guard pages in a forked process: ``python tests/test_depthwise_faults.py`` prints how each of them ended.
+``python tests/test_depthwise_faults.py`` prints how each of them ended; :mod:`planting` says how it is done.
 """
 
 # ruff: noqa: E501 - a table of source lines
@@ -9,20 +8,13 @@ guard pages in a forked process: ``python tests/test_depthwise_faults.py`` print
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import os
-import shutil
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 from types import ModuleType
 
+import planting
 import pytest
-from guarded import guards, overflow_checked, subprocess_of
-
-FOLDER = Path(__file__).resolve().parent.parent / "triton_conv3d" / "engines" / "depthwise"
+from guarded import guards, overflow_checked
 
 # name: (file, what stands there once, what is planted)
 FAULTS = {
@@ -56,27 +48,7 @@ FAULTS = {
 }  # fmt: skip
 
 
-def load(name: str, fault: tuple[str, str, str] | None, folder: str) -> ModuleType:
-    """The engine with a fault in it, as a module of its own. LookupError if its place is gone."""
-    package = Path(folder) / name
-    shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("__pycache__"))
-    if fault:
-        file, old, new = fault
-        source = (package / file).read_text()
-        if old not in source:
-            raise LookupError(f"{file} no longer holds: {old}")
-        (package / file).write_text(source.replace(old, new))
-    full = f"triton_conv3d.engines.{name}"
-    spec = importlib.util.spec_from_file_location(
-        full, package / "__init__.py", submodule_search_locations=[str(package)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[full] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def battery(engine: ModuleType) -> None:
+def battery(engine: ModuleType, fault: str) -> None:
     """Raises, or kills the process, if the engine is wrong."""
     from cases import Case, make, run
     from depthwise_cases import run_large
@@ -108,58 +80,22 @@ def battery(engine: ModuleType) -> None:
             run_large(engine, pass_, "batch", contiguous=False)
 
 
-def _in_a_fork(name: str, fault: tuple[str, str, str] | None) -> str:
-    """'survived', or how the fault was caught."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        outcome = "survived"
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                battery(load(name, fault, folder))
-        except LookupError as error:
-            outcome = f"stale: {error}"
-        except Exception as error:
-            outcome = f"{type(error).__name__}: " + " | ".join(
-                str(error).splitlines()[:1] + str(error).splitlines()[-1:]
-            )
-            if fault is None:
-                traceback.print_exc()
-        os.write(writer, outcome[:2000].encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        outcome = pipe.read().decode()
-    _, status = os.waitpid(child, 0)
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else outcome
-
-
-def main(*names: str) -> None:
-    import torch
-    from depthwise_cases import patched_once
-
-    torch.set_num_threads(1)
-    with patched_once():
-        for name in names or ("", *FAULTS):
-            print(json.dumps([name, _in_a_fork(f"depthwise_{name or 'sound'}", FAULTS.get(name))]), flush=True)
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    done = subprocess_of("test_depthwise_faults.py")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(map(json.loads, done.stdout.splitlines()))
+    return planting.outcomes(Path(__file__).name)
 
 
 def test_without_a_fault_the_battery_passes(outcomes: dict[str, str]) -> None:
-    assert outcomes[""] == "survived"
+    assert outcomes[planting.SOUND] == "survived"
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
-    assert not outcomes[name].startswith("stale"), outcomes[name]
-    assert outcomes[name] != "survived"
+    planting.check(outcomes[name])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from depthwise_cases import patched_once
+
+    with patched_once():
+        planting.try_all("depthwise", FAULTS, battery, sys.argv[1:])

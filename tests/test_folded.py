@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
+from pathlib import Path
+from types import ModuleType
 
+import planting
 import pytest
-import torch
 from cases import DTYPES, LAYOUTS, PRECISIONS, Case, run
-from guarded import subprocess_of
+from guarded import guards, overflow_checked, run_large
 
 from triton_conv3d import engines
 from triton_conv3d.problem import Problem
@@ -86,22 +89,48 @@ def test_nothing_is_copied_for_a_layout() -> None:
     assert engines.get("folded").memory(problem, engines.get("folded").configs(problem)[0]).copies == 0
 
 
-@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
-def test_between_pages_that_fault(at_end: bool) -> None:
-    done = subprocess_of("test_folded.py", "end" if at_end else "start")
-    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout[-300:] + done.stderr[-2000:]
+FAULTS = {
+    "rows_off": ("folded.py", "in_rows = m < sample * batch", "in_rows = m >= 0"),
+    "filters_off": ("folded.py", "in_q = q < produced", "in_q = q >= 0"),
+    "reduction_off": ("folded.py", "needed = tl.where(in_r, needed, -1)", "needed = tl.where(in_r, needed, 0)"),
+    "one_dimension_checked": ("folded.py", "(one << tw) | (one << (KERNEL_W + th)) |", "(one << tw) |"),
+    "tap_order": ("folded.py", "th = r // (REDUCED * KERNEL_W) % KERNEL_H", "th = r // (REDUCED * KERNEL_H) % KERNEL_H"),
+    "channel_first": ("folded.py", "channel = r % REDUCED", "channel = r // (KERNEL_D * KERNEL_H * KERNEL_W)"),
+    "group_of_input": ("folded.py", "x_pixels += group.to(INDEX) * REDUCED * x_strides[1]", "x_pixels += group * 0"),
+    "group_of_weight": ("folded.py", "+ group.to(INDEX) * w_strides[5]", ""),
+    "group_of_bias": ("folded.py", "bias_ptr + group * produced + q", "bias_ptr + q"),
+    "padding_at_the_end": ("folded.py", "low = problem.padding[::2]", "low = problem.padding[1::2]"),
+    "dgrad_forward": ("folded.py", "tuple(-d for d in problem.dilation)", "problem.dilation"),
+    "roles_of_channels": ("folded.py", "channels = (w_strides[1], w_strides[0])", "channels = w_strides[:2]"),
+    "last_step_only": ("folded.py", "acc = dot(w, x, acc, PRECISION, UPCAST)", "acc = dot(w, x, acc * 0, PRECISION, UPCAST)"),
+    "offsets_in_32_bits": ("folded.py", "tl.int64 if problem.index64 else tl.int32,", "tl.int32,"),
+}  # fmt: skip
+
+
+def battery(engine: ModuleType, fault: str) -> None:
+    """Raises, or kills the process, if the engine is wrong."""
+    for pass_ in ("forward", "dgrad"):
+        for seed in range(12):
+            case, config = draw(pass_, seed)
+            with guards(at_end=seed % 3 > 0) as fresh:
+                run(case, engine, engine.configs(case.geometry())[-1] if seed % 2 else config, fresh)
+        with overflow_checked():
+            run_large(engine, pass_, "batch")
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    return planting.outcomes(Path(__file__).name)
+
+
+def test_between_pages_that_fault(outcomes: dict[str, str]) -> None:
+    assert outcomes[planting.SOUND] == "survived"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
+    planting.check(outcomes[name])
 
 
 if __name__ == "__main__":
-    import sys
-
-    from guarded import guards
-
-    torch.set_num_threads(1)
-    for mine in ("forward", "dgrad"):
-        for number in range(8):
-            tried, chosen = draw(mine, number)
-            print(tried, chosen, flush=True)
-            with guards(sys.argv[1] == "end") as fresh:
-                run(tried, "folded", chosen, fresh)
-    print("done")
+    planting.try_all("folded", FAULTS, battery, sys.argv[1:])

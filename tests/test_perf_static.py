@@ -17,7 +17,7 @@ from perf import compiling, machine_code, plots, static, workloads
 from perf.compiling import Kernel
 from perf.machine_code import Report
 from perf.static import Prediction
-from triton_conv3d.engines import folded, implicit_gemm
+from triton_conv3d.engines import base, folded, implicit_gemm
 from triton_conv3d.engines.implicit_gemm import GemmConfig
 from triton_conv3d.problem import Problem
 from triton_conv3d.tuning import cost_model
@@ -129,7 +129,7 @@ def test_every_kernel_of_the_predictions_is_reported(predicted):
     ids=lambda value: "-".join(value) or "config" if isinstance(value, dict) else "",
 )
 def test_launches_share_a_variant_only_if_their_code_is_alike(changes, config, same, monkeypatch):
-    monkeypatch.setattr(implicit_gemm, "interpreted", lambda: False)  # which compiles for other types than the GPU
+    monkeypatch.setattr(base, "interpreted", lambda: False)  # which compiles for other types than the GPU
     (first,), (second,) = (
         compiling.variants(problem, implicit_gemm, of)
         for problem, of in ((PROBLEM, SMALL), (PROBLEM.replace(**changes), config))

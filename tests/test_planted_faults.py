@@ -1,26 +1,19 @@
 """Faults planted in implicit_gemm, one at a time, must all be caught by a small battery of the checks used elsewhere.
 
-A fault is a substitution in the engine's source. The mutated engine is loaded under a name of its own and runs between
-guard pages in a forked process: ``python tests/test_planted_faults.py`` prints how each of them ended.
+``python tests/test_planted_faults.py`` prints how each of them ended; :mod:`planting` says how it is done.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import os
-import shutil
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 from types import ModuleType
 
+import planting
 import pytest
-from guarded import guards, overflow_checked, run_large, subprocess_of
+from guarded import guards, overflow_checked, run_large
 
-ENGINE = Path(__file__).resolve().parent.parent / "triton_conv3d" / "engines" / "implicit_gemm"
 KERNELS, HOST = "kernels.py", "__init__.py"
 
 # name: (file, what stands there once, what is planted)
@@ -75,12 +68,12 @@ FAULTS = {
     "wgrad_split_off_by_one": (KERNELS, "end = tl.minimum(begin + share, pixels)", "end = tl.minimum(begin + share, pixels - 1)"),
     "partial_sums_in_half": (HOST, "target = x.new_empty((config.splits, y.numel()), dtype=torch.float32)", "target = x.new_empty((config.splits, y.numel()))"),
     "reduction_misses_one": (KERNELS, "for split in range(splits):", "for split in range(splits - 1):"),
-    "bias_in_every_split": (HOST, "bias = None if split else operands.bias", "bias = operands.bias"),
+    "bias_in_every_split": (HOST, "BIAS=problem.bias and not split", "BIAS=problem.bias"),
     "chain_dropped": (KERNELS, "total += acc", "total = acc"),
     "transposed_result": (HOST, "TRANSPOSED=problem.result_layout != CHANNELS_LAST", "TRANSPOSED=False"),
     # numbers
     "tf32_truncated": (KERNELS, "((bits + 0x1000) & 0xFFFFE000)", "(bits & 0xFFFFE000)"),
-    "accumulator_in_half": (KERNELS, "acc = _dot(a, b, acc, PRECISION, UPCAST)", "acc = _dot(a, b, acc, PRECISION, UPCAST).to(tl.float16).to(tl.float32)"),
+    "accumulator_in_half": (KERNELS, "acc = dot(a, b, acc, PRECISION, UPCAST)", "acc = dot(a, b, acc, PRECISION, UPCAST).to(tl.float16).to(tl.float32)"),
     # layout
     "copy_forgotten": (HOST, "return tensor if tensor.stride(1) == 1 else _dense(tensor)", "return tensor"),
     "result_always_channels_last": (HOST, "y = problem.empty_result(x.device)", "y = problem.replace(layouts=(CHANNELS_LAST,) * 3).empty_result(x.device)"),
@@ -88,26 +81,8 @@ FAULTS = {
 }  # fmt: skip
 
 
-def load(name: str, fault: tuple[str, str, str] | None, folder: str) -> ModuleType:
-    """implicit_gemm with a fault in it, as a module of its own. LookupError if its place is gone."""
-    package = Path(folder) / name
-    shutil.copytree(ENGINE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    if fault:
-        file, old, new = fault
-        source = (package / file).read_text()
-        if old not in source:
-            raise LookupError(f"{file} no longer holds: {old}")
-        (package / file).write_text(source.replace(old, new))
-    full = f"triton_conv3d.engines.{name}"
-    spec = importlib.util.spec_from_file_location(full, package / "__init__.py", submodule_search_locations=[str(package)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[full] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def battery(engine: ModuleType, first: str = "") -> None:
-    """Raises, or kills the process, if the engine is wrong; begins with the pass of this name."""
+def battery(engine: ModuleType, fault: str) -> None:
+    """Raises, or kills the process, if the engine is wrong; begins with the pass that the fault's name begins with."""
     from cases import Case, run
 
     geometries = (
@@ -119,7 +94,7 @@ def battery(engine: ModuleType, first: str = "") -> None:
              kernel_size=(2, 2, 1), layouts=("contiguous", "channel_step")),
         dict(in_channels=2, out_channels=2, kernel_size=(1, 2, 36), input_size=(1, 2, 37), padding=(0, 0, 1, 0, 0, 1)),
     )  # fmt: skip
-    passes = sorted(("forward", "dgrad", "wgrad"), key=lambda pass_: pass_ != first)
+    passes = sorted(("forward", "dgrad", "wgrad"), key=lambda pass_: not fault.startswith(pass_))
     for pass_ in passes:
         for i, geometry in enumerate(geometries):
             bias = pass_ == "forward"
@@ -158,55 +133,18 @@ def _check_same_sign(engine: ModuleType, case) -> None:
     tolerances.check_drift(result, problem, operands)
 
 
-def _in_a_fork(name: str, fault: tuple[str, str, str] | None) -> str:
-    """'survived', or how the fault was caught."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        outcome = "survived"
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                battery(load(name, fault, folder), first=name.split("_")[1])
-        except LookupError as error:
-            outcome = f"stale: {error}"
-        except Exception as error:
-            outcome = f"{type(error).__name__}: " + " | ".join(str(error).splitlines()[:1] + str(error).splitlines()[-1:])
-            if fault is None:
-                traceback.print_exc()
-        os.write(writer, outcome[:2000].encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        outcome = pipe.read().decode()
-    _, status = os.waitpid(child, 0)
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else outcome
-
-
-def main(*names: str) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    import cases  # noqa: F401  what the forks share
-
-    for name in names or ("", *FAULTS):
-        print(json.dumps([name, _in_a_fork(f"planted_{name or 'nothing'}", FAULTS.get(name))]), flush=True)
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    done = subprocess_of("test_planted_faults.py")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(map(json.loads, done.stdout.splitlines()))
+    return planting.outcomes(Path(__file__).name)
 
 
 def test_without_a_fault_the_battery_passes(outcomes: dict[str, str]) -> None:
-    assert outcomes[""] == "survived"
+    assert outcomes[planting.SOUND] == "survived"
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
-    assert not outcomes[name].startswith("stale"), outcomes[name]
-    assert outcomes[name] != "survived"
+    planting.check(outcomes[name])
 
 
 def test_enough_faults() -> None:
@@ -214,4 +152,4 @@ def test_enough_faults() -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    planting.try_all("implicit_gemm", FAULTS, battery, sys.argv[1:])

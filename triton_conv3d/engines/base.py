@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
+
+from ..problem import VECTOR_BYTES, Problem, interpreted
+from .launching import GRID_LIMIT
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,30 @@ class Work:
     extra_bytes: float = 0.0  # moved for copies of operands and for partial sums
     launches: int = 1
     tensor_cores: bool = True
+    operations: float = 20.0  # on tiles, of one step; as counted in a step of an implicit GEMM
+
+
+def refused_by_kernels(problem: Problem) -> str | None:
+    """Why no Triton kernel of this package can compute a problem; None if one might."""
+    if problem.dtype not in ("float16", "bfloat16", "float32"):
+        return f"no kernel for {problem.dtype}"
+    if problem.arch == "cpu":
+        return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+    if problem.empty:
+        return "nothing to multiply"
+    if problem.pass_ == "dgrad" and math.prod(problem.stride) > GRID_LIMIT[1]:
+        return f"stride {problem.stride} makes more than {GRID_LIMIT[1]} parity classes"
+    return None
+
+
+def aligned(tensor: torch.Tensor) -> bool:
+    """Whether the base allows vectors: Triton proves a base aligned to 16 bytes or not at all."""
+    return tensor.data_ptr() % VECTOR_BYTES == 0
+
+
+def upcast(problem: Problem) -> bool:
+    """The interpreter multiplies raw bits of bfloat16, and truncates to it: kernels then compute in float32."""
+    return problem.dtype == "bfloat16" and interpreted()
 
 
 def in_format(result: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:

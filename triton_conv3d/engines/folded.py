@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import VECTOR_BYTES, Operands, Problem, interpreted
-from .base import Config, Memory, Work, format_strides
-from .implicit_gemm.kernels import _dot, _rounded, _tap_bits
-from .launching import launch_kernel
+from ..problem import VECTOR_BYTES, Operands, Problem
+from .base import Config, Memory, Work, format_strides, refused_by_kernels, upcast
+from .implicit_gemm.kernels import dot, rounded, tap_bits
+from .launching import GRID_LIMIT, launch_kernel
 
 NAME = "folded"
 _MOST_CHANNELS = 8  # of one group; from 16 on the steps of one tap's channels are full
@@ -77,9 +77,9 @@ def folded_gemm(
     xh = jh * scale[1] + start[1]
     xw = jw * scale[2] + start[2]
     valid = tl.full([BLOCK_M], 0, BITS)
-    valid = _tap_bits(valid, 0, xw, step[2], x_size[2], KERNEL_W, False)
-    valid = _tap_bits(valid, KERNEL_W, xh, step[1], x_size[1], KERNEL_H, False)
-    valid = _tap_bits(valid, KERNEL_W + KERNEL_H, xd, step[0], x_size[0], KERNEL_D, False)
+    valid = tap_bits(valid, 0, xw, step[2], x_size[2], KERNEL_W, False)
+    valid = tap_bits(valid, KERNEL_W, xh, step[1], x_size[1], KERNEL_H, False)
+    valid = tap_bits(valid, KERNEL_W + KERNEL_H, xd, step[0], x_size[0], KERNEL_D, False)
     outside = tl.where(in_rows, ~valid, -1)
     x_pixels = n * x_strides[0] + xd * x_strides[2] + xh * x_strides[3] + xw * x_strides[4]
     x_pixels += group.to(INDEX) * REDUCED * x_strides[1]
@@ -106,14 +106,14 @@ def folded_gemm(
         in_x = (needed[:, None] & outside[None, :]) == 0
         x = tl.load(x_ptr + (x_taps[:, None] + x_pixels[None, :]), mask=in_x, other=0.0)
         w = tl.load(w_ptr + (w_filters[:, None] + w_taps[None, :]), mask=in_q[:, None] & in_r[None, :], other=0.0)
-        acc = _dot(w, x, acc, PRECISION, UPCAST)
+        acc = dot(w, x, acc, PRECISION, UPCAST)
 
     if BIAS:
         acc += tl.load(bias_ptr + group * produced + q, mask=in_q, other=0.0).to(tl.float32)[:, None]
     y_pixels = (n * y_strides[0] + jd * y_strides[1] + jh * y_strides[2] + jw * y_strides[3]) * Y_UNIT
     y_channels = (group.to(INDEX) * produced + q) * y_strides[4]
     y_tile = y_ptr + (y_channels[:, None] + y_pixels[None, :])
-    tl.store(y_tile, _rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_q[:, None] & in_rows[None, :])
+    tl.store(y_tile, rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_q[:, None] & in_rows[None, :])
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,8 @@ _TILES = (
 
 
 def supports(problem: Problem) -> str | None:
-    if problem.dtype not in ("float16", "bfloat16", "float32"):
-        return f"no kernel for {problem.dtype}"
-    if problem.arch == "cpu":
-        return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
-    if problem.empty:
-        return "nothing to multiply"
+    if reason := refused_by_kernels(problem):
+        return reason
     if problem.pass_ == "wgrad":
         return "wgrad of implicit_gemm folds taps and channels already"
     if problem.pass_ == "dgrad" and problem.stride != (1, 1, 1):
@@ -158,8 +154,8 @@ def supports(problem: Problem) -> str | None:
         return "depthwise: a tile would hold one channel"
     if sum(problem.kernel_size) > _MOST_TAP_BITS:
         return f"kernel sizes {problem.kernel_size} add up to more than {_MOST_TAP_BITS}"
-    if problem.groups > 65_535:
-        return f"groups={problem.groups}: more than 65535"
+    if problem.groups > GRID_LIMIT[1]:
+        return f"groups={problem.groups}: more than {GRID_LIMIT[1]}"
     if problem.arch == "gfx942" and problem.precision == "tf32x3":
         return "tf32x3 needs NVIDIA's tensor cores"
     return None
@@ -242,7 +238,7 @@ def _launch(
         INDEX=tl.int64 if problem.index64 else tl.int32,
         BITS=tl.int32 if sum(problem.kernel_size) < 32 else tl.int64,
         PRECISION=problem.precision,
-        UPCAST=problem.dtype == "bfloat16" and interpreted(),
+        UPCAST=upcast(problem),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

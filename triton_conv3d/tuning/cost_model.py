@@ -1,7 +1,7 @@
 """A first, analytic model of a kernel's time: enough to rank candidates before anything is measured.
 
     time  = launches + copies + waves * (prologue + iterations * step) + writes, and not below the roofline
-    step  = max(tensor, memory, latency)
+    step  = max(products, memory, latency)
 
 Rates are the vendors' until measured ones replace them; every other constant is an assumption to be fitted.
 """
@@ -42,6 +42,7 @@ _LAUNCH = 4e-6  # seconds of a launch on a busy stream
 _PROLOGUE = 1.5e-6  # seconds before a program's first product, and for its last writes
 _LATENCY = 0.25e-6  # seconds below which one step of the pipeline cannot go
 _TENSOR_PART = 0.6  # of the tensor rate, that a pointer kernel reaches: 0.8 of a vendor's GEMM
+_FMA_PART = 0.85  # of the issue rate, that a kernel without tensor cores reaches
 _CACHED = 2.0  # times the bandwidth of memory, that tiles are read at: most reads hit the L2 cache
 _REGISTERS = 128  # of one thread: bounds the programs that a multiprocessor holds
 _REGISTER_FILE = 65_536
@@ -53,8 +54,9 @@ _ATEN_OTHER_LAYOUT = 0.5  # of that, on contiguous volumes
 _ATEN_BENCHMARK = 1.05  # what cuDNN's own search gains
 _MATMUL_PART = 0.8  # the vendor's GEMM
 
-_INTERPRETED_STEP = 3.5e-3  # seconds of one step of a program in Triton's interpreter, whatever its size
-_INTERPRETED_ELEMENT = 1e-7  # seconds an element that it loads adds
+# Seconds in Triton's interpreter, fitted to small layers: before and after the steps of a program, of an operation on
+# tiles whatever their size, and what each element adds that is loaded.
+_INTERPRETED_PROGRAM, _INTERPRETED_OPERATION, _INTERPRETED_ELEMENT = 6.5e-3, 1e-4, 2e-8
 
 
 def rates(problem: Problem) -> Rates:
@@ -69,8 +71,8 @@ def predict(problem: Problem, engine: ModuleType, config: Config) -> float:
     if work is None:
         return _guess(problem, engine, config, gpu)
     if problem.arch == "interpreter":
-        elements = work.bytes_read / problem.itemsize
-        return work.programs * work.iterations * (_INTERPRETED_STEP + elements * _INTERPRETED_ELEMENT)
+        step = work.operations * _INTERPRETED_OPERATION + work.bytes_read / problem.itemsize * _INTERPRETED_ELEMENT
+        return work.programs * (_INTERPRETED_PROGRAM + work.iterations * step)
     return max(_predicted(problem, work, gpu), roofline(problem, gpu))
 
 
@@ -87,16 +89,18 @@ def _predicted(problem: Problem, work: Work, gpu: Rates) -> float:
     slots = gpu.units * max(1, resident)
     waves, rest = divmod(work.programs, slots)
     main = waves * _wave(problem, work, gpu, slots) + (_wave(problem, work, gpu, rest) if rest else 0.0)
-    moved = work.extra_bytes + work.programs * work.bytes_written
-    return work.launches * _LAUNCH + main + moved / gpu.bandwidth
+    writes = (work.extra_bytes + work.programs * work.bytes_written) / gpu.bandwidth
+    # Small programs without tensor cores write while others of their multiprocessor read.
+    return work.launches * _LAUNCH + (main + writes if work.tensor_cores else max(main, writes))
 
 
 def _wave(problem: Problem, work: Work, gpu: Rates, programs: int) -> float:
     """Seconds of programs that run at once; the multiprocessor that holds the most of them is the last to end."""
     held = math.ceil(programs / gpu.units)
-    tensor = held * work.flops * gpu.units / (_TENSOR_PART * _peak(problem, gpu, work.tensor_cores))
+    part = _TENSOR_PART if work.tensor_cores else _FMA_PART
+    products = held * work.flops * gpu.units / (part * _peak(problem, gpu, work.tensor_cores))
     memory = programs * work.bytes_read / (_CACHED * gpu.bandwidth)
-    return _PROLOGUE + work.iterations * max(tensor, memory, _LATENCY)
+    return _PROLOGUE + work.iterations * max(products, memory, _LATENCY)
 
 
 def _peak(problem: Problem, gpu: Rates, tensor_cores: bool = True) -> float:

@@ -31,8 +31,8 @@ import math
 import torch
 import triton.language as tl
 
-from ...problem import STRIDED, VECTOR_BYTES, Operands, Problem, interpreted
-from ..base import Memory, Work, format_strides
+from ...problem import STRIDED, VECTOR_BYTES, Operands, Problem
+from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, upcast
 from ..launching import launch_kernel
 from .axes import ring_size, strip_step
 from .configs import WORKSPACE_LIMIT, DepthwiseConfig, configs, partial_bytes, register_limit, smallest
@@ -62,12 +62,8 @@ _REDUCE_SPLITS, _REDUCE_ELEMENTS = 64, 16  # of one program of the second stage 
 
 
 def supports(problem: Problem) -> str | None:
-    if problem.dtype not in ("float16", "bfloat16", "float32"):
-        return f"no kernel for {problem.dtype}"
-    if problem.arch == "cpu":
-        return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
-    if problem.empty:
-        return "nothing to multiply"
+    if reason := refused_by_kernels(problem):
+        return reason
     if problem.groups != problem.in_channels:
         return f"groups={problem.groups} is not in_channels={problem.in_channels}"
     if problem.pass_ == "dgrad" and problem.stride[2] > 16:
@@ -119,6 +115,7 @@ def work(problem: Problem, config: DepthwiseConfig) -> Work:
         extra_bytes=2.0 * used.copies + used.workspace,
         launches=1 + (problem.pass_ == "wgrad" or config.kernel == ROWS),
         tensor_cores=False,
+        operations=config.rows * config.columns * instructions(problem, config),  # unrolled
     )
 
 
@@ -156,19 +153,9 @@ def _met(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _aligned(tensor: torch.Tensor) -> bool:
-    """Triton proves a base aligned to 16 bytes or not at all."""
-    return tensor.data_ptr() % VECTOR_BYTES == 0
-
-
 def _even(size: int, strips: int, step: int) -> bool:
     """Whether every strip's own positions are inside."""
     return size >= strips * step
-
-
-def _upcast(problem: Problem) -> bool:
-    """The interpreter truncates to bfloat16."""
-    return problem.dtype == "bfloat16" and interpreted()
 
 
 def _gather(problem: Problem, operands: Operands, config: DepthwiseConfig) -> torch.Tensor:
@@ -177,12 +164,12 @@ def _gather(problem: Problem, operands: Operands, config: DepthwiseConfig) -> to
     w = _met(problem, operands.weight)
     y = problem.empty_result(x.device)
     if config.kernel == SLIDE:
-        grid, arguments, options = _slide_launch(problem, config, x.stride(), _aligned(x), w.stride())
+        grid, arguments, options = _slide_launch(problem, config, x.stride(), aligned(x), w.stride())
         launch_kernel(slide, grid, (x, w, operands.bias, y, *arguments), options)
         return y
     taps = torch.empty((*w.shape[2:], problem.out_channels), dtype=torch.float32, device=x.device)
     taps.copy_(w[:, 0].permute(1, 2, 3, 0))
-    grid, arguments, options = _rows_launch(problem, config, x.stride(), _aligned(x))
+    grid, arguments, options = _rows_launch(problem, config, x.stride(), aligned(x))
     launch_kernel(rows, grid, (x, taps, operands.bias, y, *arguments), options)
     return y
 
@@ -210,7 +197,7 @@ def _sides(problem: Problem, config: DepthwiseConfig, strides: tuple[int, ...], 
     options = dict(
         X_UNIT=x.unit, Y_UNIT=y.unit, X_PIXEL=x.pixel, Y_PIXEL=y.pixel, X_GROUP=x.group, Y_GROUP=y.group,
         X_EVEN=_even(sizes[0][2], at.strips[1], step), Y_EVEN=_even(sizes[1][2], at.strips[1], config.columns),
-        Y_LAST=y.last, DGRAD=dgrad, BIAS=problem.bias, UPCAST=_upcast(problem), **_common(problem, config, at),
+        Y_LAST=y.last, DGRAD=dgrad, BIAS=problem.bias, UPCAST=upcast(problem), **_common(problem, config, at),
     )  # fmt: skip
     return sizes, x, y, options
 
@@ -275,13 +262,13 @@ def _wgrad(problem: Problem, operands: Operands, config: DepthwiseConfig) -> tor
     filters, _, *kernel = taps.shape
     partials = torch.empty((config.splits, *kernel, filters), dtype=torch.float32, device=x.device)
     strides = (x.stride(), grad.stride())
-    grid, arguments, options = _wgrad_launch(problem, config, *strides, _aligned(x), _aligned(grad))
+    grid, arguments, options = _wgrad_launch(problem, config, *strides, aligned(x), aligned(grad))
     launch_kernel(wgrad, grid, (grad, x, partials, *arguments), options)
     launch_kernel(
         reduce_partials,
         (-(-taps.numel() // _REDUCE_ELEMENTS), 1),
         (partials, taps, tuple(kernel), filters, (taps.stride(0), *taps.stride()[2:]), config.splits),
-        dict(UPCAST=_upcast(problem), SPLITS=_REDUCE_SPLITS, ELEMENTS=_REDUCE_ELEMENTS, num_warps=4),
+        dict(UPCAST=upcast(problem), SPLITS=_REDUCE_SPLITS, ELEMENTS=_REDUCE_ELEMENTS, num_warps=4),
     )
     return dw
 

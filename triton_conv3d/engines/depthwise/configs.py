@@ -121,7 +121,7 @@ def _splits(problem: Problem, config: DepthwiseConfig) -> list[int]:
 
 @functools.lru_cache(maxsize=4096)
 def configs(problem: Problem) -> tuple[DepthwiseConfig, ...]:
-    """Every configuration that this problem can take, the smallest last. Splits do not add compiled kernels."""
+    """Every configuration that this problem can take, the smallest last. All splits above 1 share a compiled kernel."""
     multiplied = problem.pass_ == "dgrad" and problem.out_channels != problem.in_channels
     whole = problem.pass_ == "wgrad" or (not multiplied and met_taps(problem).count <= _MOST_TAPS)
     kept = _candidates(problem, SLIDE) if whole else []

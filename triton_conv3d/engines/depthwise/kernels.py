@@ -14,7 +14,7 @@ so that loads carry it as an immediate.
 import triton
 import triton.language as tl
 
-from ..implicit_gemm.kernels import _parity_class
+from ..implicit_gemm.kernels import parity_class
 from .axes import count, position, ring_size, row_of_taps, stride, strip_step, taps
 from .lanes import add_row, in_elements, lanes, load_line, store_line, tile_of
 
@@ -236,10 +236,10 @@ def rows(
     if STRIDED:
         index_d = tl.program_id(1) // stride[1]
         index_h = tl.program_id(1) % stride[1]
-        taps_d, first_d, start_d, planes = _parity_class(
+        taps_d, first_d, start_d, planes = parity_class(
             index_d, start[0], y_size[0], kernel[0], stride[0], dilation[0], tap_step[0]
         )
-        taps_h, first_h, start_h, lines = _parity_class(
+        taps_h, first_h, start_h, lines = parity_class(
             index_h, start[1], y_size[1], kernel[1], stride[1], dilation[1], tap_step[1]
         )
     n, tile_c, tile_h, tile_w, part = tile_of(tl.program_id(0), tiles, chunks, LAST)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..implicit_gemm.kernels import _rounded
+from ..implicit_gemm.kernels import rounded
 from .axes import count, group_count, group_start, place_in_groups, position, slot_of, strip_step, taps
 
 
@@ -152,10 +152,10 @@ def store_line(
     for first in tl.static_range(0, COLUMNS, GROUP):
         inside = _in_width(in_row, at, size, first, COLUMNS, EVEN)
         if GROUP == 1:
-            value = _rounded(values[first], row_ptr.dtype.element_ty, UPCAST)
+            value = rounded(values[first], row_ptr.dtype.element_ty, UPCAST)
             tl.store(row_ptr + first * PIXEL + lane, value, mask=inside)
         else:
-            value = _rounded(_join(values[first : first + GROUP], BLOCK, GROUP), row_ptr.dtype.element_ty, UPCAST)
+            value = rounded(_join(values[first : first + GROUP], BLOCK, GROUP), row_ptr.dtype.element_ty, UPCAST)
             tl.store(row_ptr + first + lane[:, None] + tl.arange(0, GROUP)[None, :], value, mask=inside[:, None])
 
 

@@ -8,7 +8,7 @@ gradient that are still open. Both stages add in a fixed order: equal inputs giv
 import triton
 import triton.language as tl
 
-from ..implicit_gemm.kernels import _rounded
+from ..implicit_gemm.kernels import rounded
 from .axes import count, dilation, position, ring_size, row_of_taps, slot_of, stride, strip_step, taps
 from .lanes import in_elements, lanes, load_line
 
@@ -189,5 +189,5 @@ def reduce_partials(
     tap = at // filters
     offset = k * dw_strides[0] + tap // (kernel[2] * kernel[1]) * dw_strides[1]
     offset += tap // kernel[2] % kernel[1] * dw_strides[2] + tap % kernel[2] * dw_strides[3]
-    value = _rounded(tl.sum(total, 0), dw_ptr.dtype.element_ty, UPCAST)
+    value = rounded(tl.sum(total, 0), dw_ptr.dtype.element_ty, UPCAST)
     tl.store(dw_ptr + offset, value, mask=at < elements)

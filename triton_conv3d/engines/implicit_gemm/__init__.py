@@ -14,9 +14,9 @@ import math
 import torch
 import triton.language as tl
 
-from ...problem import CHANNELS_LAST, CONTIGUOUS, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem, interpreted
-from ..base import Memory, Work, format_strides
-from ..launching import GRID_LIMIT, launch_kernel
+from ...problem import CHANNELS_LAST, CONTIGUOUS, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
+from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, upcast
+from ..launching import launch_kernel
 from .configs import CHAIN, GROUP_M, GemmConfig, configs, workspace_bytes
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
 
@@ -29,16 +29,10 @@ _KNOWN_LAUNCHES = 4096  # whose arguments are kept: working them out takes longe
 
 
 def supports(problem: Problem) -> str | None:
-    if problem.dtype not in ("float16", "bfloat16", "float32"):
-        return f"no kernel for {problem.dtype}"
-    if problem.arch == "cpu":
-        return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
-    if problem.empty:
-        return "nothing to multiply"
+    if reason := refused_by_kernels(problem):
+        return reason
     if problem.pass_ != "wgrad" and sum(problem.kernel_size) > _MOST_TAP_BITS:
         return f"kernel sizes {problem.kernel_size} add up to more than {_MOST_TAP_BITS}"
-    if problem.pass_ == "dgrad" and math.prod(problem.stride) > GRID_LIMIT[1]:
-        return f"stride {problem.stride} makes more than {GRID_LIMIT[1]} parity classes"
     if problem.arch == "gfx942" and problem.precision == "tf32x3":
         return "tf32x3 needs NVIDIA's tensor cores"
     return None
@@ -127,11 +121,6 @@ def _pixels(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int,
     return tuple(0 if shape[dim] == 1 else strides[dim] for dim in (0, 2, 3, 4))
 
 
-def _aligned(tensor: torch.Tensor) -> bool:
-    """Triton proves a base aligned to 16 bytes or not at all."""
-    return tensor.data_ptr() % VECTOR_BYTES == 0
-
-
 def _in_units(values, unit: int) -> tuple[int, ...]:
     return tuple(value // unit for value in values)
 
@@ -140,16 +129,11 @@ def _options(config: GemmConfig) -> dict:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def _upcast(problem: Problem) -> bool:
-    """The interpreter multiplies raw bits of bfloat16, and truncates to it."""
-    return problem.dtype == "bfloat16" and interpreted()
-
-
 def _constants(problem: Problem, config: GemmConfig) -> dict:
     return {
         "INDEX": tl.int64 if problem.index64 else tl.int32,
         "PRECISION": problem.precision,
-        "UPCAST": _upcast(problem),
+        "UPCAST": upcast(problem),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -164,9 +148,8 @@ def _gather(problem: Problem, operands: Operands, config: GemmConfig) -> torch.T
     y = problem.empty_result(x.device)
     split = config.splits > 1
     target = x.new_empty((config.splits, y.numel()), dtype=torch.float32) if split else y
-    grid, arguments, options = _gather_launch(problem, config, x.stride(), _aligned(x), _aligned(w))
-    bias = None if split else operands.bias
-    launch_kernel(gather_gemm, grid, (x, w, bias, target, *arguments), {**options, "BIAS": bias is not None})
+    grid, arguments, options = _gather_launch(problem, config, x.stride(), aligned(x), aligned(w))
+    launch_kernel(gather_gemm, grid, (x, w, operands.bias, target, *arguments), options)
     if split:
         _reduce(problem, target, operands.bias, y)
     return y
@@ -217,6 +200,7 @@ def _gather_launch(
         Y_UNIT=y_unit,
         DGRAD=dgrad,
         STRIDED=strided,
+        BIAS=problem.bias and not split,  # of splits, the reduction adds it
         EVEN=reduced % config.block_k == 0,
         FLAT=problem.taps < 32,
         BITS=tl.int32 if min(problem.taps, sum(problem.kernel_size)) < 32 else tl.int64,
@@ -232,7 +216,7 @@ def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Te
     dw = problem.empty_result(x.device)
     split = config.splits > 1
     target = x.new_empty((config.splits, dw.numel()), dtype=torch.float32) if split else dw
-    grid, arguments, options = _wgrad_launch(problem, config, x.stride(), _aligned(x), _aligned(grad))
+    grid, arguments, options = _wgrad_launch(problem, config, x.stride(), aligned(x), aligned(grad))
     launch_kernel(wgrad_gemm, grid, (grad, x, target, *arguments), options)
     if split:
         _reduce(problem, target, None, dw)
@@ -271,7 +255,7 @@ def _reduce(problem: Problem, partials: torch.Tensor, bias: torch.Tensor | None,
         (partials, bias, result, result.numel(), math.prod(result.shape[2:]), channels, partials.shape[0]),
         dict(
             BIAS=bias is not None,
-            UPCAST=_upcast(problem),
+            UPCAST=upcast(problem),
             TRANSPOSED=problem.result_layout != CHANNELS_LAST,
             INDEX=tl.int64 if result.numel() >= 2**31 - _REDUCE_BLOCK else tl.int32,
             BLOCK=_REDUCE_BLOCK,

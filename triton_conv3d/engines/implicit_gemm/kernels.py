@@ -22,7 +22,7 @@ def _round_tf32(value):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -33,7 +33,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _rounded(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
+def rounded(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
     """float32 in the type of the result, rounded to nearest even."""
     if UPCAST and dtype == tl.bfloat16:  # the interpreter truncates
         bits = value.to(tl.uint32, bitcast=True)
@@ -52,7 +52,7 @@ def _swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _parity_class(index, pad, size, kernel, stride, dilation, tap_step):
+def parity_class(index, pad, size, kernel, stride, dilation, tap_step):
     """One dimension of a strided dgrad: the input positions i = j * stride + index, seen as a dense gather.
 
     Position i meets tap t where stride divides i + pad - t * dilation: every tap_step-th tap from a first one on.
@@ -67,7 +67,7 @@ def _parity_class(index, pad, size, kernel, stride, dilation, tap_step):
 
 
 @triton.jit
-def _tap_bits(inner, width, at, step, size, taps, FLAT: tl.constexpr):
+def tap_bits(inner, width, at, step, size, taps, FLAT: tl.constexpr):
     """Which taps of one dimension, from position at on, lie inside [0, size); joined to the bits of those before it.
 
     FLAT: one bit for every tap of the kernel (inner has width bits, the result width * taps); else one for every tap
@@ -140,13 +140,13 @@ def gather_gemm(
         index_w = tl.program_id(1) % stride[2]
         index_h = tl.program_id(1) // stride[2] % stride[1]
         index_d = tl.program_id(1) // (stride[2] * stride[1])
-        taps_d, tap_d, start_d, rows_d = _parity_class(
+        taps_d, tap_d, start_d, rows_d = parity_class(
             index_d, start[0], y_size[0], kernel[0], stride[0], dilation[0], tap_step[0]
         )
-        taps_h, tap_h, start_h, rows_h = _parity_class(
+        taps_h, tap_h, start_h, rows_h = parity_class(
             index_h, start[1], y_size[1], kernel[1], stride[1], dilation[1], tap_step[1]
         )
-        taps_w, tap_w, start_w, rows_w = _parity_class(
+        taps_w, tap_w, start_w, rows_w = parity_class(
             index_w, start[2], y_size[2], kernel[2], stride[2], dilation[2], tap_step[2]
         )
 
@@ -163,9 +163,9 @@ def gather_gemm(
     xw = jw * scale[2] + start_w
     taps_hw = taps_h * taps_w
     valid = tl.full([BLOCK_M], 1 if FLAT else 0, BITS)
-    valid = _tap_bits(valid, 1 if FLAT else 0, xw, step[2], x_size[2], taps_w, FLAT)
-    valid = _tap_bits(valid, taps_w, xh, step[1], x_size[1], taps_h, FLAT)
-    valid = _tap_bits(valid, taps_hw if FLAT else taps_h + taps_w, xd, step[0], x_size[0], taps_d, FLAT)
+    valid = tap_bits(valid, 1 if FLAT else 0, xw, step[2], x_size[2], taps_w, FLAT)
+    valid = tap_bits(valid, taps_w, xh, step[1], x_size[1], taps_h, FLAT)
+    valid = tap_bits(valid, taps_hw if FLAT else taps_h + taps_w, xd, step[0], x_size[0], taps_d, FLAT)
     x_rows = (n * x_strides[0] + xd * x_strides[1] + xh * x_strides[2] + xw * x_strides[3]) * X_UNIT
     x_tile = (x_rows + group.to(INDEX) * reduced)[:, None] + tl.arange(0, BLOCK_K)[None, :]
 
@@ -220,7 +220,7 @@ def gather_gemm(
             in_w &= (r + k < reduced)[:, None]
         a = tl.load(x_ptr + x_tap + x_tile, mask=in_x, other=0.0)
         b = tl.load(w_ptr + w_tap + w_tile, mask=in_w, other=0.0)
-        acc = _dot(a, b, acc, PRECISION, UPCAST)
+        acc = dot(a, b, acc, PRECISION, UPCAST)
         r += BLOCK_K
         carry = (r >= reduced).to(tl.int32)
         r = tl.where(r >= reduced, 0, r)
@@ -240,7 +240,7 @@ def gather_gemm(
     y_rows = (n * y_strides[0] + jd * y_strides[1] + jh * y_strides[2] + jw * y_strides[3]) * Y_UNIT
     y_cols = (group.to(INDEX) * produced + q) * y_strides[4]
     y_tile = y_ptr + split.to(INDEX) * split_stride + (y_rows[:, None] + y_cols[None, :])
-    tl.store(y_tile, _rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_rows[:, None] & in_q[None, :])
+    tl.store(y_tile, rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_rows[:, None] & in_q[None, :])
 
 
 @triton.jit
@@ -351,7 +351,7 @@ def wgrad_gemm(
                 grad_ptr + tl.full([], p, INDEX) * (all_out * G_UNIT) + grad_tile, mask=grad_rows < left, other=0.0
             )
             x = tl.load(x_ptr + (x_tile + x_columns[None, :]), mask=in_x & (row_p < left), other=0.0)
-            acc = _dot(tl.trans(grad), x, acc, PRECISION, UPCAST)
+            acc = dot(tl.trans(grad), x, acc, PRECISION, UPCAST)
             first_w, carry = _add_digit(first_w, hop_w, 0, size_w)
             first_h, carry = _add_digit(first_h, hop_h, carry, size_h)
             first_d, carry = _add_digit(first_d, hop_d, carry, size_d)
@@ -361,7 +361,7 @@ def wgrad_gemm(
     dw_rows = (group.to(INDEX) * group_out + k) * dw_strides[0]
     dw_columns = tap * dw_strides[1] + c * dw_strides[2]
     dw_tile = dw_ptr + split.to(INDEX) * split_stride + (dw_rows[:, None] + dw_columns[None, :])
-    tl.store(dw_tile, _rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=in_k[:, None] & in_columns[None, :])
+    tl.store(dw_tile, rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=in_k[:, None] & in_columns[None, :])
 
 
 @triton.jit
@@ -389,4 +389,4 @@ def reduce_splits(
         total += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     if TRANSPOSED:
         at = at // (channels * inner) * (channels * inner) + channel * inner + at // channels % inner
-    tl.store(result_ptr + at, _rounded(total, result_ptr.dtype.element_ty, UPCAST), mask=inside)
+    tl.store(result_ptr + at, rounded(total, result_ptr.dtype.element_ty, UPCAST), mask=inside)
