@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -123,15 +122,10 @@ def _compile(problem: Problem, engine: ModuleType, config: Config, index: int) -
     try:
         with machine_code.compiling_for(problem.arch):
             launch = machine_code.launches(problem, _operands(problem), engine, config)[index]
-            report = machine_code.read(problem, config, *machine_code.compiled(launch))
+            report = machine_code.read(problem, engine, config, *machine_code.compiled(launch))
     except Exception as error:  # of whatever kind: the other kernels are still wanted
         return f"{type(error).__name__}: {error}"
-    vectors = math.gcd(problem.group_in, problem.group_out)  # what is copied at once lies within one group
-    report = dataclasses.replace(report, channels=vectors)
-    allowed = set() if engine.work(problem, config).tensor_cores else {"no matrix instructions"}
-    if engine.NAME != "implicit_gemm":  # other engines load into registers by design
-        allowed.add("no 16-byte copies")
-    return dataclasses.asdict(report), [fault for fault in report.faults() if fault not in allowed]
+    return dataclasses.asdict(report), report.faults()
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ def sweep_lines(outcomes: Sequence[Outcome], sizes: Mapping[str, int], name: str
     Args:
         sizes: the varied size of each workload. name: what that size is.
     """
-    passes, looks = _passes(outcomes), _looks({provider for o in outcomes for provider in o.rows})
+    passes = _passes(outcomes)
+    looks = _looks({provider for o in outcomes for provider in o.rows if ":" not in provider})  # not each tile of one
     figure, panels = new_figure(title, 3.7, columns=len(passes), sharey=True)
     for axes, pass_ in zip(panels, passes, strict=True):
         chosen = sorted((o for o in outcomes if o.any.pass_ == pass_), key=lambda o: sizes[o.workload])

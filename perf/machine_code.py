@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -26,7 +27,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from triton_conv3d.engines import implicit_gemm, launching
+from triton_conv3d import engines
+from triton_conv3d.engines import launching
 from triton_conv3d.engines.base import Config
 from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES, spills
 from triton_conv3d.problem import Operands, Problem, describe
@@ -34,11 +36,41 @@ from triton_conv3d.problem import Operands, Problem, describe
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"))
 KEPT = TYPES[1:]  # of the report of every config: float16 becomes the code of bfloat16, with another suffix
-PASSES = ("forward", "dgrad", "wgrad")
-LAYERS = ((128, 1), (128, 2), (20, 1))  # (channels, stride): of both sides, of all dimensions
 RESULTS = Path(__file__).with_name("results") / "machine_code"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = r"\b(HGMMA|UTC\w*MMA|HMMA|IGMMA|QGMMA)|v_mfma_\w+"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A 3x3x3 convolution with padding 1 of two volumes of 32^3, and the engine that computes it."""
+
+    engine: str
+    in_channels: int
+    out_channels: int
+    stride: int = 1
+    groups: int = 1
+    channels_last: bool = True
+
+    def __str__(self) -> str:
+        """``64 -> 64, groups 64, contiguous``."""
+        text = f"{self.in_channels} -> {self.out_channels}"
+        text += f", stride {self.stride}" if self.stride != 1 else ""
+        text += f", groups {self.groups}" if self.groups != 1 else ""
+        return text + ("" if self.channels_last else ", contiguous")
+
+
+LAYERS = (
+    Layer("implicit_gemm", 128, 128),
+    Layer("implicit_gemm", 128, 128, stride=2),
+    Layer("implicit_gemm", 20, 20),  # fills no vector
+    Layer("folded", 1, 128),
+    Layer("folded", 3, 128),
+    Layer("folded", 128, 3),  # its dgrad: forward has too many channels
+    Layer("depthwise", 64, 64, groups=64),
+    Layer("depthwise", 64, 64, groups=64, stride=2),
+    Layer("depthwise", 64, 64, groups=64, channels_last=False),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +78,8 @@ class Report:
     """What one kernel became.
 
     Attributes:
+        layer: :class:`Layer`, in words. gemm: its products belong on the tensor cores. vectors: every channel count
+            divides by 8, and the engine copies into shared memory.
         registers: of a thread. spills: instructions that move registers to local memory or back; on AMD registers.
         shared: bytes. matrix: matrix instructions. wide_copies, narrow_copies: copies into shared memory, of 16 bytes and
             of less; on AMD loads. loop: instructions of the smallest loop with matrix instructions.
@@ -55,10 +89,12 @@ class Report:
     dtype: str
     precision: str
     pass_: str
-    channels: int
-    stride: int
+    engine: str
+    layer: str
     config: str
     kernel: str
+    gemm: bool
+    vectors: bool
     registers: int
     spills: int
     shared: int
@@ -74,11 +110,10 @@ class Report:
             found.append(f"{self.spills} spills")
         if self.shared > _SHARED_BYTES[self.arch]:
             found.append(f"{self.shared} bytes of shared memory")
-        if self.kernel != "reduce_splits":
-            if not self.matrix:
-                found.append("no matrix instructions")
-            if not self.wide_copies and self.channels % 8 == 0:
-                found.append("no 16-byte copies")
+        if self.gemm and not self.matrix:
+            found.append("no matrix instructions")
+        if self.vectors and not self.wide_copies:
+            found.append("no 16-byte copies")
         return found
 
 
@@ -127,25 +162,37 @@ def compiled(launch: tuple) -> tuple[str, object]:
     return kernel.__name__, kernel.run(*args, grid=(1, 1, 1), warmup=True, **options)
 
 
-def problems(arch: str, dtype: str, precision: str, channels: int, stride: int = 1) -> Iterator[tuple[Problem, Operands]]:
-    """The three passes of a 3x3x3 layer, as the GPU of that architecture would see them."""
-    last, kind = {"memory_format": torch.channels_last_3d}, getattr(torch, dtype)
+def problems(arch: str, dtype: str, precision: str, layer: Layer) -> Iterator[tuple[Problem, Operands]]:
+    """Those passes of a layer that its engine computes, as the GPU of that architecture would see them."""
+    kind = getattr(torch, dtype)
+    form = torch.channels_last_3d if layer.channels_last else torch.contiguous_format
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, memory_format=form)
+
     size = 32
-    x = torch.empty(2, channels, size, size, size, dtype=kind).contiguous(**last)
-    w = torch.empty(channels, channels, 3, 3, 3, dtype=kind).contiguous(**last)
-    grad = torch.empty(2, channels, *[size // stride] * 3, dtype=kind).contiguous(**last)
-    bias = torch.empty(channels, dtype=kind)
-    for pass_ in PASSES:
-        operands = {"forward": Operands(x, w, None, bias), "dgrad": Operands(None, w, grad)}.get(pass_, Operands(x, None, grad))
+    x = empty(2, layer.in_channels, size, size, size)
+    w = empty(layer.out_channels, layer.in_channels // layer.groups, 3, 3, 3)
+    grad = empty(2, layer.out_channels, *[size // layer.stride] * 3)
+    bias = torch.empty(layer.out_channels, dtype=kind)
+    for pass_, operands in (
+        ("forward", Operands(x, w, None, bias)),
+        ("dgrad", Operands(None, w, grad)),
+        ("wgrad", Operands(x, None, grad)),
+    ):
         problem = describe(
-            pass_, operands, x.shape, w.shape, (stride,) * 3, (1,) * 6, (1,) * 3, 1, True, precision
-        )  # fmt: skip
-        yield problem.replace(arch=arch, device=arch), operands
+            pass_, operands, x.shape, w.shape, (layer.stride,) * 3, (1,) * 6, (1,) * 3, layer.groups,
+            layer.channels_last, precision,
+        ).replace(arch=arch, device=arch)  # fmt: skip
+        if engines.get(layer.engine).supports(problem) is None:
+            yield problem, operands
 
 
-def read(problem: Problem, config, name: str, kernel) -> Report:
+def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel, layer: object = "") -> Report:
     """Read one compiled kernel's resources and instructions."""
     arch = problem.arch
+    main = not name.startswith("reduce_")  # the second stage of a split reduction only adds
+    filled = math.gcd(problem.group_in, problem.group_out) % 8 == 0  # what is copied at once lies within one group
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
@@ -165,7 +212,8 @@ def read(problem: Problem, config, name: str, kernel) -> Report:
         wide = len(re.findall(r"LDGSTS\.\S*128", text))
         narrow = len(re.findall(r"LDGSTS", text)) - wide
     return Report(
-        arch, problem.dtype, problem.precision, problem.pass_, problem.in_channels, problem.stride[0], str(config), name,
+        arch, problem.dtype, problem.precision, problem.pass_, engine.NAME, str(layer), str(config), name,
+        main and engine.work(problem, config).tensor_cores, main and filled and engine.NAME == "implicit_gemm",
         registers, spills, kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow, _loop(instructions),
     )  # fmt: skip
 
@@ -193,27 +241,36 @@ def _loop(lines: list[str]) -> int:
     return min(loops, default=0)
 
 
-def configs(problem: Problem, most: int | None = None) -> list:
-    """What decides about the code: every tile, whole and split; or the first of ``most`` tiles split, the others whole."""
-    whole = list(dict.fromkeys(dataclasses.replace(c, splits=1) for c in implicit_gemm.configs(problem)))[:most]
+def configs(problem: Problem, engine: ModuleType, most: int | None = None) -> list[Config]:
+    """What decides about the code: every tile, whole and split; or the first of ``most`` tiles split, the others whole.
+
+    Of ``depthwise``, which splits more than the reduction, what it offers: all splits above 1 share their code.
+    """
+    offers = engine.configs(problem)
+    if not hasattr(offers[0], "splits"):
+        return list(offers)[:most]
+    if engine.NAME == "depthwise":
+        return list(dict.fromkeys(dataclasses.replace(config, splits=min(config.splits, 2)) for config in offers))[:most]
+    whole = list(dict.fromkeys(dataclasses.replace(config, splits=1) for config in offers))[:most]
     split = [dataclasses.replace(tile, splits=2) for tile in whole]
     split = [config for config in split if not spills(problem, config)]
     return whole + split if most is None else split[:1] + whole[1:]
 
 
-def reports(arch: str, dtype: str, precision: str, channels: int, most: int | None, stride: int = 1) -> Iterator[Report]:
-    """One report for every kernel that the three passes of a layer start with :func:`configs`."""
-    for problem, operands in problems(arch, dtype, precision, channels, stride):
-        for config in configs(problem, most):
+def reports(arch: str, dtype: str, precision: str, layer: Layer, most: int | None) -> Iterator[Report]:
+    """One report for every kernel that the passes of a layer start with :func:`configs`."""
+    engine = engines.get(layer.engine)
+    for problem, operands in problems(arch, dtype, precision, layer):
+        for config in configs(problem, engine, most):
             with compiling_for(arch):
-                for name, kernel in map(compiled, launches(problem, operands, implicit_gemm, config)):
-                    yield read(problem, config, name, kernel)
+                for name, kernel in map(compiled, launches(problem, operands, engine, config)):
+                    yield read(problem, engine, config, name, kernel, layer)
 
 
 def table(rows: list[Report]) -> str:
-    header = "arch    type      pass     C    kernel        regs spill  shared  mma  16B <16B  loop  config"
+    header = "arch    type      pass     layer          kernel          regs spill  shared  mma  16B <16B  loop  config"
     lines = [
-        f"{r.arch:7} {r.dtype:9} {r.pass_:8} {r.channels:<4} {r.kernel:13} {r.registers:4} {r.spills:5} {r.shared:7} "
+        f"{r.arch:7} {r.dtype:9} {r.pass_:8} {r.layer:14} {r.kernel:15} {r.registers:4} {r.spills:5} {r.shared:7} "
         f"{r.matrix:4} {r.wide_copies:4} {r.narrow_copies:4} {r.loop:5}  {r.config}"
         + "".join(f"  FAULT: {fault}" for fault in r.faults())
         for r in rows
@@ -223,7 +280,7 @@ def table(rows: list[Report]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.machine_code", description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every config, also for channels that fill no vector")
+    parser.add_argument("--all", action="store_true", help="every config of every layer and engine")
     parser.add_argument("--arch", choices=ARCHITECTURES, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--dtype", choices=[name for name, _ in TYPES], default="bfloat16", help="without --all")
     parser.add_argument("--out", type=Path, help="write the report as JSON (with --all, without --arch: where it is kept)")
@@ -231,8 +288,8 @@ def main() -> int:
     rows = []
     for arch in options.arch:
         for dtype, precision in KEPT if options.all else [t for t in TYPES if t[0] == options.dtype]:
-            for channels, stride in LAYERS if options.all else LAYERS[:1]:
-                found = list(reports(arch, dtype, precision, channels, None if options.all else 2, stride))
+            for layer in LAYERS if options.all else LAYERS[:1]:
+                found = list(reports(arch, dtype, precision, layer, None if options.all else 2))
                 print(table(found), flush=True)
                 rows += found
     out = options.out

@@ -2,6 +2,7 @@
 
     ours                          tuned, as users call it, on tensors in the case's memory format
     implicit_gemm, matmul, ...    one engine of ours alone, tuned, by its own launch
+    implicit_gemm:tiles, ...      each config of it alone, a provider apiece, as maps of tiles need them
     torch, torch_cl               torch's own on contiguous tensors, and on channels_last_3d ones
     torch_bench, torch_cl_bench   the same with cudnn.benchmark
     compile                       torch.compile(mode="max-autotune") of torch's own, in the case's memory format
@@ -16,20 +17,23 @@ to himself, see :mod:`perf.threads`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Protocol
 
 import torch
 
 import triton_conv3d
 from triton_conv3d import engines, ops, settings
-from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS
-from triton_conv3d.tuning import Plan, select
+from triton_conv3d.engines.base import Config
+from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, Problem
+from triton_conv3d.tuning import Plan, cost_model, select
 
 from .calls import Results, arguments, as_module, outside, single, torch_module, torch_pass, training
 from .machine import tf32
@@ -38,6 +42,8 @@ from .threads import MAIN
 from .workloads import TRAIN, Case
 
 _NO_TF32X3 = "torch has no tf32x3"
+_TILES = ":tiles"
+_MOST_TILES = 24  # of one engine for one problem
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,40 @@ class Engine:
         return Prepared(single(engine.launch, problem, operands, plan.config), lambda: (plan,))
 
 
+class Tile:
+    """The index-th config of an engine, as :func:`tiles` counts them, whatever the tuner thinks of it."""
+
+    thread = Ours.thread
+
+    def __init__(self, engine: str, index: int):
+        self.name, self._engine, self._index = f"{engine}:{index}", engine, index
+
+    def prepare(self, case: Case, tensors: Tensors) -> Prepared | str:
+        if case.pass_ == TRAIN:
+            return "a config computes single passes; a module chooses its configs itself"
+        (problem,) = tensors.problems
+        engine = engines.get(self._engine)
+        reason = engine.supports(problem)
+        if reason is not None:
+            return reason
+        offered = tiles(problem, engine)
+        if self._index >= len(offered):
+            return f"{self._engine} has {len(offered)} tiles for it"
+        plan = Plan(self._engine, offered[self._index], "forced")
+        return Prepared(single(engine.launch, problem, tensors.operands(problem), plan.config), lambda: (plan,))
+
+
+def tiles(problem: Problem, engine: ModuleType) -> list[Config]:
+    """The configs that an engine offers; of those that differ in their splits only, the one predicted to be fastest."""
+    best: dict[Config, tuple[float, Config]] = {}
+    for config in engine.configs(problem):
+        whole = dataclasses.replace(config, splits=1) if hasattr(config, "splits") else config
+        predicted = cost_model.predict(problem, engine, config)
+        if whole not in best or predicted < best[whole][0]:
+            best[whole] = predicted, config
+    return [config for _, config in best.values()]
+
+
 class Torch:
     """torch's own convolution as eager users call it: the functional form, the module, or what autograd calls."""
 
@@ -237,7 +277,14 @@ PROVIDERS: dict[str, Provider] = {
 
 def get(names: Sequence[str]) -> list[Provider]:
     """Providers by name, each once. Raises ValueError listing what exists."""
-    for name in names:
-        if name not in PROVIDERS:
-            raise ValueError(f"no provider named {name!r}: the providers are {', '.join(PROVIDERS)}")
-    return [PROVIDERS[name] for name in dict.fromkeys(names)]
+    found: list[Provider] = []
+    for name in dict.fromkeys(names):
+        engine = name.removesuffix(_TILES)
+        if name in PROVIDERS:
+            found.append(PROVIDERS[name])
+        elif engine != name and engine in engines.available():
+            found += [Tile(engine, index) for index in range(_MOST_TILES)]
+        else:
+            known = (*PROVIDERS, *(engine + _TILES for engine in engines.available()))
+            raise ValueError(f"no provider named {name!r}: the providers are {', '.join(known)}")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -253,3 +254,11 @@ def test_tune_fills_the_cache(capsys, tmp_path, cache):
 def test_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "triton_conv3d", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"triton_conv3d {triton_conv3d.__version__}\n"), done.stderr
+
+
+def test_a_reader_that_stops_reading_is_no_failure_to_report():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "triton_conv3d", "info"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -64,6 +64,31 @@ class TestResults:
                 assert judged.judge(ready.call()[0])[0], name
 
 
+class TestTiles:
+    @pytest.mark.parametrize("pass_", PASSES)
+    def test_each_config_is_a_provider(self, pass_):
+        case = perf_cases.case(pass_=pass_)
+        tensors = Tensors(case, DEVICE)
+        (problem,) = tensors.problems
+        judged = Reference(problem, tensors.operands(problem))
+        ready = [tile.prepare(case, tensors) for tile in providers.get(["implicit_gemm:tiles"])]
+        reasons = [why for why in ready if isinstance(why, str)]
+        ready = ready[: -len(reasons)]
+        assert set(reasons) == {f"implicit_gemm has {len(ready)} tiles for it"}
+        found = [one.plans()[0].config for one in ready]
+        whole = {dataclasses.replace(config, splits=1) for config in engines.get("implicit_gemm").configs(problem)}
+        assert len(found) == len(whole) and {dataclasses.replace(config, splits=1) for config in found} == whole
+        assert all(judged.judge(one.call()[0])[0] for one in (ready[0], ready[-1]))
+
+    def test_what_they_cannot_do(self):
+        (tile, *_) = providers.get(["folded:tiles"])
+        assert "single passes" in tile.prepare(perf_cases.case(pass_=TRAIN), None)
+        case = perf_cases.case(pass_="wgrad")
+        assert "wgrad" in tile.prepare(case, Tensors(case, DEVICE))
+        with pytest.raises(ValueError, match="'torch:tiles'.* implicit_gemm:tiles"):
+            providers.get(["torch:tiles"])
+
+
 class TestTensors:
     @pytest.mark.parametrize("name, layout", [("torch", "contiguous"), ("torch_cl", "channels_last")])
     @pytest.mark.parametrize("pass_", (*PASSES, TRAIN))

@@ -30,10 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _mistakes(ValueError):
             settings.current()  # a bad environment variable is a mistake of the call, whatever the command
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()
+        return status
     except Mistake as error:
         print(f"triton-conv3d: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -51,7 +51,7 @@ class Run:
 # The interpreter needs seconds for what a GPU does in microseconds: few, small patches of a coarser image.
 DEFAULTS = {
     "cuda": Run("cuda", steps=200, width=32, patch=64, amp=True, learning_rate=0.005),
-    "interpreter": Run("interpreter", steps=16, width=8, patch=16, batch=1, levels=2, spacing=2, held_out_patches=4),
+    "interpreter": Run("interpreter", steps=12, width=8, patch=16, batch=1, levels=2, spacing=2, held_out_patches=4),
     "cpu": Run("cpu", steps=40, width=8, patch=64),
 }
 _WHERE = {
