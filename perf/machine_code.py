@@ -68,7 +68,6 @@ LAYERS = (
     Layer("folded", 3, 128),
     Layer("folded", 128, 3),  # its dgrad: forward has too many channels
     Layer("depthwise", 64, 64, groups=64),
-    Layer("depthwise", 64, 64, groups=64, stride=2),
     Layer("depthwise", 64, 64, groups=64, channels_last=False),
 )
 
