@@ -115,10 +115,10 @@ def test_gradients(activation, with_residual):
         torch.testing.assert_close(result.double(), want, rtol=1e-4, atol=1e-4)
 
 
-@each_activation
-def test_gradients_of_both_orders_in_float64(activation):
+@pytest.mark.parametrize("activation", ("leaky_relu", "sigmoid", "tanh", "silu"))
+def test_gradients_of_second_order_in_float64(activation):
+    """By the output, where the derivative depends on it and where not, and by torch."""
     inputs = tensors(torch.float64)
-    assert torch.autograd.gradcheck(lambda *a: fused(*a, activation), inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *a: fused(*a, activation), inputs, fast_mode=True)
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 # engine, input channels, output channels, groups; on which architectures
 SET = (
-    ("implicit_gemm", 128, 128, 1, ("sm_80", "sm_90", "sm_100", "gfx942")),
+    ("implicit_gemm", 128, 128, 1, ("sm_80", "sm_90", "gfx942")),
     ("folded", 4, 64, 1, ("sm_90",)),
     ("depthwise", 64, 64, 64, ("sm_90",)),
 )
@@ -76,7 +76,8 @@ def test_the_main_loop_is_that_of_the_plain_kernel(reports: list[dict]) -> None:
     from test_machine_code import FENCE, LOOP
 
     fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
-    loops = [row["loop"] for row in reports if (row["arch"], row["kernel"]) == ("sm_90", "gather_gemm")]
+    whole = [row for row in reports if row["kernel"] == "gather_gemm" and row["config"].endswith("splits=1")]
+    loops = [row["loop"] for row in whole if row["arch"] == "sm_90"]
     assert loops and max(loops) <= LOOP + FENCE * fenced
 
 
