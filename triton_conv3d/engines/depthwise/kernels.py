@@ -37,6 +37,8 @@ def slide(
     strips,  # along (H, W)
     chunk,  # planes of the result that one program computes
     chunks,
+    residual_ptr,  # None, or with the strides of y
+    slope,
     X_UNIT: tl.constexpr,
     Y_UNIT: tl.constexpr,
     C_UNIT: tl.constexpr,
@@ -54,6 +56,7 @@ def slide(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     INDEX: tl.constexpr,
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -133,19 +136,10 @@ def slide(
             if (o >= first) & (o < end):
                 for i in tl.static_range(ROWS):
                     store_line(
-                        y_ptr + o * y_d + i * y_h,
-                        y_lane,
-                        yw,
-                        y_size[2],
-                        inside & (yh + i < y_size[1]),
-                        acc[b * ROWS + i],
-                        Y_PIXEL,
-                        Y_GROUP,
-                        Y_EVEN,
-                        COLUMNS,
-                        UPCAST,
-                        BLOCK,
-                    )
+                        y_ptr + o * y_d + i * y_h, residual_ptr, n * y_n + o * y_d + i * y_h, y_lane, yw, y_size[2],
+                        inside & (yh + i < y_size[1]), acc[b * ROWS + i], slope,
+                        Y_PIXEL, Y_GROUP, Y_EVEN, COLUMNS, ACTIVATION, UPCAST, BLOCK,
+                    )  # fmt: skip
         acc = acc[DONE * ROWS :]
         for _ in tl.static_range(DONE * ROWS):
             acc += (empty_row,)
@@ -204,6 +198,8 @@ def rows(
     strips,  # along W
     chunk,  # planes of the result, or of a parity class of it, that one program computes
     chunks,
+    residual_ptr,  # None, or with the strides of y
+    slope,
     X_UNIT: tl.constexpr,
     Y_UNIT: tl.constexpr,
     C_UNIT: tl.constexpr,
@@ -222,6 +218,7 @@ def rows(
     REST: tl.constexpr,  # of the taps that are left over
     SHIFT: tl.constexpr,  # input columns from part to part
     BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     INDEX: tl.constexpr,
     UPCAST: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -297,5 +294,8 @@ def rows(
                             tap_ptr + parts * taps(WIDTH) * w_step, w_step, inside,
                             X_PIXEL, X_GROUP, X_EVEN, COLUMNS, REST, DGRAD, BLOCK,
                         )  # fmt: skip
-        plane_ptr = y_ptr + (j * stride[0] + index_d) * y_d
-        store_line(plane_ptr, y_lane, yw, y_size[2], inside, acc, Y_PIXEL, Y_GROUP, Y_EVEN, COLUMNS, UPCAST, BLOCK)
+        plane = (j * stride[0] + index_d) * y_d
+        store_line(
+            y_ptr + plane, residual_ptr, n * y_n + plane, y_lane, yw, y_size[2], inside, acc, slope,
+            Y_PIXEL, Y_GROUP, Y_EVEN, COLUMNS, ACTIVATION, UPCAST, BLOCK,
+        )  # fmt: skip
