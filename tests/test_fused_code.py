@@ -47,7 +47,7 @@ def main() -> None:
             for offer in (config, dataclasses.replace(config, splits=2)) if both else (config,):
                 with compiling_for(arch):
                     for kernel, code in map(compiled, launches(problem, operands, engine, offer)):
-                        print(json.dumps(dataclasses.asdict(read(problem, offer, kernel, code))), flush=True)
+                        print(json.dumps(dataclasses.asdict(read(problem, engine, offer, kernel, code))), flush=True)
 
 
 @pytest.fixture(scope="module")
