@@ -21,6 +21,7 @@ from triton_conv3d.tuning.search import OPENING, OWN, ROUNDS, apart, median, sea
 from triton_conv3d.tuning.select import ranking
 
 MEDIAN, TAIL = 0.03, 0.10  # regret: the bar
+MEASURED = 7  # candidates, on the average of GPUs and problems
 GPU = ("NVIDIA H200", "sm_90")
 CI_PART = 6  # one problem of so many
 RANDOM = 1000
@@ -79,17 +80,24 @@ WHOLE = [pytest.param(CI_PART, id="part"), pytest.param(1, id="whole", marks=pyt
 def test_regret(kind, seed, part):
     chosen = problems(kind)[seed % part :: part]
     found, most, mean = regrets(searched, chosen, seed)
-    assert most <= QUICK_CANDIDATES == 12
+    assert most <= QUICK_CANDIDATES == 12 and mean <= MEASURED + 2
     assert within_the_bar(found), (statistics.median(found), percentile(found, 0.95))
-    for count in (1, round(mean)):  # with no more measurements than that, the ranking alone fails
-        assert not within_the_bar(regrets(first_of_ranking(count), chosen, seed)[0])
+
+
+@pytest.mark.parametrize("part", WHOLE)
+@pytest.mark.parametrize("count", (1, MEASURED))
+def test_the_ranking_alone_fails(count, part):
+    """With as many measurements as the search needs, too."""
+    runs = [(kind, seed) for kind in ("real", "random") for seed in (1, 2)]
+    found = [regrets(first_of_ranking(count), problems(kind)[seed % part :: part], seed)[0] for kind, seed in runs]
+    assert not within_the_bar([value for values in found for value in values])
 
 
 @pytest.mark.parametrize("part", WHOLE)
 def test_where_many_candidates_are_left_unmeasured_the_first_twelve_are_not_enough(part):
     chosen = [p for kind in ("real", "random") for p in problems(kind)[::2 if part > 1 else 1] if len(ranked(p)) > 20]
     assert len(chosen) >= 100
-    seeds = (1, 2, 3)
+    seeds = (1, 2)
     ours, naive = ([v for s in seeds for v in regrets(c, chosen, s)[0]] for c in (searched, first_of_ranking(12)))
     assert within_the_bar(ours) and not within_the_bar(naive), (percentile(ours, 0.95), percentile(naive, 0.95))
 

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 
 from ...problem import CHANNELS_LAST, CONTIGUOUS, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
-from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, upcast
+from ..base import Memory, Order, Work, aligned, format_strides, refused_by_kernels, upcast
 from ..launching import launch_kernel
 from .configs import CHAIN, GROUP_M, GemmConfig, configs, workspace_bytes
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
@@ -61,20 +61,23 @@ def work(problem: Problem, config: GemmConfig) -> Work:
     """The launch as the cost model sees it."""
     item = problem.itemsize
     m, n, k = config.block_m, config.block_n, config.block_k
+    row_bytes, column_bytes = float(item * m * k), float(item * n * k)
+    met = max(1.0, problem.taps / math.prod(problem.stride))  # taps through which a pixel is read
     if problem.pass_ == "wgrad":
-        tiles = math.ceil(problem.group_out / m) * math.ceil(problem.taps * problem.group_in / n)
+        rows, columns = math.ceil(problem.group_out / m), math.ceil(problem.taps * problem.group_in / n)
+        order = Order(rows, columns, GROUP_M, row_bytes, column_bytes / met)
+        tiles = rows * columns
         iterations = math.ceil(math.ceil(problem.pixels / k) / config.splits)
         result = math.prod(problem.weight_shape)
     else:
         produced, reduced = _channels(problem)
-        rows, taps = math.prod(problem.result_shape) // (produced * problem.groups), problem.taps
+        pixels, taps, classes = math.prod(problem.result_shape) // (produced * problem.groups), problem.taps, 1
         if problem.pass_ == "dgrad":  # parity classes share pixels and taps evenly
             classes = math.prod(problem.stride)
-            rows, taps = rows / classes, taps / classes
-            tiles = classes * math.ceil(rows / m)
-        else:
-            tiles = math.ceil(rows / m)
-        tiles *= math.ceil(produced / n)
+            pixels, taps = pixels / classes, taps / classes
+        rows, columns = math.ceil(pixels / m), math.ceil(produced / n)
+        order = Order(rows, columns, GROUP_M, row_bytes, column_bytes, met)
+        tiles = classes * rows * columns
         iterations = math.ceil(math.ceil(taps * math.ceil(reduced / k)) / config.splits)
         result = math.prod(problem.result_shape)
     used = memory(problem, config)
@@ -86,9 +89,13 @@ def work(problem: Problem, config: GemmConfig) -> Work:
         bytes_written=float((4 if config.splits > 1 else item) * m * n),
         num_warps=config.num_warps,
         shared_bytes=item * (m + n) * k * config.num_stages,
-        extra_bytes=2.0 * used.copies + (2.0 * used.workspace + result * item if config.splits > 1 else 0.0),
+        extra_bytes=2.0 * used.copies + (used.workspace + result * item if config.splits > 1 else 0.0),
         launches=1 + (config.splits > 1),
         tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+        sums=m * n,
+        vector_bytes=max(problem.alignment, item),
+        stages=config.num_stages,
+        order=order,
     )
 
 
