@@ -124,42 +124,62 @@ def best(
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard, torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
-            return _Contest(problem, operands, device, timer, seconds).winner(ranked, most, hints, policy)
+            return _winner(Bench(problem, operands, own(ranked), timer, seconds), ranked, most, hints, policy)
         except torch.OutOfMemoryError:  # not even the operands have room
             torch.cuda.empty_cache()
             return None
 
 
-class _Contest:
-    """One measurement: the operands it works on, what was found right and wrong, and what is left of its time."""
+def own(ranked: Sequence[Ranked]) -> Candidate:
+    """Torch's own among the candidates, or else the first: what is blamed if there is nothing to judge by."""
+    return next(((engine, config) for _, engine, config in ranked if engine.NAME == OWN), tuple(ranked[0][1:]))
 
-    def __init__(self, problem: Problem, operands: Operands, device: torch.device, timer: Timer | None, seconds: float):
-        self.problem, self.device, self.seconds = problem, device, seconds
+
+def _winner(
+    bench: Bench, ranked: list[Ranked], most: int | None, hints: Sequence[Candidate], policy: dict
+) -> Result | None:
+    if not bench.ready:
+        return None
+    with progress(f"tuning {bench.problem}", min(most or len(ranked), len(ranked))) as step:
+
+        def prepare(batch: list[Candidate]) -> None:
+            bench.prepare(batch)
+            for _ in batch:
+                step()
+
+        times = search.search(ranked, bench.measure, most, hints, prepare, bench.late)
+    bench.report()
+    if not times:
+        return None
+    medians = search.median(times)
+    engine, config = min(medians, key=medians.__getitem__)
+    own_us = min((median * 1e6 for (name, _), median in medians.items() if name == OWN), default=None)
+    return Result(engine, config, medians[engine, config] * 1e6, own_us, len(times), policy)
+
+
+class Bench:
+    """Measures candidates of one problem, as :func:`.search.search` asks for it, within so many seconds.
+
+    Attributes:
+        ready: whether there is something to judge results by.
+        right, wrong: candidates whose result was compared.
+    """
+
+    def __init__(
+        self, problem: Problem, operands: Operands, own: Candidate, timer: Timer | None = None, seconds: float = float("inf")
+    ):
+        self.problem, self.seconds = problem, seconds
+        self.device = next(t for t in operands[:3] if t is not None).device
         self.operands = verify.private_operands(operands)
-        self.timer = EventTimer(device) if timer is None else timer
-        self.begin = time.monotonic()
-        self.expected: torch.Tensor | None = None
+        self.timer = EventTimer(self.device) if timer is None else timer
         self.right: list[Candidate] = []
         self.wrong: list[Candidate] = []
-        self.step: Callable[[], None] = lambda: None
+        self.begin = time.monotonic()
+        self.expected = self.attempt(*own, lambda: verify.trusted(self.problem, self.operands))
+        self.ready = self.expected is not None
 
     def late(self, part: float) -> bool:
         return time.monotonic() - self.begin > self.seconds * part
-
-    def winner(self, ranked: list[Ranked], most: int | None, hints: Sequence[Candidate], policy: dict) -> Result | None:
-        own = next((candidate for _, *candidate in ranked if candidate[0].NAME == OWN), ranked[0][1:])
-        self.expected = self.attempt(*own, lambda: verify.trusted(self.problem, self.operands))
-        if self.expected is None:  # nothing to judge by
-            return None
-        with progress(f"tuning {self.problem}", min(most or len(ranked), len(ranked))) as self.step:
-            times = search.search(ranked, self.measure, most, hints, self.prepare, self.late)
-        self.report()
-        if not times:
-            return None
-        medians = search.median(times)
-        engine, config = min(medians, key=medians.__getitem__)
-        own_us = min((median * 1e6 for (name, _), median in medians.items() if name == OWN), default=None)
-        return Result(engine, config, medians[engine, config] * 1e6, own_us, len(times), policy)
 
     def prepare(self, batch: list[Candidate]) -> None:
         """Compile a batch; the time it takes does not count."""
@@ -170,7 +190,7 @@ class _Contest:
     def measure(self, candidate: Candidate, repetitions: int) -> float | None:
         """Seconds of a launch, the median of so many; None if the candidate is wrong or cannot run here."""
         engine, config = candidate
-        if candidate not in self.right and not self.is_usable(engine, config):
+        if candidate not in self.right and not self.is_usable(candidate):
             return None
         samples = []
         for _ in range(repetitions):
@@ -180,12 +200,11 @@ class _Contest:
             samples.append(seconds)
         return statistics.median(samples)
 
-    def is_usable(self, engine: ModuleType, config: Config) -> bool:
+    def is_usable(self, candidate: Candidate) -> bool:
         """Whether a candidate runs and is right."""
-        good = self.attempt(engine, config, lambda: self.is_right(engine, config))
+        good = self.attempt(*candidate, lambda: self.is_right(*candidate))
         if good is not None:
-            (self.right if good else self.wrong).append((engine, config))
-        self.step()
+            (self.right if good else self.wrong).append(candidate)
         return bool(good)
 
     def is_right(self, engine: ModuleType, config: Config) -> bool:
