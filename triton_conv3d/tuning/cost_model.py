@@ -108,8 +108,12 @@ def rates(problem: Problem) -> Rates:
 
 @functools.lru_cache(maxsize=64)
 def _rates(device: str, own: Path | None) -> Rates:
-    known = next((rates for name, rates in RATES.items() if name in device), _UNKNOWN)
-    return coefficients.fitted(known, device, own)
+    return coefficients.fitted(defaults(device), device, own)
+
+
+def defaults(device: str) -> Rates:
+    """Of a GPU by its name, nothing fitted."""
+    return next((rates for name, rates in RATES.items() if name in device), _UNKNOWN)
 
 
 class _Shared:

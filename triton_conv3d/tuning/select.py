@@ -19,7 +19,7 @@ from ..engines.base import Config
 from ..problem import Operands, Problem
 from . import cost_model, measure, transfer
 from .cache import Entry, PlanCache
-from .environment import environment
+from .environment import environment, source_hash
 from .faults import is_illegal_access, is_out_of_resources
 from .plan import Plan, offered
 from .table import lookup
@@ -261,7 +261,7 @@ def _environment(problem: Problem) -> tuple[dict[str, str], bool]:
     for index in range(torch.cuda.device_count()):
         if torch.cuda.get_device_properties(index).name == problem.device:
             return environment(torch.device("cuda", index)), True
-    return {"gpu": problem.device, "arch": problem.arch}, False
+    return {"gpu": problem.device, "arch": problem.arch, "engines": source_hash()}, False
 
 
 def _key(names: dict[str, str]) -> dict[str, str]:
