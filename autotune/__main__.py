@@ -1,4 +1,4 @@
-"""``python -m autotune sweep | merge | analyze | fit | export``: the table factory's command line."""
+"""``python -m autotune sweep | merge | analyze | fit | variants | export``: the table factory's command line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from triton_conv3d.problem import PASSES
 from triton_conv3d.tuning import coefficients, cost_model, table
+from triton_conv3d.tuning import variants as tuned_variants
 from triton_conv3d.tuning.environment import source_hash
 from triton_conv3d.tuning.select import ranking
+from triton_conv3d.tuning.variants import MOST as MOST_VARIANTS
 from triton_conv3d.workload import DTYPES
 
-from . import analysis, device, export, fit, pictures, records, suites, sweep
+from . import analysis, device, export, fit, pictures, records, suites, sweep, variants
 from .records import Sweep
-
-_VARIANTS = 16  # whose value analyze shows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     fitting.add_argument("sweep", type=Path)
     fitting.add_argument("--out", type=Path, default=table.SHIPPED, metavar="DIRECTORY", help="default: the shipped tables'")
     fitting.set_defaults(run=_fit)
+
+    choosing = commands.add_parser("variants", help="choose the compiled variants that tuning draws from, by the model")
+    choosing.add_argument("suites", nargs="+", metavar="SUITE", help=f"a workload file, or {suites.DESIGNED}")
+    choosing.add_argument("--gpu", default="NVIDIA H200,sm_90", metavar="NAME,ARCH")
+    choosing.set_defaults(run=_variants)
 
     exporting = commands.add_parser("export", help="write the table of a sweep's GPU")
     exporting.add_argument("sweep", type=Path)
@@ -152,8 +157,8 @@ def _analyze(options: argparse.Namespace) -> None:
     found = analysis.measured(_of_these_sources(options.sweep))
     if not found:
         raise ValueError(f"{options.sweep}: no problem of which enough candidates were measured: nothing to analyze")
-    print(analysis.text(found, _VARIANTS))
-    for path in pictures.draw(found, options.out or options.sweep.with_suffix(""), _VARIANTS):
+    print(analysis.text(found, MOST_VARIANTS))
+    for path in pictures.draw(found, options.out or options.sweep.with_suffix(""), MOST_VARIANTS):
         print(path)
 
 
@@ -170,6 +175,14 @@ def _fit(options: argparse.Namespace) -> None:
     for name, value in found.values.items():
         print(f"  {name:<18} {getattr(defaults, name):.4g} -> {value:.4g}")
     print(path)
+
+
+def _variants(options: argparse.Namespace) -> None:
+    gpu, _, arch = options.gpu.partition(",")
+    problems = variants.problems(suites.layers(options.suites), gpu, arch)
+    for name, loss in variants.write(problems, tuned_variants.FILE).items():
+        print(f"{name}: {MOST_VARIANTS} variants, {loss:.3f} of the best's time by the model")
+    print(tuned_variants.FILE)
 
 
 def _export(options: argparse.Namespace) -> None:

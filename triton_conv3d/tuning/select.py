@@ -17,7 +17,7 @@ import torch
 from .. import engines, settings
 from ..engines.base import Config
 from ..problem import Operands, Problem
-from . import cost_model, measure, transfer
+from . import cost_model, measure, transfer, variants
 from .cache import Entry, PlanCache
 from .environment import environment, source_hash
 from .faults import is_illegal_access, is_out_of_resources
@@ -283,6 +283,8 @@ def _quiet() -> bool:
 def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
     """Measure, and keep the winner; the hint is what holds if nothing could be measured."""
     ranked, current = ranking(problem, measuring=True), settings.current()
+    if current.autotune != "full":
+        ranked = variants.kept(problem, ranked)
     device = next(t for t in operands[:3] if t is not None).device
     key, cache = _key(environment(device)), PlanCache(current.cache_dir)
     known = _known(cache, key)
