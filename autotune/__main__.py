@@ -22,13 +22,17 @@ from .records import Sweep
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0 done, 2 a mistake in the call or nothing could be done."""
+    """Run one command. Returns the exit status: 0 done, 1 the device was lost, 2 a mistake in the call or nothing could be
+    done."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
     except (ValueError, OSError, device.NoGPU) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        print(f"error: {error}\nit is quarantined in this sweep; the same command goes on without it", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

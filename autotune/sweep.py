@@ -78,6 +78,7 @@ def run(
 
     Raises:
         Impossible: the budget is below :func:`least_seconds` of what is left.
+        RuntimeError: a candidate accessed memory illegally; it is quarantined, and the sweep can go on in a new process.
     """
     begin, measured, done = clock(), 0, 0
     left = [problem for problem in problems if not _complete(problem, ranking(problem), writer, most)]
@@ -130,7 +131,11 @@ def _sweep_one(
         return True
 
     def measure(candidate: Candidate, repetitions: int) -> float | None:
-        seconds = bench.measure(candidate, repetitions)
+        try:
+            seconds = bench.measure(candidate, repetitions)
+        except RuntimeError:  # an illegal access: the device is lost to this process, and the candidate to the sweep
+            writer.add(_record(problem, candidate, None, WRONG))
+            raise
         wrong = seconds is None and candidate in bench.wrong
         writer.add(_record(problem, candidate, seconds, None if seconds is not None else WRONG if wrong else FAILED))
         return seconds

@@ -31,9 +31,9 @@ class Bench:
 
     ready = True
 
-    def __init__(self, gpu: SimulatedGPU, problem: Problem, clock, wrong=(), failed=(), limit=None):
+    def __init__(self, gpu: SimulatedGPU, problem: Problem, clock, wrong=(), failed=(), fatal=(), limit=None):
         self.times, self.clock, self.wrong, self.asked = gpu.times(problem, offers(problem)), clock, [], []
-        self._wrong, self._failed, self.limit = wrong, failed, limit
+        self._wrong, self._failed, self._fatal, self.limit = wrong, failed, fatal, limit
 
     def prepare(self, batch) -> None:
         self.prepared = batch
@@ -44,6 +44,8 @@ class Bench:
         if self.limit is not None:
             self.limit()
         self.clock.wait(1.0)
+        if key in self._fatal:
+            raise RuntimeError("an illegal memory access was encountered")
         if key in self._failed:
             return None
         if key in self._wrong:

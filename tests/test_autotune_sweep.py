@@ -7,11 +7,14 @@ import os
 import types
 
 import pytest
+import torch
 from autotune_cases import ENVIRONMENT, GPU, PROBLEMS, World, header, offers
 from fake_clock import Clock
 
 from autotune import __main__ as command
 from autotune import device, records, suites, sweep
+from triton_conv3d.tuning import measure
+from triton_conv3d.tuning.environment import environment
 from triton_conv3d.tuning.search import OWN
 from triton_conv3d.tuning.storage import canonical
 
@@ -86,6 +89,14 @@ class TestSweep:
         again = World(Clock())
         again.run(tmp_path / "s", [PROBLEMS[0].replace(batch=4)])  # and after a restart
         assert again.asked and (engine.NAME, config) not in again.asked
+
+    def test_an_illegal_access_ends_the_process_and_not_the_sweep(self, tmp_path):
+        _, engine, config = next(item for item in offers(PROBLEMS[0]) if item[1].NAME != OWN)
+        fatal = (engine.NAME, config)
+        with pytest.raises(RuntimeError, match="illegal"):
+            World(Clock(), fatal=[fatal]).run(tmp_path / "s")
+        again = World(Clock(), fatal=[fatal])
+        assert again.run(tmp_path / "s").left == 0 and fatal not in again.asked
 
     def test_what_fails_is_not_tried_again_but_on_other_problems(self, tmp_path):
         _, engine, config = next(item for item in offers(PROBLEMS[0]) if item[1].NAME != OWN)
@@ -213,6 +224,24 @@ class TestCommand:
     def test_a_suite_that_is_not_there(self, capsys):
         status, _, err = self.call(capsys, "sweep", "nothing.json", "--out", "s")
         assert status == 2 and "'nothing.json' is no file" in err
+
+    def test_the_real_bench(self, capsys, tmp_path, monkeypatch):
+        """Every config of every engine is launched and verified, in the interpreter; its times mean nothing."""
+        pytest.importorskip("triton")
+        cpu = torch.device("cpu")
+        monkeypatch.setattr(device, "find", lambda: cpu)
+        monkeypatch.setattr(device, "names", lambda here: ("cpu", "interpreter", environment(cpu)))
+        timer = types.SimpleNamespace(time=lambda launch: float(launch().numel()))
+        monkeypatch.setattr(measure, "EventTimer", lambda here: timer)
+        monkeypatch.setattr(sweep, "REPETITIONS", 1)
+        small = {**LAYER, "D": 3, "H": 4, "W": 3, "C": 2, "K": 3, "dtype": "fp32"}
+        (tmp_path / "w.json").write_text(json.dumps([small]))
+        arguments = (str(tmp_path / "w.json"), "--out", str(tmp_path / "s"), "--precisions", "ieee")
+        status, out, err = self.call(capsys, "sweep", *arguments)
+        found = records.read(tmp_path / "s")
+        assert status == 0, err
+        assert "3 problems are done, 0 left" in out and len(found.problems) == 3
+        assert all(r.seconds and not r.fault for of in found.records.values() for r in of.values()) and len(found) > 10
 
     def test_on_a_gpu(self, capsys, tmp_path, monkeypatch):
         """The command with a device that is made up: it measures, and the same command has nothing left."""
