@@ -112,13 +112,17 @@ def test_entries_export_import_and_clear(directory, tmp_path):
     assert here.clear() == 6 and os.listdir(directory) == ["notes.txt"]
 
 
-def test_import_prefers_what_tried_more_candidates(directory, tmp_path):
+@pytest.mark.parametrize("candidates, faster, wins", [(1, False, True), (0, True, True), (0, False, False), (-1, True, False)])
+def test_import_prefers_what_tried_more_candidates_and_then_the_faster(directory, tmp_path, candidates, faster, wins):
     here, there = PlanCache(directory), PlanCache(tmp_path / "there")
-    here.store(dataclasses.replace(ENTRY, candidates=9, time_us=7.0))
+    other = dataclasses.replace(
+        ENTRY, candidates=ENTRY.candidates + candidates, time_us=ENTRY.time_us * (0.5 if faster else 2.0)
+    )
+    here.store(other)
     here.export(tmp_path / "plans.json")
     there.store(ENTRY)
-    assert there.import_(tmp_path / "plans.json").added == 1
-    assert there.load(PROBLEM, ENVIRONMENT).time_us == 7.0
+    assert there.import_(tmp_path / "plans.json").added == wins
+    assert there.load(PROBLEM, ENVIRONMENT) == (other if wins else ENTRY)
 
 
 def test_import_skips_damaged_plans_and_says_why(directory, tmp_path):

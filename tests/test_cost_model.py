@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
+import random
+import statistics
+import time
 import types
+from pathlib import Path
 
 import pytest
+from simulated import random_problem
 
-from triton_conv3d.engines import aten
-from triton_conv3d.engines.base import Config, Memory, Work
+from triton_conv3d import configure
+from triton_conv3d.engines import aten, implicit_gemm
+from triton_conv3d.engines.base import Config, Memory, Order, Work
 from triton_conv3d.problem import Problem
-from triton_conv3d.tuning import cost_model
+from triton_conv3d.tuning import coefficients, cost_model, storage
+from triton_conv3d.tuning.select import ranking
 
 PROBLEM = Problem("forward", 1, 64, 64, (8, 8, 8), (3, 3, 3), padding=(1,) * 6, device="NVIDIA H200", arch="sm_90")
-WORK = Work(132, 27, 2.0 * 128 * 128 * 64, 32_768.0, 32_768.0, 8, 131_072)  # one program on each multiprocessor
+WORK = Work(132, 27, 2.0 * 128 * 128 * 64, 16_384.0, 32_768.0, 8, 131_072)  # one program on each multiprocessor
 
 
 def seconds(problem=PROBLEM, **changes):
@@ -33,6 +42,9 @@ def seconds(problem=PROBLEM, **changes):
         {"extra_bytes": 1e6},
         {"launches": 2},
         {"tensor_cores": False},
+        {"order": Order(12, 11, 8, 4e5, 4e5)},  # nothing is read twice: all of it comes from memory
+        {"sums": 128 * 128, "vector_bytes": 2},
+        {"stages": 1, "flops": 1.0, "bytes_read": 1.0, "shared_bytes": 2**17 + 1},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -41,9 +53,10 @@ def test_more_work_takes_longer(changes):
 
 
 def test_a_second_wave_costs_as_much_as_the_first():
-    fixed = WORK.programs * WORK.bytes_written / cost_model.rates(PROBLEM).bandwidth
+    gpu = cost_model.rates(PROBLEM)
+    fixed = WORK.programs * WORK.bytes_written / (gpu.memory_part * gpu.bandwidth)
     one, two = seconds(), seconds(programs=2 * WORK.programs)
-    launch = seconds(iterations=0) - fixed - cost_model._PROLOGUE
+    launch = gpu.launch
     assert two - 2 * fixed - launch == pytest.approx(2 * (one - fixed - launch))
 
 
@@ -98,3 +111,120 @@ def test_ties_keep_their_order():
     engines_ = [types.SimpleNamespace(NAME=n, work=lambda *_: WORK, memory=lambda *_: Memory()) for n in "ab"]
     ranked = cost_model.rank(PROBLEM, [(engine, Config()) for engine in engines_])
     assert [engine.NAME for _, engine, _ in ranked] == ["a", "b"] and math.isfinite(ranked[0][0])
+
+
+class TestSharedReads:
+    """Programs that run at once read a row or a column of tiles once, whatever the number of tiles in it."""
+
+    @staticmethod
+    def bytes(programs, group=8, rows=64, columns=16, cache=2**40, reuse=1.0, iterations=10):
+        order = Order(rows, columns, group, 100.0, 1.0, reuse)
+        return cost_model._shared_reads(order, iterations, programs, cache)
+
+    @pytest.mark.parametrize(
+        "programs, group, rows, columns",
+        [(1, 8, 1, 1), (8, 8, 8, 1), (16, 8, 8, 2), (128, 8, 8, 16), (136, 8, 16, 16), (128, 1, 8, 16), (17, 1, 2, 16),
+         (64 * 16, 8, 64, 16), (2 * 64 * 16 + 8, 8, 2 * 64 + 8, 2 * 16 + 1)],
+    )  # fmt: skip
+    def test_tiles_in_flight(self, programs, group, rows, columns):
+        assert self.bytes(programs, group) == 100 * rows + columns
+
+    def test_groups_save_reads_where_a_row_is_long(self):
+        assert self.bytes(64, group=8, columns=64) < self.bytes(64, group=1, columns=64) * 10
+        assert self.bytes(64, 8, columns=64) == 800 + 8 and self.bytes(64, 1, columns=64) == 100 + 64
+
+    def test_taps_read_again_from_l2_as_long_as_it_all_fits(self):
+        fits = 8 * (100 / 4) * 10
+        assert self.bytes(8, reuse=4.0, cache=fits) == 8 * 25 + 1 < self.bytes(8, reuse=4.0, cache=fits - 1) == 801
+
+
+def test_splits_cost_their_partial_sums():
+    config = implicit_gemm.GemmConfig(64, 64, 32, 4, 3)
+    whole, split = (implicit_gemm.work(PROBLEM, dataclasses.replace(config, splits=n)) for n in (1, 4))
+    assert split.programs == 4 * whole.programs and split.iterations < whole.iterations and split.launches == 2
+    written = split.programs * split.bytes_written + split.extra_bytes
+    result = 4 * math.prod(PROBLEM.result_shape)
+    assert written >= 4 * result + 4 * result + result / 2  # written, read again, and added up
+    enough = PROBLEM.replace(input_size=(64, 64, 64))  # tiles for every multiprocessor without it
+    times = [cost_model.predict(enough, implicit_gemm, dataclasses.replace(config, splits=n)) for n in (1, 4)]
+    assert times[0] < times[1]
+
+
+MACHINE_CODE = Path(__file__).parent.parent / "perf" / "results" / "machine_code" / "triton-3.6.0.json"
+
+
+@functools.cache
+def compiled() -> dict[tuple, list[tuple[Problem, Work, dict]]]:
+    """Every config of the report, by kind of GPU, kind of kernel and bytes of an element."""
+    found = {}
+    for kernel in json.loads(MACHINE_CODE.read_text())["kernels"]:
+        if kernel["kernel"] != "reduce_splits":
+            channels, item = kernel["channels"], {"bfloat16": 2, "float32": 4}[kernel["dtype"]]
+            problem = PROBLEM.replace(
+                pass_=kernel["pass_"], in_channels=channels, out_channels=channels, input_size=(32,) * 3, arch=kernel["arch"],
+                dtype=kernel["dtype"], precision=kernel["precision"], alignment=math.gcd(16, channels * item),
+            )  # fmt: skip
+            knobs = {name: int(value) for name, value in (knob.split("=") for knob in kernel["config"].split())}
+            work = implicit_gemm.work(problem, implicit_gemm.GemmConfig(**knobs))
+            key = (kernel["arch"][:2], "wgrad" if problem.pass_ == "wgrad" else "gather", item)
+            found.setdefault(key, []).append((problem, work, kernel))
+    return found
+
+
+@pytest.mark.parametrize("gpu", ("sm", "gf"))
+@pytest.mark.parametrize("kernel", ("gather", "wgrad"))
+@pytest.mark.parametrize("item", (2, 4))
+def test_registers_and_instructions_are_those_of_machine_code(gpu, kernel, item):
+    """Half of all configs within a quarter; of the few that AMD's compiler makes of wgrad in float32, within a half."""
+    kernels = compiled()[gpu, kernel, item]
+    bound = 0.5 if (gpu, kernel, item) == ("gf", "wgrad", 4) else 0.25
+    for count, name in ((cost_model.registers, "registers"), (cost_model.instructions, "loop")):
+        error = statistics.median(abs(count(problem, work) / seen[name] - 1) for problem, work, seen in kernels)
+        assert error <= bound, name
+
+
+def test_ranking_takes_less_than_a_millisecond():
+    draw = random.Random(3)
+    problems = [random_problem(draw, "NVIDIA H200", "sm_90") for _ in range(150)]
+    problems = [problem for problem in problems if min(problem.output_size) > 0]
+    begin = time.process_time()
+    for problem in problems:
+        ranking(problem)
+    mean = (time.process_time() - begin) / len(problems)
+    assert mean < 1e-3, f"{mean * 1e3:.2f} ms"
+
+
+class TestFitted:
+    @pytest.fixture(autouse=True)
+    def _fresh(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(storage, "_warned", {})
+        monkeypatch.setattr(coefficients, "SHIPPED", tmp_path / "shipped")
+        cost_model._rates.cache_clear()
+        yield
+        cost_model._rates.cache_clear()
+
+    HEADER = {"gpu": "NVIDIA H200", "arch": "sm_90", "engines": "0" * 64, "created": "2026-01-01", "measurements": 9}
+    DEFAULTS = cost_model.RATES["H200"]
+
+    def test_they_replace_the_defaults_of_their_gpu_only(self, tmp_path):
+        coefficients.write({"tensor_part": 0.5, "launch": 9e-6}, self.DEFAULTS, tmp_path, self.HEADER)
+        with configure(tables=tmp_path):
+            assert cost_model.rates(PROBLEM) == dataclasses.replace(self.DEFAULTS, tensor_part=0.5, launch=9e-6)
+            assert cost_model.rates(PROBLEM.replace(device="NVIDIA H100")) is cost_model.RATES["H100"]
+        assert cost_model.rates(PROBLEM) is self.DEFAULTS
+
+    @pytest.mark.parametrize("changes, reason", [
+        ({"schema": 2}, "schema"), ({"gpu": "NVIDIA A100"}, "NVIDIA A100"), ({"more": 1}, "fields"),
+        ({"coefficients": {"units": 1.0}}, "units"), ({"coefficients": {"launch": 1.0}}, "factor"),
+        ({"coefficients": {"launch": True}}, "factor"), ({"coefficients": []}, "object"),
+    ], ids=lambda value: str(value)[:30])  # fmt: skip
+    def test_a_file_that_does_not_fit_is_ignored_with_the_reason(self, tmp_path, changes, reason):
+        file = coefficients.write({"launch": 9e-6}, self.DEFAULTS, tmp_path, self.HEADER)
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        with configure(tables=tmp_path), pytest.warns(UserWarning, match=reason):
+            assert cost_model.rates(PROBLEM) is self.DEFAULTS
+
+    def test_nothing_implausible_is_written(self, tmp_path):
+        with pytest.raises(ValueError, match="tensor_part"):
+            coefficients.write({"tensor_part": 1e9}, self.DEFAULTS, tmp_path, self.HEADER)
+        assert list(tmp_path.iterdir()) == []

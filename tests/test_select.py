@@ -191,7 +191,7 @@ class TestPutOff:
         assert select(GPU, OPERANDS).source == "cache"
 
     def test_tensors_that_are_not_real(self, monkeypatch):
-        monkeypatch.setattr(measure, "best", lambda *a: pytest.fail("measured"))
+        monkeypatch.setattr(measure, "best", lambda *a, **k: pytest.fail("measured"))
         with FakeTensorMode():
             fake = Operands(torch.empty(GPU.input_shape), torch.empty(GPU.weight_shape))
             assert select(GPU, fake).source == "ranking"
@@ -213,7 +213,7 @@ class TestPutOff:
     def test_one_thread_measures(self, monkeypatch):
         entered, leave, seen = threading.Event(), threading.Event(), []
 
-        def slow(*a):
+        def slow(*a, **k):
             entered.set()
             assert leave.wait(10)
             return measure.Result("fast", Knob(5), 5.0, None, 1, {"mode": "quick"})
@@ -228,7 +228,7 @@ class TestPutOff:
         assert seen[0].source == "measured" and select(GPU) == seen[0]
 
     def test_a_failed_measurement_frees_the_way(self, monkeypatch):
-        def illegal(*a):
+        def illegal(*a, **k):
             raise RuntimeError("fast [value=5] failed: an illegal memory access")
 
         with monkeypatch.context() as patch:
@@ -240,7 +240,7 @@ class TestPutOff:
 
     def test_what_could_not_be_measured_is_not_tried_again(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(measure, "best", lambda *a: calls.append(1))
+        monkeypatch.setattr(measure, "best", lambda *a, **k: calls.append(1))
         assert select(GPU, OPERANDS).source == select(GPU, OPERANDS).source == "ranking" and len(calls) == 1
 
 

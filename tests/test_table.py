@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from triton_conv3d.problem import Problem
-from triton_conv3d.tuning import storage, table
+from triton_conv3d.tuning import coefficients, cost_model, storage, table
 from triton_conv3d.tuning.cache import Entry
 from triton_conv3d.tuning.table import MAX_DISTANCE, Table, distance, lookup, why_refused
 
@@ -211,3 +211,32 @@ def test_a_wrong_table_is_not_written(own):
 def test_shipped_tables_are_valid(path):
     shipped = table.read(path)
     assert path == table.path_for(path.parent, shipped.environment["gpu"]) and shipped.entries
+
+
+def faults_of_files(directory: Path) -> list[str]:
+    """What keeps the tables and coefficients in a directory from being used."""
+    found = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            if path.name.endswith(".coefficients.json"):
+                gpu = json.loads(path.read_text())["gpu"]
+                coefficients._read(path, cost_model.defaults(gpu), gpu)
+                right = coefficients.path(directory, gpu)
+            else:
+                right = table.path_for(directory, table.read(path).environment["gpu"])
+            if path != right:
+                found.append(f"{path.name} would be looked for as {right.name}")
+        except (ValueError, KeyError) as error:
+            found.append(f"{path.name}: {error}")
+    return found
+
+
+def test_shipped_files_are_whole(own):
+    assert faults_of_files(Path(table.__file__).parent / "tables") == []
+    table.write(make(entry()), own)
+    header = {**{name: ENVIRONMENT[name] for name in ("gpu", "arch", "engines")}, "created": "x", "measurements": 1}
+    coefficients.write({"launch": 5e-6}, cost_model.defaults(GPU), own, header)
+    assert faults_of_files(own) == []
+    (own / "other.json").write_text(text())
+    (own / "b.coefficients.json").write_text("{}")
+    assert len(faults_of_files(own)) == 2

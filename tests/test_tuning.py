@@ -102,7 +102,7 @@ class TestModes:
         fakes(fake_engine("fast", [1, 2]))
         self.calls = []
         result = measure.Result("fast", Knob(2), 5.0, 9.0, 3, {})
-        monkeypatch.setattr(measure, "best", lambda *a: self.calls.append(a[3]) or result)
+        monkeypatch.setattr(measure, "best", lambda *a, **k: self.calls.append(a[3]) or result)
         monkeypatch.setattr(selecting, "environment", lambda device: {"gpu": GPU.device})
 
     @pytest.mark.parametrize("mode, measures", (("off", 0), ("quick", 1), ("full", 1)))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from . import ops
-from .problem import ACTIVATIONS, NO_ACTIVATION, Triple
+from .problem import ACTIVATIONS, NO_ACTIVATION, Operands, Problem, Triple, describe
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -68,6 +68,27 @@ class Layer:
     def padding_both(self) -> tuple[int, ...]:
         """Zeros before and after each dimension."""
         return tuple(pad for pad in self.padding for _ in range(2))
+
+    def operands(self, pass_: str, device: torch.device | str, memory_format: torch.memory_format) -> Operands:
+        """Uninitialised tensors that a pass reads, all of them in this memory format."""
+
+        def empty(shape: tuple[int, ...]) -> torch.Tensor:
+            return torch.empty(shape, dtype=DTYPES[self.dtype], device=device, memory_format=memory_format)
+
+        if pass_ == "forward":
+            bias = torch.empty(self.out_channels, dtype=DTYPES[self.dtype], device=device) if self.bias else None
+            residual = empty(self.output_shape) if self.residual else None
+            return Operands(empty(self.input_shape), empty(self.weight_shape), None, bias, residual)
+        if pass_ == "dgrad":
+            return Operands(None, empty(self.weight_shape), empty(self.output_shape))
+        return Operands(empty(self.input_shape), None, empty(self.output_shape))
+
+    def problem(self, pass_: str, operands: Operands, precision: str, memory_format: torch.memory_format) -> Problem:
+        """What a pass asks the engines for, on :meth:`operands`; precision: of float32 products."""
+        geometry = (self.stride, self.padding_both, self.dilation, self.groups)
+        last = memory_format == torch.channels_last_3d
+        activation = self.activation if pass_ == "forward" else NO_ACTIVATION
+        return describe(pass_, operands, self.input_shape, self.weight_shape, *geometry, last, precision, activation)
 
     def run(self, passes: Sequence[str], device: torch.device, memory_format: torch.memory_format) -> None:
         """Compute these passes once on random tensors, with input and weight in this memory format."""

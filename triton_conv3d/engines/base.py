@@ -42,6 +42,22 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Order:
+    """How programs that run at once share what they read: tiles in rows and columns, a group of rows at a time.
+
+    All programs of a row read the same ``row_bytes`` in a step, those of a column ``column_bytes``. Of the former, only
+    one in ``reuse`` is new to the program: the others were read for an earlier tap.
+    """
+
+    rows: int
+    columns: int
+    group: int
+    row_bytes: float
+    column_bytes: float
+    reuse: float = 1.0
+
+
+@dataclass(frozen=True)
 class Work:
     """One launch as pure geometry: what a cost model needs to predict its time."""
 
@@ -55,6 +71,10 @@ class Work:
     extra_bytes: float = 0.0  # moved for copies of operands and for partial sums
     launches: int = 1
     tensor_cores: bool = True
+    sums: int = 0  # float32 accumulators of one program; 0: of an engine that counts its instructions as flops
+    vector_bytes: int = VECTOR_BYTES  # of one load
+    stages: int = 3  # of the pipeline
+    order: Order | None = None  # None: what programs share is unknown, and taken to come from L2
     operations: float = 20.0  # on tiles, of one step; as counted in a step of an implicit GEMM
 
 

@@ -193,6 +193,9 @@ def work(problem: Problem, config: FoldedConfig) -> Work:
         num_warps=config.num_warps,
         shared_bytes=problem.itemsize * (m + n) * k * config.num_stages,
         tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+        sums=m * n,
+        vector_bytes=problem.itemsize,
+        stages=config.num_stages,
     )
 
 

@@ -197,7 +197,8 @@ class PlanCache:
         return len(sealed)
 
     def import_(self, path: str | os.PathLike) -> ImportReport:
-        """Add the plans of an exported file. One that is already here stays, unless fewer candidates were measured."""
+        """Add the plans of an exported file. One that is already here stays, unless it was the best of fewer candidates,
+        or of as many and slower."""
         try:
             content = storage.parse(storage.read(path, MAX_EXPORT_BYTES, private=False))
             if not isinstance(content, dict) or set(content) != {"schema", "plans"}:
@@ -216,7 +217,7 @@ class PlanCache:
                 skipped[str(error)] += 1
                 continue
             known = self.load(Problem.from_dict(entry.problem), entry.environment)
-            if known is not None and known.candidates >= entry.candidates:
+            if known is not None and (known.candidates, -known.time_us) >= (entry.candidates, -entry.time_us):
                 skipped["already in the cache"] += 1
             elif self.store(entry):
                 added += 1

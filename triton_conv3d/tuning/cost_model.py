@@ -1,58 +1,100 @@
-"""A first, analytic model of a kernel's time: enough to rank candidates before anything is measured.
+"""An analytic model of a kernel's time: enough to rank candidates before anything is measured.
 
     time  = launches + copies + waves * (prologue + iterations * step) + writes, and not below the roofline
-    step  = max(products, memory, latency)
+    step  = the slowest of products, instructions, L2, memory and latency; see :func:`_wave`
+    waves = programs / (multiprocessors * programs that one holds), each begun wave a whole one for its busiest member
 
-Rates are the vendors' until measured ones replace them; every other constant is an assumption to be fitted.
+The geometry is the engine's (:class:`.engines.base.Work`), tiles at the edge counted as whole ones. What a GPU does is
+in :class:`Rates`: figures of data sheets, and coefficients that ``python -m autotune fit`` replaces by fitted ones.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
-from ..engines.base import Config, Work, finish_bytes
+from .. import settings
+from ..engines.base import Config, Order, Work, finish_bytes
 from ..problem import CHANNELS_LAST, NO_ACTIVATION, Problem
+from . import coefficients
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one GPU: multiprocessors (compute units), dense bf16 flop/s of all tensor cores, float32 flop/s without them,
-    memory bytes/s, shared bytes of one multiprocessor."""
+    """One GPU: what its data sheet says, then coefficients, which are assumptions until they are fitted.
+
+    Attributes:
+        units: multiprocessors (AMD: compute units). clock: Hz.
+        tensor: dense bf16 flop/s of all tensor cores. fma: float32 flop/s without them.
+        bandwidth: bytes/s of memory. cache: bytes of L2. cache_rate: bytes/s from it.
+        shared: bytes of one multiprocessor. registers: of 32 bits, of one.
+        tensor_part, fma_part, cache_part, memory_part: of these rates, that a kernel reaches.
+        issue_part: of 4 instructions of warps in a cycle, that a main loop reaches.
+        launch: seconds of a launch on a busy stream.
+        prologue: seconds before a program's first loads, and for its end. latency: of a load from L2 or memory.
+        aten_part: of the roofline, that torch's own convolution reaches; aten_grouped_part: with groups;
+            aten_other_layout: of that, on contiguous volumes; aten_benchmark: what cuDNN's own search gains;
+            matmul_part: of the roofline, that the vendor's GEMM reaches.
+    """
 
     units: int
+    clock: float
     tensor: float
     fma: float
     bandwidth: float
+    cache: int
+    cache_rate: float
     shared: int
+    registers: int = 65_536
+    tensor_part: float = 0.7  # a vendor's GEMM reaches 0.75 to 0.8
+    fma_part: float = 0.85
+    cache_part: float = 0.6
+    memory_part: float = 0.9  # of a copy kernel
+    issue_part: float = 0.7
+    launch: float = 4e-6
+    prologue: float = 1.0e-6
+    latency: float = 0.7e-6  # 1,000 to 1,300 cycles from address to shared memory, under load
+    aten_part: float = 0.3  # cuDNN, channels last: 290 of 989 TFLOP/s have been reported on an H200
+    aten_grouped_part: float = 0.03
+    aten_other_layout: float = 0.5
+    aten_benchmark: float = 1.05
+    matmul_part: float = 0.8
 
 
-# Data sheets; an entry holds for every device whose name contains its key.
+_MB, _KB = 2**20, 2**10
+
+# Data sheets and architecture white papers; an entry holds for every device whose name contains its key. From L2, each
+# NVIDIA multiprocessor takes 64 bytes a cycle (Jia et al., 2018, of Volta; later ones are the same); AMD gives the rate
+# and the size of its Infinity Cache.
 RATES = {
-    "A100": Rates(108, 312e12, 19.5e12, 1.6e12, 164 * 1024),
-    "H100": Rates(132, 989e12, 67e12, 3.35e12, 228 * 1024),
-    "H200": Rates(132, 989e12, 67e12, 4.8e12, 228 * 1024),
-    "B200": Rates(148, 2250e12, 80e12, 8.0e12, 228 * 1024),
-    "MI300X": Rates(304, 1307e12, 163e12, 5.3e12, 64 * 1024),
+    "A100": Rates(108, 1.41e9, 312e12, 19.5e12, 1.6e12, 40 * _MB, 9.7e12, 164 * _KB),
+    "H100": Rates(132, 1.755e9, 989e12, 67e12, 3.35e12, 50 * _MB, 14.8e12, 228 * _KB),
+    "H200": Rates(132, 1.755e9, 989e12, 67e12, 4.8e12, 50 * _MB, 14.8e12, 228 * _KB),
+    "B200": Rates(148, 1.85e9, 2250e12, 80e12, 8.0e12, 126 * _MB, 17.5e12, 228 * _KB),
+    "MI300X": Rates(304, 2.1e9, 1307e12, 163e12, 5.3e12, 256 * _MB, 17.2e12, 64 * _KB, registers=131_072),
 }
 _UNKNOWN = RATES["A100"]  # any other GPU: the order of candidates depends on ratios, which are alike
 
-_LAUNCH = 4e-6  # seconds of a launch on a busy stream
-_PROLOGUE = 1.5e-6  # seconds before a program's first product, and for its last writes
-_LATENCY = 0.25e-6  # seconds below which one step of the pipeline cannot go
-_TENSOR_PART = 0.6  # of the tensor rate, that a pointer kernel reaches: 0.8 of a vendor's GEMM
-_FMA_PART = 0.85  # of the issue rate, that a kernel without tensor cores reaches
-_CACHED = 2.0  # times the bandwidth of memory, that tiles are read at: most reads hit the L2 cache
-_REGISTERS = 128  # of one thread: bounds the programs that a multiprocessor holds
-_REGISTER_FILE = 65_536
-
-# Torch's own has no geometry to reason about: a part of the roofline. It is a guess, measured times replace it.
-_ATEN_PART = 0.3  # cuDNN, channels last: 290 of 989 TFLOP/s have been reported on an H200
-_ATEN_GROUPED_PART = 0.03  # with groups it is slower by an order of magnitude
-_ATEN_OTHER_LAYOUT = 0.5  # of that, on contiguous volumes
-_ATEN_BENCHMARK = 1.05  # what cuDNN's own search gains
-_MATMUL_PART = 0.8  # the vendor's GEMM
+# Of a main loop, by (AMD, wgrad, bytes of an element): registers of a thread = a + b * its sums + c * its loads, and
+# instructions of a warp = d + e * loads. Least squares over every config compiled for sm_80, sm_90, sm_100 and gfx942
+# (perf/results/machine_code; tests/test_cost_model.py holds them against it).
+_CODE = {
+    (False, False, 2): (36.0, 1.25, 3.0, 56.0, 10.7),
+    (False, False, 4): (32.0, 1.5, 4.7, 44.0, 21.0),
+    (False, True, 2): (59.0, 1.75, 8.7, 5.0, 44.0),
+    (False, True, 4): (47.0, 0.0, 25.0, 35.0, 55.0),
+    (True, False, 2): (35.0, 1.8, 6.6, 60.0, 11.2),
+    (True, False, 4): (28.0, 2.5, 8.4, 47.0, 34.0),
+    (True, True, 2): (89.0, 2.8, 5.7, 117.0, 30.0),
+    (True, True, 4): (85.0, 4.9, 0.0, 0.0, 75.0),
+}
+_REGISTERS = 128  # of a thread, where an engine does not count its sums
+_MOST_REGISTERS = 255
+_MOST_WARPS = 64  # that a multiprocessor holds
+_ISSUED = 4  # warps' instructions that a multiprocessor starts in a cycle
 
 # Seconds in Triton's interpreter, fitted to small layers: before and after the steps of a program, of an operation on
 # tiles whatever their size, and what each element adds that is loaded.
@@ -60,48 +102,147 @@ _INTERPRETED_PROGRAM, _INTERPRETED_OPERATION, _INTERPRETED_ELEMENT = 6.5e-3, 1e-
 
 
 def rates(problem: Problem) -> Rates:
-    """The rates of the problem's GPU, by its name."""
-    return next((rates for name, rates in RATES.items() if name in problem.device), _UNKNOWN)
+    """The rates of the problem's GPU, by its name; with fitted coefficients where there are any for it."""
+    return _rates(problem.device, settings.current().tables)
 
 
-def predict(problem: Problem, engine: ModuleType, config: Config) -> float:
-    """Seconds that this launch is expected to take."""
-    gpu = rates(problem)
-    work = engine.work(problem, config) if hasattr(engine, "work") else None
-    if work is None:
-        return _guess(problem, engine, config, gpu)
-    if problem.arch == "interpreter":
-        step = work.operations * _INTERPRETED_OPERATION + work.bytes_read / problem.itemsize * _INTERPRETED_ELEMENT
-        return work.programs * (_INTERPRETED_PROGRAM + work.iterations * step)
-    return max(_predicted(problem, work, gpu), roofline(problem, gpu))
+@functools.lru_cache(maxsize=64)
+def _rates(device: str, own: Path | None) -> Rates:
+    return coefficients.fitted(defaults(device), device, own)
+
+
+def defaults(device: str) -> Rates:
+    """Of a GPU by its name, nothing fitted."""
+    return next((rates for name, rates in RATES.items() if name in device), _UNKNOWN)
+
+
+class _Shared:
+    """What all candidates of a problem have in common, worked out once."""
+
+    def __init__(self, problem: Problem, gpu: Rates):
+        self.problem, self.gpu = problem, gpu
+        self.roofline = roofline(problem, gpu)
+        self.warp = 64 if problem.arch.startswith("gfx") else 32
+        # Flop/s that products reach, of one multiprocessor: (without tensor cores, with them).
+        parts = ((False, gpu.fma_part), (True, gpu.tensor_part))
+        self.products = tuple(part * _peak(problem, gpu, tensor) / gpu.units for tensor, part in parts)
+        self.issue = _ISSUED * gpu.issue_part * gpu.clock
+        self.l2, self.memory = gpu.cache_part * gpu.cache_rate, gpu.memory_part * gpu.bandwidth
+
+
+def predict(problem: Problem, engine: ModuleType, config: Config, gpu: Rates | None = None) -> float:
+    """Seconds that this launch is expected to take, on the problem's GPU or on one of these rates."""
+    return _predict(_Shared(problem, rates(problem) if gpu is None else gpu), engine, config)
 
 
 def rank(
     problem: Problem, candidates: list[tuple[ModuleType, Config]]
 ) -> list[tuple[float, ModuleType, Config]]:
     """Candidates with their predicted seconds, the fastest first; ties keep their order."""
-    timed = [(predict(problem, engine, config), engine, config) for engine, config in candidates]
+    shared = _Shared(problem, rates(problem))
+    timed = [(_predict(shared, engine, config), engine, config) for engine, config in candidates]
     return sorted(timed, key=lambda item: item[0])
 
 
-def _predicted(problem: Problem, work: Work, gpu: Rates) -> float:
-    resident = min(gpu.shared // max(work.shared_bytes, 1), _REGISTER_FILE // (32 * work.num_warps * _REGISTERS))
-    slots = gpu.units * max(1, resident)
+def _predict(shared: _Shared, engine: ModuleType, config: Config) -> float:
+    problem = shared.problem
+    if not hasattr(engine, "work"):
+        return _guess(shared, engine, config)
+    work = engine.work(problem, config)
+    if problem.arch == "interpreter":
+        step = work.operations * _INTERPRETED_OPERATION + work.bytes_read / problem.itemsize * _INTERPRETED_ELEMENT
+        return work.programs * (_INTERPRETED_PROGRAM + work.iterations * step)
+    return max(_predicted(shared, work), shared.roofline)
+
+
+def _predicted(shared: _Shared, work: Work) -> float:
+    """Waves of programs, one after the other; the last may be a small one."""
+    gpu, problem = shared.gpu, shared.problem
+    slots = gpu.units * _resident(shared, work)
     waves, rest = divmod(work.programs, slots)
-    main = waves * _wave(problem, work, gpu, slots) + (_wave(problem, work, gpu, rest) if rest else 0.0)
-    added = math.prod(problem.output_shape) * problem.itemsize * problem.residual
-    writes = (work.extra_bytes + added + work.programs * work.bytes_written) / gpu.bandwidth
+    issued = work.num_warps * instructions(problem, work) / shared.issue
+    main = waves * _wave(shared, work, issued, slots) if waves else 0.0
+    main += _wave(shared, work, issued, rest) if rest else 0.0
+    added = math.prod(problem.output_shape) * problem.itemsize if problem.residual else 0
+    # Of a split reduction this holds the partial sums: written as float32 here, and read again (extra_bytes).
+    writes = (work.extra_bytes + added + work.programs * work.bytes_written) / shared.memory
     # Small programs without tensor cores write while others of their multiprocessor read.
-    return work.launches * _LAUNCH + (main + writes if work.tensor_cores else max(main, writes))
+    return work.launches * gpu.launch + (main + writes if work.tensor_cores else max(main, writes))
 
 
-def _wave(problem: Problem, work: Work, gpu: Rates, programs: int) -> float:
-    """Seconds of programs that run at once; the multiprocessor that holds the most of them is the last to end."""
+def _resident(shared: _Shared, work: Work) -> int:
+    """Programs that a multiprocessor holds: by shared memory, registers and warps (CUDA's occupancy calculation)."""
+    by_registers = shared.gpu.registers / (work.num_warps * shared.warp * registers(shared.problem, work))
+    by_shared = shared.gpu.shared / max(work.shared_bytes, 1)
+    return max(1, int(min(by_registers, by_shared, _MOST_WARPS / work.num_warps)))
+
+
+def _wave(shared: _Shared, work: Work, issued: float, programs: int) -> float:
+    """Seconds of programs that run at once; the multiprocessor that holds the most of them is the last to end.
+
+    A step takes as long as the slowest of
+
+    - products: those of the programs on one multiprocessor, at its share of the peak (roofline, Williams et al., 2009);
+    - instructions: their main loops' at its rate of issue, which addresses and masks take more of than products do;
+    - L2: every program's operands;
+    - memory: of these, what no other program of the wave reads too, see :func:`_shared_reads`;
+    - latency: of a load, shared out among the stages in flight (Little's law).
+    """
+    gpu, order = shared.gpu, work.order
     held = math.ceil(programs / gpu.units)
-    part = _TENSOR_PART if work.tensor_cores else _FMA_PART
-    products = held * work.flops * gpu.units / (part * _peak(problem, gpu, work.tensor_cores))
-    memory = programs * work.bytes_read / (_CACHED * gpu.bandwidth)
-    return _PROLOGUE + work.iterations * max(products, memory, _LATENCY)
+    products = held * work.flops / shared.products[work.tensor_cores]
+    l2 = programs * work.bytes_read / shared.l2
+    memory = _shared_reads(order, work.iterations, programs, gpu.cache) / shared.memory if order is not None else 0.0
+    latency = gpu.latency / max(1, work.stages - 1)
+    return gpu.prologue + gpu.latency + work.iterations * max(products, held * issued, l2, memory, latency)
+
+
+def _shared_reads(order: Order, iterations: int, programs: int, cache: int) -> float:
+    """Bytes of one step that come from memory while so many programs run: each row and column of tiles once.
+
+    Programs visit the tiles in groups of rows, column by column (grouped ordering of Triton's matmul tutorial). What a
+    row reads again for the next tap is still in L2 if all that the wave reads fits.
+    """
+    whole, rest = divmod(programs, order.rows * order.columns)
+    down, across = whole * order.rows, whole * order.columns
+    if rest:
+        group = min(order.group, order.rows)
+        down += min(rest, order.rows, group * math.ceil(rest / (group * order.columns)))
+        across += min(order.columns, math.ceil(rest / group))
+    row = order.row_bytes / order.reuse
+    if down * row * iterations > cache:
+        row = order.row_bytes
+    return down * row + across * order.column_bytes
+
+
+def _code(problem: Problem) -> tuple[float, ...]:
+    return _CODE[problem.arch.startswith("gfx"), problem.pass_ == "wgrad", problem.itemsize]
+
+
+def _threads(problem: Problem, work: Work) -> int:
+    return work.num_warps * (64 if problem.arch.startswith("gfx") else 32)
+
+
+def _loads(problem: Problem, work: Work) -> float:
+    """Of one thread in one step."""
+    return work.bytes_read / (work.vector_bytes * _threads(problem, work))
+
+
+def registers(problem: Problem, work: Work) -> float:
+    """Of one thread."""
+    if not work.sums:
+        return _REGISTERS
+    fixed, each_sum, each_load, _, _ = _code(problem)
+    needed = fixed + each_sum * work.sums / _threads(problem, work) + each_load * _loads(problem, work)
+    return min(needed, _MOST_REGISTERS)
+
+
+def instructions(problem: Problem, work: Work) -> float:
+    """Of one warp in one step; 0 where an engine counts them among its products."""
+    if not work.sums:
+        return 0.0
+    *_, fixed, each_load = _code(problem)
+    return fixed + each_load * _loads(problem, work)
 
 
 def _peak(problem: Problem, gpu: Rates, tensor_cores: bool = True) -> float:
@@ -118,15 +259,16 @@ def roofline(problem: Problem, gpu: Rates) -> float:
     return max(problem.flops / _peak(problem, gpu), problem.min_bytes / gpu.bandwidth)
 
 
-def _guess(problem: Problem, engine: ModuleType, config: Config, gpu: Rates) -> float:
-    """For engines that launch what is not ours."""
+def _guess(shared: _Shared, engine: ModuleType, config: Config) -> float:
+    """For engines that launch what is not ours, and so has no geometry to reason about: a part of the roofline."""
+    problem, gpu = shared.problem, shared.gpu
     copies = (2 * engine.memory(problem, config).copies + finish_bytes(problem)) / gpu.bandwidth
-    copies += _LAUNCH * (problem.residual + (problem.activation != NO_ACTIVATION))
+    copies += gpu.launch * (problem.residual + (problem.activation != NO_ACTIVATION))
     if engine.NAME == "matmul":
-        return _LAUNCH + copies + roofline(problem, gpu) / _MATMUL_PART
-    part = _ATEN_PART if problem.groups == 1 else _ATEN_GROUPED_PART
+        return gpu.launch + copies + shared.roofline / gpu.matmul_part
+    part = gpu.aten_part if problem.groups == 1 else gpu.aten_grouped_part
     if any(layout != CHANNELS_LAST for layout in problem.layouts) and not getattr(config, "channels_last", False):
-        part *= _ATEN_OTHER_LAYOUT
+        part *= gpu.aten_other_layout
     if getattr(config, "benchmark", False):
-        part *= _ATEN_BENCHMARK
-    return 2 * _LAUNCH + copies + roofline(problem, gpu) / part
+        part *= gpu.aten_benchmark
+    return 2 * gpu.launch + copies + shared.roofline / part

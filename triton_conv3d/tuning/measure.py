@@ -1,4 +1,4 @@
-"""Measuring candidates: compiled together, verified, then timed in interleaved rounds that the slow ones leave.
+"""Measuring candidates on a device, as :mod:`.search` asks for it: compiled together, verified, then timed.
 
 All of it happens on private operands: the caller's tensors are not touched, and no random numbers of theirs are drawn.
 """
@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,20 +22,16 @@ import torch
 from ..engines import launching
 from ..engines.base import Config
 from ..problem import Operands, Problem, interpreted
-from . import verify
+from . import search, verify
 from .faults import is_illegal_access, is_out_of_memory, is_out_of_resources
 from .progress import progress
+from .search import OWN, Candidate, Ranked
 
 QUICK_SECONDS = 1.0  # on top of compiling: a network of 50 different layers, three passes each, tunes in minutes
 FULL_SECONDS = 60.0  # a bound for enormous volumes; of usual ones everything is measured within it
-QUICK_CANDIDATES = 8  # besides torch's own; beyond them, ranked candidates seldom win
+QUICK_CANDIDATES = 12  # torch's own among them: tests/test_search.py shows what the search misses with so many
 _COMPILERS = 8  # threads
-_ROUNDS = 7
-_LIMITS = (3.0, 2.0, 1.5, 1.25, 1.1, 1.05)  # times the fastest, beyond which a candidate leaves after each round
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache, MI300X's 256 MiB of last-level cache included
-_ATEN = "aten"
-
-Candidate = tuple[ModuleType, Config]
 
 _quarantine: set[tuple[str, Config, str]] = set()  # of this process, and so of one version of Triton
 _budget: float | None = None
@@ -94,50 +90,25 @@ class EventTimer:
         return start.elapsed_time(end) * 1e-3
 
 
-def pick(ranked: list, mode: str) -> list[Candidate]:
-    """What to measure of (seconds, engine, config), in this order: the best, torch's own, then the others.
-
-    ``quick`` takes the first few that differ from each better one of their engine in two knobs at least, then fills up;
-    every engine is among them. ``full`` takes all.
-    """
-    own = [(engine, config) for _, engine, config in ranked if engine.NAME == _ATEN]
-    others = [(engine, config) for _, engine, config in ranked if engine.NAME != _ATEN]
-    if mode != "full":
-        firsts = list({engine.NAME: (engine, config) for engine, config in reversed(others)}.values())
-        distinct = firsts[::-1]
-        for candidate in others:
-            if all(_differences(candidate, chosen) > 1 for chosen in distinct):
-                distinct.append(candidate)
-        rest = [candidate for candidate in others if candidate not in distinct]
-        chosen = [*distinct, *rest][:QUICK_CANDIDATES]
-        others = [candidate for candidate in others if candidate in chosen]
-    return [*others[:1], *own, *others[1:]]
-
-
-def _differences(one: Candidate, other: Candidate) -> float:
-    if one[0] is not other[0]:
-        return float("inf")
-    mine, theirs = one[1].to_dict(), other[1].to_dict()
-    return sum(mine[name] != theirs.get(name) for name in mine)
-
-
 def best(
     problem: Problem,
     operands: Operands,
-    ranked: list,
+    ranked: list[Ranked],
     mode: str,
     timer: Timer | None = None,
     seconds: float | None = None,
+    hints: Sequence[Candidate] = (),
 ) -> Result | None:
     """Measure candidates and return the fastest right one; None if none could be measured.
 
     Args:
         operands: tensors like those that will be computed; only their shapes, strides and addresses are looked at.
         ranked: (predicted seconds, engine, config), the most promising first.
-        mode: ``quick`` or ``full``, see :func:`pick`.
+        mode: ``quick`` measures at most ``QUICK_CANDIDATES`` of them, ``full`` all.
         timer: measures one call; device events if None.
         seconds: budget for verifying and timing; :func:`budget` or else the mode's own if None. The best candidate and
             torch's own are measured whatever it is.
+        hints: candidates that were the fastest of similar problems.
 
     Raises:
         RuntimeError: a candidate accessed memory illegally; the message names it.
@@ -147,95 +118,103 @@ def best(
         return None
     if seconds is None:
         seconds = _budget if _budget is not None else FULL_SECONDS if mode == "full" else QUICK_SECONDS
-    policy = {"mode": mode, "budget_s": float(seconds), "rounds": _ROUNDS, "flush_bytes": _FLUSH_BYTES}
+    rounds = 1 + sum(repetitions for _, repetitions in search.ROUNDS)
+    policy = {"mode": mode, "budget_s": float(seconds), "rounds": rounds, "flush_bytes": _FLUSH_BYTES}
+    most = None if mode == "full" else QUICK_CANDIDATES
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard, torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
-            return _Contest(problem, operands, device, timer, seconds).winner(pick(ranked, mode), policy)
+            return _winner(Bench(problem, operands, own(ranked), timer, seconds), ranked, most, hints, policy)
         except torch.OutOfMemoryError:  # not even the operands have room
             torch.cuda.empty_cache()
             return None
 
 
-class _Contest:
-    """One measurement: the operands it works on, and what is left of its time."""
+def own(ranked: Sequence[Ranked]) -> Candidate:
+    """Torch's own among the candidates, or else the first: what is blamed if there is nothing to judge by."""
+    return next(((engine, config) for _, engine, config in ranked if engine.NAME == OWN), tuple(ranked[0][1:]))
 
-    def __init__(self, problem: Problem, operands: Operands, device: torch.device, timer: Timer | None, seconds: float):
-        self.problem, self.device, self.seconds = problem, device, seconds
+
+def _winner(
+    bench: Bench, ranked: list[Ranked], most: int | None, hints: Sequence[Candidate], policy: dict
+) -> Result | None:
+    if not bench.ready:
+        return None
+    with progress(f"tuning {bench.problem}", min(most or len(ranked), len(ranked))) as step:
+
+        def prepare(batch: list[Candidate]) -> None:
+            bench.prepare(batch)
+            for _ in batch:
+                step()
+
+        times = search.search(ranked, bench.measure, most, hints, prepare, bench.late)
+    bench.report()
+    if not times:
+        return None
+    medians = search.median(times)
+    engine, config = min(medians, key=medians.__getitem__)
+    own_us = min((median * 1e6 for (name, _), median in medians.items() if name == OWN), default=None)
+    return Result(engine, config, medians[engine, config] * 1e6, own_us, len(times), policy)
+
+
+class Bench:
+    """Measures candidates of one problem, as :func:`.search.search` asks for it, within so many seconds.
+
+    Attributes:
+        ready: whether there is something to judge results by.
+        right, wrong: candidates whose result was compared.
+    """
+
+    def __init__(
+        self, problem: Problem, operands: Operands, own: Candidate, timer: Timer | None = None, seconds: float = float("inf")
+    ):
+        self.problem, self.seconds = problem, seconds
+        self.device = next(t for t in operands[:3] if t is not None).device
         self.operands = verify.private_operands(operands)
-        self.timer = EventTimer(device) if timer is None else timer
-        self.deadline = float("inf")
-        self.must = 0  # candidates, from the first on, that are measured beyond the deadline too
+        self.timer = EventTimer(self.device) if timer is None else timer
+        self.right: list[Candidate] = []
+        self.wrong: list[Candidate] = []
+        self.begin = time.monotonic()
+        self.expected = self.attempt(*own, lambda: verify.trusted(self.problem, self.operands))
+        self.ready = self.expected is not None
 
-    def late(self, index: int) -> bool:
-        return index >= self.must and time.monotonic() > self.deadline
+    def late(self, part: float) -> bool:
+        return time.monotonic() - self.begin > self.seconds * part
 
-    def winner(self, candidates: list[Candidate], policy: dict) -> Result | None:
-        self.must = 1 + sum(engine.NAME == _ATEN for engine, _ in candidates)
-        with progress(f"tuning {self.problem}", len(candidates) + _ROUNDS + 1) as step:
-            _compile(self.problem, self.operands, self.device, candidates)
-            step()
-            begin = time.monotonic()
-            self.deadline = begin + self.seconds / 2
-            right = self.verified(candidates, step)
-            self.deadline = begin + self.seconds
-            times = self.timed(right, step)
-        if not times:
+    def prepare(self, batch: list[Candidate]) -> None:
+        """Compile a batch; the time it takes does not count."""
+        before = time.monotonic()
+        _compile(self.problem, self.operands, self.device, batch)
+        self.begin += time.monotonic() - before
+
+    def measure(self, candidate: Candidate, repetitions: int) -> float | None:
+        """Seconds of a launch, the median of so many; None if the candidate is wrong or cannot run here."""
+        engine, config = candidate
+        if candidate not in self.right and not self.is_usable(candidate):
             return None
-        medians = {candidate: statistics.median(samples) for candidate, samples in times.items()}
-        engine, config = min(medians, key=medians.__getitem__)
-        own = min((median for (name, _), median in medians.items() if name == _ATEN), default=None)
-        return Result(
-            engine, config, medians[engine, config] * 1e6, None if own is None else own * 1e6, len(times), policy
-        )
+        samples = []
+        for _ in range(repetitions):
+            seconds = self.attempt(engine, config, lambda: self.timer.time(lambda: self.launch(engine, config)))
+            if seconds is None:
+                return None
+            samples.append(seconds)
+        return statistics.median(samples)
 
-    def verified(self, candidates: list[Candidate], step: Callable[[], None]) -> list[Candidate]:
-        """Those that run and are right."""
-        aten = next((candidate for candidate in candidates if candidate[0].NAME == _ATEN), candidates[0])
-        expected = self.attempt(*aten, lambda: verify.trusted(self.problem, self.operands))
-        if expected is None:  # nothing to judge by
-            return []
-        right, wrong = [], []
-        for index, (engine, config) in enumerate(candidates):
-            if self.late(index):
-                break
-            good = self.attempt(engine, config, lambda: self.is_right(engine, config, expected))
-            if good is not None:
-                (right if good else wrong).append((engine, config))
-            step()
-        self.report(right, wrong)
-        return right
+    def is_usable(self, candidate: Candidate) -> bool:
+        """Whether a candidate runs and is right."""
+        good = self.attempt(*candidate, lambda: self.is_right(*candidate))
+        if good is not None:
+            (self.right if good else self.wrong).append(candidate)
+        return bool(good)
 
-    def timed(self, candidates: list[Candidate], step: Callable[[], None]) -> dict[tuple[str, Config], list[float]]:
-        """Seconds of each candidate, by the names of engine and config."""
-        times: dict[tuple[str, Config], list[float]] = {}
-        racing = {(engine.NAME, config): engine for engine, config in candidates}
-        for round_, limit in enumerate((*_LIMITS, 1.0)):
-            for index, ((name, config), engine) in enumerate(list(racing.items())):
-                if self.late(self.must if round_ else index):
-                    break
-                seconds = self.attempt(engine, config, lambda: self.timer.time(lambda: self.launch(engine, config)))
-                if seconds is None:
-                    del racing[name, config]
-                    times.pop((name, config), None)
-                else:
-                    times.setdefault((name, config), []).append(seconds)
-            medians = {key: statistics.median(times[key]) for key in racing if key in times}
-            fastest = min(medians.values(), default=0.0)
-            own = min((median for (name, _), median in medians.items() if name == _ATEN), default=0.0)
-            stay = {key for key, median in medians.items() if median <= limit * fastest or median == own}
-            racing = {key: engine for key, engine in racing.items() if key in stay}  # torch's own, to be compared with
-            step()
-        return times
-
-    def is_right(self, engine: ModuleType, config: Config, expected: torch.Tensor) -> bool:
+    def is_right(self, engine: ModuleType, config: Config) -> bool:
         result = self.launch(engine, config)
         return verify.is_right(
             self.problem,
             result,
-            expected,
+            self.expected,
             negative_slope=self.operands.negative_slope,
-            coarse=engine.NAME == _ATEN,
+            coarse=engine.NAME == OWN,
             stepwise=self.problem.fused and not hasattr(engine, "work"),  # not a kernel of ours
         )
 
@@ -254,18 +233,19 @@ class _Contest:
                 raise RuntimeError(f"{engine.NAME} [{config}] failed on {self.problem}: {error}") from error
             if is_out_of_memory(error):
                 torch.cuda.empty_cache()
-            elif not is_out_of_resources(error) and engine.NAME != _ATEN:
+            elif not is_out_of_resources(error) and engine.NAME != OWN:
                 _warn(f"{engine.NAME} [{config}] failed on {self.problem} and is left out: {error!r:.300}")
             return None
 
-    def report(self, right: list[Candidate], wrong: list[Candidate]) -> None:
+    def report(self) -> None:
         """Quarantine what was wrong, but torch's own: it stays the last resort."""
+        right, wrong = self.right, self.wrong
         if not wrong:
             return
-        if not right and any(engine.NAME == _ATEN for engine, _ in wrong):
+        if not right and any(engine.NAME == OWN for engine, _ in wrong):
             _warn(f"no engine, torch's own included, agrees with torch's wider result on {self.problem}; not tuned")
             return
-        _quarantine.update((e.NAME, config, self.problem.arch) for e, config in wrong if e.NAME != _ATEN)
+        _quarantine.update((e.NAME, config, self.problem.arch) for e, config in wrong if e.NAME != OWN)
         names = ", ".join(f"{engine.NAME} [{config}]" for engine, config in wrong)
         where = f"{self.problem} on {self.problem.device} ({self.problem.arch}, {_triton()})"
         _warn(f"{names} gave a wrong result for {where} and is not used in this process; please report it")
@@ -288,7 +268,7 @@ def _compile(problem: Problem, operands: Operands, device: torch.device, candida
 
     Other threads' launches go on meanwhile: what happens to a launch depends on the thread it comes from.
     """
-    ours = [candidate for candidate in candidates if candidate[0].NAME != _ATEN]
+    ours = [candidate for candidate in candidates if candidate[0].NAME != OWN]
     if device.type != "cuda" or interpreted() or len(ours) < 2:
         return
     begun: set = set()

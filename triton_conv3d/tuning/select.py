@@ -17,9 +17,9 @@ import torch
 from .. import engines, settings
 from ..engines.base import Config
 from ..problem import Operands, Problem
-from . import cost_model, measure
+from . import cost_model, measure, transfer, variants
 from .cache import Entry, PlanCache
-from .environment import environment
+from .environment import environment, source_hash
 from .faults import is_illegal_access, is_out_of_resources
 from .plan import Plan, offered
 from .table import lookup
@@ -33,6 +33,7 @@ _dropped: set[tuple] = set()  # what cannot be launched here, see _specialisatio
 _tuning = threading.Lock()
 _logged: dict[Problem, Plan] = {}
 _unstored: dict[tuple[str | None, Problem], Entry] = {}  # what was measured and no cache could keep; by forced engine
+_stored: dict[tuple, list[Entry]] = {}  # of a cache directory in an environment, for similar problems to learn from
 
 
 def _forget_plans() -> None:
@@ -45,6 +46,7 @@ def forget() -> None:
     _forget_plans()
     _dropped.clear()
     _unstored.clear()
+    _stored.clear()
 
 
 settings.on_change(_forget_plans)
@@ -230,16 +232,28 @@ def remembered(problem: Problem) -> Plan | None:
         entry, source = _unstored.get((current.engine, problem)), "memory"
     if entry is not None and current.autotune == "full" and entry.policy.get("mode") != "full":
         entry = None
-    found = [(entry, source)] if entry is not None else []
-    found += [
-        (entry, "table" if distance == 0 else "nearest") for entry, distance in lookup(problem, names, current.tables)
-    ]
-    for entry, source in found:
-        config = offered(problem, entry.engine, entry.config)
-        allowed = current.engine in (None, entry.engine)
-        if allowed and config is not None and config in _usable(problem, engines.get(entry.engine)):
-            return Plan(entry.engine, config, source, entry.time_us if source != "nearest" else None)
+    if entry is not None and (plan := _exact(problem, entry, source)):
+        return plan
+    for entry, distance in lookup(problem, names, current.tables):
+        plan = _exact(problem, entry, "table") if distance == 0 else _near(problem, entry)
+        if plan:
+            return plan
     return None
+
+
+def _exact(problem: Problem, entry: Entry, source: str) -> Plan | None:
+    """The plan of an entry for this very problem, if an engine offers it today and none other is asked for."""
+    config = offered(problem, entry.engine, entry.config)
+    if settings.current().engine not in (None, entry.engine):
+        return None
+    if config is None or config not in _usable(problem, engines.get(entry.engine)):
+        return None
+    return Plan(entry.engine, config, source, entry.time_us)
+
+
+def _near(problem: Problem, entry: Entry) -> Plan | None:
+    candidate = transfer.transferred(problem, entry, ranking(problem, measuring=True))
+    return None if candidate is None else Plan(candidate[0].NAME, candidate[1], "nearest")
 
 
 def _environment(problem: Problem) -> tuple[dict[str, str], bool]:
@@ -247,7 +261,7 @@ def _environment(problem: Problem) -> tuple[dict[str, str], bool]:
     for index in range(torch.cuda.device_count()):
         if torch.cuda.get_device_properties(index).name == problem.device:
             return environment(torch.device("cuda", index)), True
-    return {"gpu": problem.device, "arch": problem.arch}, False
+    return {"gpu": problem.device, "arch": problem.arch, "engines": source_hash()}, False
 
 
 def _key(names: dict[str, str]) -> dict[str, str]:
@@ -268,20 +282,34 @@ def _quiet() -> bool:
 
 def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
     """Measure, and keep the winner; the hint is what holds if nothing could be measured."""
-    ranked = ranking(problem, measuring=True)
-    ranked.sort(key=lambda item: (item[1].NAME, item[2]) != (hint.engine, hint.config))  # stable: the hint comes first
-    current = settings.current()
-    result = measure.best(problem, operands, ranked, current.autotune)
+    ranked, current = ranking(problem, measuring=True), settings.current()
+    if current.autotune != "full":
+        ranked = variants.kept(problem, ranked)
+    device = next(t for t in operands[:3] if t is not None).device
+    key, cache = _key(environment(device)), PlanCache(current.cache_dir)
+    known = _known(cache, key)
+    similar = [*transfer.nearest(problem, known), *lookup(problem, key, current.tables)]
+    hints = transfer.hints(problem, sorted(similar, key=lambda pair: pair[1]), ranked)
+    hints += [(e, config) for _, e, config in ranked if (e.NAME, config) == (hint.engine, hint.config)]
+    result = measure.best(problem, operands, ranked, current.autotune, hints=hints)
     if result is None:
         return hint if hint.config in _usable(problem, engines.get(hint.engine)) else _ranked_plan(problem)
-    device = next(t for t in operands[:3] if t is not None).device
     entry = Entry(
-        problem.to_dict(), _key(environment(device)), result.policy, result.engine, result.config.to_dict(),
+        problem.to_dict(), key, result.policy, result.engine, result.config.to_dict(),
         result.time_us, result.aten_us, result.candidates,
     )  # fmt: skip
-    if not PlanCache(current.cache_dir).store(entry):
+    known.append(entry)
+    if not cache.store(entry):
         _unstored[current.engine, problem] = entry
     return Plan(result.engine, result.config, "measured", result.time_us)
+
+
+def _known(cache: PlanCache, key: dict[str, str]) -> list[Entry]:
+    """What was measured in this environment: read once, and kept up by :func:`_tune`."""
+    where = (cache.directory, *sorted(key.items()))
+    if where not in _stored:
+        _stored[where] = [entry for _, entry in cache.entries() if entry.environment == key]
+    return _stored[where]
 
 
 def _log(problem: Problem, plan: Plan) -> None:

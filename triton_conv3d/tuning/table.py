@@ -6,9 +6,11 @@ they were measured with stands in the table, and one runs only if its engine sti
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +113,29 @@ def write(table: Table, directory: Path) -> Path:
     storage.write(path, f'{{\n{header},\n"plans": [\n{plans}\n]\n}}\n'.encode())
     os.chmod(path, 0o644)  # tables are made to be shared
     return path
+
+
+def merged(tables: Sequence[Table]) -> Table:
+    """One table of several for the same GPU and engine sources, with the newest one's header.
+
+    Of two plans for one problem that counts which was the best of more candidates; of as many, one measured with the
+    newest table's versions; of both kinds, the faster.
+
+    Raises:
+        ValueError: a table is foreign to the newest one; the message says in what.
+    """
+    newest = max(tables, key=lambda table: table.created)
+    plans: dict[str, tuple[tuple, Entry]] = {}
+    for table in tables:
+        if reason := why_refused(table, newest.environment):
+            raise ValueError(f"the table of {table.created} cannot be merged: {reason}")
+        for entry in table.entries:
+            worth = entry.candidates, table.environment == newest.environment, -entry.time_us
+            key = canonical(entry.problem)
+            if key not in plans or worth > plans[key][0]:
+                plans[key] = worth, entry
+    common = {"environment": newest.environment, "policy": newest.policy}
+    return dataclasses.replace(newest, entries=tuple(dataclasses.replace(e, **common) for _, e in plans.values()))
 
 
 def why_refused(table: Table, environment: dict) -> str | None:

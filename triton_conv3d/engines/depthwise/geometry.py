@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...problem import CONTIGUOUS, VECTOR_BYTES, VIEW, Problem, Triple
-from .axes import positions, ring_size, strip_step
+from . import axes as _axes
 
 if TYPE_CHECKING:
     from .configs import DepthwiseConfig
@@ -29,6 +30,12 @@ _TAP_LOAD, _TAP_STEP = 2.0, 20.0  # the same in the loop over rows of taps
 _WEIGHT = 2.5  # a vector of weights there
 _ISSUED = 128  # instructions of threads that a multiprocessor starts in a cycle
 _CACHE_BYTES = 24  # that a multiprocessor reads from L2 in a cycle: about 5.5 TB/s of an H100
+
+
+# Triton's compile-time functions look at each argument before they run: too slow for what is asked thousands of times.
+positions, ring_size, strip_step = (
+    functools.lru_cache(maxsize=65536)(function) for function in (_axes.positions, _axes.ring_size, _axes.strip_step)
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class Axes:
     width: tuple[int, int, int, int]
 
 
+@functools.lru_cache(maxsize=4096)
 def axes(problem: Problem) -> Axes:
     met, stride, dilation = met_taps(problem), problem.stride, problem.dilation
     depth = (met.kernel[0], stride[0], dilation[0])
@@ -139,6 +147,7 @@ def channel_unit(problem: Problem) -> int:
     return math.gcd(VECTOR_BYTES // problem.itemsize, produced(problem)[0]) if lanes_last(problem) else 1
 
 
+@functools.lru_cache(maxsize=4096)
 def block_of_taps(problem: Problem, config: DepthwiseConfig) -> Triple:
     """Taps of one program of wgrad: whole rows of taps before planes of them, as many as registers hold."""
     (depth, height, width), most = met_taps(problem).kernel, max(1, _TAP_REGISTERS // config.vector)
@@ -180,11 +189,12 @@ def plan(problem: Problem, config: DepthwiseConfig) -> Plan:
 def _tile(problem: Problem, config: DepthwiseConfig, lanes: int, strips: tuple[int, int]) -> Triple:
     """The tile of the fewest cycles per plane: of instructions, idle lanes included, and of reads from L2 with halos."""
     channels, unit = produced(problem)[0], channel_unit(problem)
+    read_bytes = _reader(problem, config)
     issue = instructions(problem, config) * config.rows * config.columns * lanes / _ISSUED
 
     def cycles(tile: Triple) -> tuple[float, int]:
-        tiles = math.prod(-(-size // part) for size, part in zip((channels, *strips), tile, strict=True))
-        return tiles * (issue + read_bytes(problem, config, tile) / _CACHE_BYTES), -tile[0]
+        tiles = -(-channels // tile[0]) * -(-strips[0] // tile[1]) * -(-strips[1] // tile[2])
+        return tiles * (issue + read_bytes(tile) / _CACHE_BYTES), -tile[0]
 
     if problem.pass_ == "wgrad":  # sums over the lanes of a channel: powers of two
         sides = [(h, w) for h in _powers(lanes) for w in _powers(lanes // h)]
@@ -194,9 +204,10 @@ def _tile(problem: Problem, config: DepthwiseConfig, lanes: int, strips: tuple[i
     else:
         steps = sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, *strips})
         tiles = []
-        for h, w in itertools.product(steps, steps):
+        high, wide = [[step for step in steps if step <= min(most, lanes)] for most in strips]
+        for h, w in itertools.product(high, wide):
             most = lanes // (h * w) // unit * unit
-            if most and h <= strips[0] and w <= strips[1]:
+            if most:
                 share = -(-channels // -(-channels // most))  # no more than needed for that number of tiles
                 tiles.append((-(-share // unit) * unit, h, w))
     return min(tiles, key=cycles)
@@ -250,23 +261,38 @@ def instructions(problem: Problem, config: DepthwiseConfig) -> float:
 @functools.lru_cache(maxsize=65536)
 def read_bytes(problem: Problem, config: DepthwiseConfig, tile: Triple) -> float:
     """Bytes that a program reads beyond its own L1 for one plane of the result: its tile with the halo around it."""
+    return _reader(problem, config)(tile)
+
+
+def _reader(problem: Problem, config: DepthwiseConfig) -> Callable[[Triple], float]:
+    """:func:`read_bytes` of this problem and config, for many tiles."""
     at, dgrad, item = axes(problem), problem.pass_ == "dgrad", problem.itemsize
     sides = []
-    for strips, outputs, axis in ((tile[1], config.rows, at.height), (tile[2], config.columns, at.width)):
-        own = strips * outputs / axis[1] if dgrad else strips * outputs * axis[1]
+    for outputs, axis in ((config.rows, at.height), (config.columns, at.width)):
         halo = (axis[0] - 1) * axis[2]
-        sides.append(own + (halo / axis[1] if dgrad else max(halo - axis[1] + 1, 0)))
-    channels, (height, width) = tile[0], sides
-    if lanes_last(problem):
-        pixels = height * width * max(channels * item, _SECTORS) * _planes(problem)
-    else:
-        pixels = height * channels * (width * item + _SECTORS) * _planes(problem)
+        if dgrad:
+            sides.append((outputs / axis[1], halo / axis[1]))
+        else:
+            sides.append((outputs * axis[1], max(halo - axis[1] + 1, 0)))
+    (rows, above), (columns, beside) = sides
+    last, planes, blocks = lanes_last(problem), _planes(problem), 0
     if config.kernel == ROWS:
-        pixels *= met_taps(problem).kernel[0] ** 0.5  # its planes pass through L1 again, where they may no longer be
+        planes *= met_taps(problem).kernel[0] ** 0.5  # they pass through L1 again, where they may no longer be
     if problem.pass_ == "wgrad":
-        blocks = [-(-k // b) for k, b in zip(met_taps(problem).kernel, block_of_taps(problem, config), strict=True)]
-        pixels = math.prod(blocks) * (pixels + math.prod(tile) * config.rows * config.columns * item)
-    return pixels
+        taps = zip(met_taps(problem).kernel, block_of_taps(problem, config), strict=True)
+        blocks = math.prod(-(-k // b) for k, b in taps)
+
+    def read(tile: Triple) -> float:
+        height, width = tile[1] * rows + above, tile[2] * columns + beside
+        if last:
+            pixels = height * width * max(tile[0] * item, _SECTORS) * planes
+        else:
+            pixels = height * tile[0] * (width * item + _SECTORS) * planes
+        if blocks:
+            pixels = blocks * (pixels + math.prod(tile) * config.rows * config.columns * item)
+        return pixels
+
+    return read
 
 
 def registers(problem: Problem, config: DepthwiseConfig) -> float:

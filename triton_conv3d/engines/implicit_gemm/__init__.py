@@ -15,7 +15,17 @@ import torch
 import triton.language as tl
 
 from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
-from ..base import NO_EPILOGUE, Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..base import (
+    NO_EPILOGUE,
+    Memory,
+    Order,
+    Work,
+    aligned,
+    format_strides,
+    refused_by_kernels,
+    residual_and_slope,
+    upcast,
+)
 from ..launching import launch_kernel
 from .configs import CHAIN, GROUP_M, GemmConfig, configs, workspace_bytes
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
@@ -25,6 +35,7 @@ __all__ = ["NAME", "GemmConfig", "configs", "launch", "memory", "supports", "wor
 NAME = "implicit_gemm"
 _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 _REDUCE_BLOCK = 1024  # elements of one program of the split reduction
+_WHOLE = GemmConfig(16, 16, 16, 1, 1)  # of any tile: copies do not depend on it
 _KNOWN_LAUNCHES = 4096  # whose arguments are kept: working them out takes longer than all else of an eager call
 
 
@@ -57,38 +68,48 @@ def launch(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Te
     return _gather(problem, operands, config)
 
 
+@functools.lru_cache(maxsize=1024)
+def _extents(problem: Problem) -> tuple[float, int, float, int, float, int, float]:
+    """(rows, columns, reduction in pixels or in taps, parity classes, taps through which a pixel is read, elements of the
+    result, bytes copied) of one group's matrix product: what :func:`work` needs of a problem, whatever the config."""
+    met = max(1.0, problem.taps / math.prod(problem.stride))
+    result, copies = math.prod(problem.result_shape), memory(problem, _WHOLE).copies
+    if problem.pass_ == "wgrad":
+        return problem.group_out, problem.taps * problem.group_in, problem.pixels, 1, met, result, copies
+    produced, _ = _channels(problem)
+    classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1  # which share pixels and taps evenly
+    pixels = result // (produced * problem.groups) / classes
+    return pixels, produced, problem.taps / classes, classes, met, result, copies
+
+
 def work(problem: Problem, config: GemmConfig) -> Work:
     """The launch as the cost model sees it."""
     item = problem.itemsize
-    m, n, k = config.block_m, config.block_n, config.block_k
+    m, n, k, splits = config.block_m, config.block_n, config.block_k, config.splits
+    extent_m, extent_n, reduction, classes, met, result, copies = _extents(problem)
+    rows, columns = math.ceil(extent_m / m), math.ceil(extent_n / n)
+    row_bytes, column_bytes = float(item * m * k), float(item * n * k)
     if problem.pass_ == "wgrad":
-        tiles = math.ceil(problem.group_out / m) * math.ceil(problem.taps * problem.group_in / n)
-        iterations = math.ceil(math.ceil(problem.pixels / k) / config.splits)
-        result = math.prod(problem.weight_shape)
+        iterations = math.ceil(math.ceil(reduction / k) / splits)
+        order = Order(rows, columns, GROUP_M, row_bytes, column_bytes / met)
     else:
-        produced, reduced = _channels(problem)
-        rows, taps = math.prod(problem.result_shape) // (produced * problem.groups), problem.taps
-        if problem.pass_ == "dgrad":  # parity classes share pixels and taps evenly
-            classes = math.prod(problem.stride)
-            rows, taps = rows / classes, taps / classes
-            tiles = classes * math.ceil(rows / m)
-        else:
-            tiles = math.ceil(rows / m)
-        tiles *= math.ceil(produced / n)
-        iterations = math.ceil(math.ceil(taps * math.ceil(reduced / k)) / config.splits)
-        result = math.prod(problem.result_shape)
-    used = memory(problem, config)
+        iterations = math.ceil(math.ceil(reduction * math.ceil(_channels(problem)[1] / k)) / splits)
+        order = Order(rows, columns, GROUP_M, row_bytes, column_bytes, met)
     return Work(
-        programs=tiles * problem.groups * config.splits,
+        programs=rows * columns * classes * problem.groups * splits,
         iterations=iterations,
         flops=2.0 * m * n * k,
-        bytes_read=float(item * (m + n) * k),
-        bytes_written=float((4 if config.splits > 1 else item) * m * n),
+        bytes_read=row_bytes + column_bytes,
+        bytes_written=float((4 if splits > 1 else item) * m * n),
         num_warps=config.num_warps,
         shared_bytes=item * (m + n) * k * config.num_stages,
-        extra_bytes=2.0 * used.copies + (2.0 * used.workspace + result * item if config.splits > 1 else 0.0),
-        launches=1 + (config.splits > 1),
+        extra_bytes=2.0 * copies + (workspace_bytes(problem, config) + result * item if splits > 1 else 0.0),
+        launches=1 + (splits > 1),
         tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+        sums=m * n,
+        vector_bytes=max(problem.alignment, item),
+        stages=config.num_stages,
+        order=order,
     )
 
 
