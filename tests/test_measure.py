@@ -293,6 +293,11 @@ class TestCompile:
         launching.launch_kernel(self, (1, 1), (torch.empty(0),), {"num_warps": 9})
         assert self.runs[-1][:2] == (False, 9)
 
+    def test_one_alone_is_compiled_too(self):
+        """Or its compiling would count as measuring."""
+        self.compile(1, self.launch)
+        assert [(warmup, warps) for warmup, warps, _ in self.runs] == [(True, 0)]
+
     def test_other_threads_launch_meanwhile(self):
         def launch(problem, operands, config):
             call = (self, (1, 1), (torch.empty(0),), {"num_warps": 9})

@@ -269,7 +269,7 @@ def _compile(problem: Problem, operands: Operands, device: torch.device, candida
     Other threads' launches go on meanwhile: what happens to a launch depends on the thread it comes from.
     """
     ours = [candidate for candidate in candidates if candidate[0].NAME != OWN]
-    if device.type != "cuda" or interpreted() or len(ours) < 2:
+    if device.type != "cuda" or interpreted() or not ours:
         return
     begun: set = set()
     compiling = threading.local()
