@@ -119,7 +119,7 @@ class Ours:
             call = training(module, *outside(case, tensors, case.layout))
         else:
             (problem,) = tensors.problems
-            x, w, g, b = tensors.operands(problem)
+            x, w, g, b = tensors.operands(problem)[:4]
             call = {
                 "forward": single(triton_conv3d.conv3d, x, w, b, *arguments(case)),
                 "dgrad": single(ops.conv3d_dgrad, g, w, layer.input_shape, *geometry, last),

@@ -14,6 +14,7 @@ from autotune import __main__ as command
 from autotune import analysis, export, fit, records
 from triton_conv3d import configure
 from triton_conv3d.tuning import coefficients, cost_model, table
+from triton_conv3d.tuning.cache import SCHEMA
 from triton_conv3d.tuning.search import OWN
 from triton_conv3d.tuning.select import select
 
@@ -161,4 +162,4 @@ class TestMergedTables:
         assert sorted(e.time_us for e in table.read(table.path_for(tmp_path / "c", GPU)).entries)[:2] == [0.25, 0.25]
         files[1].write_text(json.dumps({"schema": 9}))
         status, _, err = call(capsys, "merge", *files, "--out", tmp_path / "c")
-        assert status == 2 and "schema 9, expected 1" in err
+        assert status == 2 and f"schema 9, expected {SCHEMA}" in err

@@ -300,7 +300,7 @@ def test_memory_counts_copies_and_partial_sums(pass_: str) -> None:
     problem, operands = make(case)
     assert used(case) == engines.base.Memory()
     assert used(case, splits=3).workspace == 3 * 4 * problem.empty_result(DEVICE).numel()
-    both = sum(t.numel() * t.element_size() for t in operands if t is not None)
+    both = sum(t.numel() * t.element_size() for t in operands.tensors if t is not None)
     assert used(case.replace(layouts=("contiguous", "contiguous"))).copies == both
     assert used(case.replace(layouts=("channel_step", "channel_step"))).copies == both
     # What is gathered from may be a view; the weight, and the gradient that wgrad walks along, have to be dense.

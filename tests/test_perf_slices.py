@@ -21,7 +21,7 @@ from perf.threads import MAIN
 from perf.validation import DeviceLost, Outcome, Setting, bench, exact, large, networks, repeats, report, tune
 from perf.workloads import Case, Workload
 from triton_conv3d import engines, reference
-from triton_conv3d.problem import PASSES, Problem, layout_of
+from triton_conv3d.problem import PASSES, Operands, Problem, layout_of
 from triton_conv3d.tuning import table
 from triton_conv3d.tuning.cache import PlanCache
 from triton_conv3d.tuning.environment import environment
@@ -74,7 +74,7 @@ def test_sums_of_the_integers_stay_exact(pass_, size):
     problem = Problem(pass_, 1, 16, 16, size, (3, 3, 3), dtype="bfloat16")
     products = reference.reduction(problem)
     sample = [torch.empty(200_000, dtype=torch.bfloat16) for _ in range(2)]
-    exact.fill(problem, [*sample, None])
+    exact.fill(problem, Operands(*sample))
     assert {value.item() for tensor in sample for value in tensor.unique()} == {-1.0, 0.0, 1.0}
     share = (sample[0] * sample[1].roll(1)).abs().float().mean().item()
     assert share * products <= 1.05 * 2**22 and share <= 0.26
