@@ -27,7 +27,7 @@ from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN
 from ..launching import launch_kernel
 from .configs import BrickConfig, configs, extent, produced, reduced, workspace_bytes
-from .geometry import MOST_VIEWS, View, Views, bricks, counts, views
+from .geometry import MOST_VIEWS, View, Views, counts, views
 from .kernels import gather_bricks, wgrad_bricks
 
 __all__ = ["NAME", "BrickConfig", "configs", "launch", "memory", "supports", "work"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ...problem import Problem
 from ..base import Config
 from ..implicit_gemm.configs import split_counts
-from .geometry import Brick, bricks, counts, pixels, views
+from .geometry import Brick, bricks, counts, pixels
 
 SHARED_BYTES = 232_448  # of one block on sm_90 and sm_100, from NVIDIA's documentation
 _BRICKS = 2  # shapes of brick that are offered for one tile
@@ -44,6 +44,7 @@ class BrickConfig(Config):
 # 64 rows of a matrix instruction for each four warps; pixels, or channels of the input, are its columns.
 _GATHER = (
     (256, 128, 64, 8, 3),
+    (256, 128, 128, 8, 2),
     (128, 256, 64, 8, 3),
     (128, 128, 128, 8, 3),
     (128, 128, 64, 8, 4),
@@ -104,12 +105,15 @@ def _interpreter_tile(problem: Problem) -> tuple[int, ...]:
 
 def _shapes(problem: Problem, size: int) -> list[Brick]:
     """Bricks of this many pixels. In wgrad on sm_90 only rows are read from shared memory on both sides."""
-    best = bricks(problem, size)
-    found = [*best[:_BRICKS]]
-    if problem.pass_ == "wgrad":
-        found += bricks(problem, size, rows=True)
-    covered = [math.prod(counts(problem, brick)) for brick in found]
-    return [b for b, count in dict(zip(found, covered, strict=True)).items() if count <= _WASTE * covered[0]]
+    found = [*bricks(problem, size)[:_BRICKS]]
+    if problem.pass_ == "wgrad":  # the longest rows that fit, of 16 pixels at least: the depth of one product
+        found += sum((bricks(problem, length, rows=True) for length in (size, size // 2, size // 4) if length >= 16), ())
+
+    def covered(brick: Brick) -> int:
+        return math.prod(counts(problem, brick)) * math.prod(brick)
+
+    fitting = [brick for brick in found if covered(brick) <= _WASTE * covered(found[0])]
+    return list(dict.fromkeys(fitting[: _BRICKS + 1]))
 
 
 def workspace_bytes(problem: Problem, config: BrickConfig) -> int:

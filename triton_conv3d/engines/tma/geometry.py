@@ -88,7 +88,8 @@ def counts(problem: Problem, brick: Brick) -> Brick:
 def bricks(problem: Problem, size: int, rows: bool = False) -> tuple[Brick, ...]:
     """The bricks of ``size`` pixels that this problem can take, the best first; ``rows``: those of one row each.
 
-    The best cover the fewest pixels in all, then need the fewest views, then touch the smallest part of the input.
+    The best cover the fewest pixels in all (to a sixteenth), then need the fewest views, then touch the smallest part
+    of the input.
     """
     log = size.bit_length() - 1
     shapes = [
@@ -107,7 +108,7 @@ def bricks(problem: Problem, size: int, rows: bool = False) -> tuple[Brick, ...]
                 brick[1:], problem.stride, problem.dilation, problem.kernel_size, strict=True
             )
         ]
-        covered = math.prod(counts(problem, brick)) * size
-        return covered, len(views(problem, brick).views), brick[0] * math.prod(reach), brick
+        covered = math.prod(counts(problem, brick)) * size / math.prod(pixels(problem))
+        return round(16 * covered), len(views(problem, brick).views), brick[0] * math.prod(reach), brick
 
     return tuple(sorted(shapes, key=cost))
