@@ -76,7 +76,7 @@ def battery(engine: ModuleType, fault: str) -> None:
                 offers = engine.configs(case.geometry())
                 small = replace(offers[0], brick_n=4 if i == 0 else 1, brick_d=1 + (i == 2), brick_h=4 >> (i == 3), brick_w=4)
                 run(case, engine, small, fresh)
-                run(case.replace(exact=False), engine, replace(small, splits=3, brick_w=1, brick_d=2, brick_h=8), fresh)
+                run(case.replace(exact=False), engine, replace(small, splits=2, brick_w=1 if i == 1 else 2, brick_d=2), fresh)
         grouped = Case(pass_, in_channels=96, out_channels=96, groups=2, kernel_size=(1, 1, 1), dtype="float16")
         if pass_ == "dgrad":
             run(grouped, engine, max(engine.configs(grouped.geometry()), key=lambda config: config.block_k))

@@ -104,9 +104,9 @@ def _interpreter_tile(problem: Problem) -> tuple[int, ...]:
 
 
 def _shapes(problem: Problem, size: int) -> list[Brick]:
-    """Bricks of this many pixels. In wgrad on sm_90 only rows are read from shared memory on both sides."""
+    """Bricks of this many pixels; rows too where only those reach the products of wgrad from shared memory."""
     found = [*bricks(problem, size)[:_BRICKS]]
-    if problem.pass_ == "wgrad":  # the longest rows that fit, of 16 pixels at least: the depth of one product
+    if problem.pass_ == "wgrad" and problem.arch == "sm_90":  # the longest that fit; one product takes 16 pixels
         found += sum((bricks(problem, length, rows=True) for length in (size, size // 2, size // 4) if length >= 16), ())
 
     def covered(brick: Brick) -> int:
