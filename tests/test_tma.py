@@ -13,6 +13,7 @@ from cases import DEVICE, Case, check_footprint, make, run
 
 from triton_conv3d import configure, conv3d, engines
 from triton_conv3d.problem import PASSES, Problem, device_name
+from triton_conv3d.tuning.measure import pick
 from triton_conv3d.tuning.select import ranking
 
 pytest.importorskip("triton")
@@ -177,6 +178,14 @@ def test_what_is_taken(changes: dict) -> None:
         work = ENGINE.work(problem, config)
         assert work.shared_bytes <= 232_448 and work.programs > 0 and work.iterations > 0 and work.launches > 0
         assert ENGINE.memory(problem, config).workspace <= 64 * 2**20
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_quick_tuning_measures_it_beside_the_portable_kernel(stride: int, pass_: str) -> None:
+    problem = Problem(**{**BASE, "pass_": pass_, "input_size": (16, 30, 52), "stride": (stride,) * 3})
+    names = {engine.NAME for engine, _ in pick(ranking(problem), "quick")}
+    assert names >= {"tma", "implicit_gemm", "aten"}
 
 
 @pytest.mark.parametrize("which", ["input", "weight"])

@@ -1,7 +1,7 @@
 """Machine code of the tma engine, compiled ahead of time with no GPU: bulk copies, operands in shared memory, no spills.
 
-``python tests/test_tma_code.py sm_90 sm_100`` compiles every tile of these architectures, whole and split, and prints a
-line for each; with ``--few`` the representative set of the tests.
+``PYTHONPATH=. python tests/test_tma_code.py sm_90 sm_100`` compiles every tile of these architectures, whole and split,
+and prints a line for each; with ``--few`` the representative set of the tests.
 """
 
 from __future__ import annotations

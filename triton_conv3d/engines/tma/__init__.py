@@ -36,6 +36,7 @@ NAME = "tma"
 _ARCHITECTURES = ("sm_90", "sm_100", "interpreter")  # elsewhere descriptors become pointers, and spill
 _CHANNELS = 8  # of a 16-bit type are the 16 bytes that divide every stride of a descriptor
 _COORDINATES = 2**31  # of a descriptor
+_INTERPRETED_OPERATIONS = 40.0  # a step with two descriptors, in operations on tiles of the interpreter
 _KNOWN_LAUNCHES = 4096  # whose arguments are kept: working them out takes longer than all else of an eager call
 
 
@@ -89,9 +90,6 @@ def work(problem: Problem, config: BrickConfig) -> Work:
     )
 
 
-_INTERPRETED_OPERATIONS = 40.0  # a step with two descriptors, in operations on tiles of the interpreter
-
-
 def launch(problem: Problem, operands: Operands, config: BrickConfig) -> torch.Tensor:
     y = problem.empty_result(next(t for t in operands if t is not None).device)
     split = config.splits > 1
@@ -105,9 +103,16 @@ def launch(problem: Problem, operands: Operands, config: BrickConfig) -> torch.T
     return y
 
 
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with dense channels last; a copy too of what is expanded: a descriptor's strides are not 0."""
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return dense(tensor) if expanded else channels_last(tensor)
+
+
 def _descriptor(tensor: torch.Tensor, view: View, step: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
     """Blocks of (n, d, h, w, channel) of a view of a channels-last tensor."""
-    n, d, h, w = pixel_strides(tensor.shape, tensor.stride())
+    canonical = format_strides(tensor.shape, torch.channels_last_3d)
+    n, d, h, w = (canonical[dim] if tensor.size(dim) == 1 else tensor.stride(dim) for dim in (0, 2, 3, 4))
     base = tensor[:, :, view.offset[0] :, view.offset[1] :, view.offset[2] :] if any(view.offset) else tensor
     shape = [tensor.shape[0], *view.size, tensor.shape[1]]
     return TensorDescriptor(base, shape, [n, d * step[0], h * step[1], w * step[2], 1], list(block))
@@ -116,7 +121,7 @@ def _descriptor(tensor: torch.Tensor, view: View, step: tuple[int, ...], block: 
 def _gather(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor) -> None:
     """forward and dgrad: every brick of the result gathers from its taps."""
     dgrad = problem.pass_ == "dgrad"
-    x = channels_last(operands.grad if dgrad else operands.input)
+    x = _readable(operands.grad if dgrad else operands.input)
     w = dense(operands.weight)
     read = views(problem, config.brick)
     block = (*config.brick, config.block_k)
@@ -168,7 +173,7 @@ def _constants(problem: Problem, config: BrickConfig) -> dict:
 
 def _wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor) -> None:
     """wgrad: for each tap, filters x pixels times pixels x channels; the bricks are shared out among the splits."""
-    x, grad = channels_last(operands.input), channels_last(operands.grad)
+    x, grad = _readable(operands.input), _readable(operands.grad)
     read = views(problem, config.brick)
     if sum(math.prod(view.taps) for view in read.views) < problem.taps:  # what meets only padding has no gradient
         target.zero_()

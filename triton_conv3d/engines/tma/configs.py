@@ -128,7 +128,7 @@ def extent(problem: Problem, config: BrickConfig) -> tuple[int, int]:
         return math.ceil(problem.group_out / config.block_k) * tiles_n * problem.taps * problem.groups, found
     classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1  # they share the taps evenly
     blocks = math.ceil(reduced(problem) / config.block_k)
-    return found * tiles_n * problem.groups * classes, max(1, math.ceil(problem.taps / classes) * blocks)
+    return found * tiles_n * problem.groups * classes, math.ceil(problem.taps * blocks / classes)
 
 
 def configs(problem: Problem) -> tuple[BrickConfig, ...]:
