@@ -101,8 +101,9 @@ def test_ragged_volumes_are_covered_tightly(tile: int, size: tuple, batch: int, 
 
 @pytest.mark.parametrize("stride", [(2, 2, 2), (3, 3, 3), (1, 5, 4), (9, 9, 9)], ids=str)
 def test_no_brick_needs_more_views_than_a_kernel_takes(stride: tuple) -> None:
-    problem = Problem("forward", 2, 8, 8, (20, 20, 20), (9, 9, 9), stride)
-    assert all(0 < len(views(problem, brick).views) <= MOST_VIEWS for brick in bricks(problem, 64))
+    problem = Problem("forward", 1, 8, 8, (20, 20, 20), (9, 9, 9), stride)
+    found = bricks(problem, 64)
+    assert found and all(0 < len(views(problem, brick).views) <= MOST_VIEWS for brick in found)
 
 
 @triton.jit

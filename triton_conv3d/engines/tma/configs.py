@@ -86,7 +86,7 @@ def _fits(problem: Problem, tile: tuple[int, ...]) -> bool:
         return False
     if problem.pass_ == "wgrad":
         return block_n < 2 * max(problem.group_in, 16) and block_k < 2 * max(problem.group_out, 64)
-    whole = problem.groups == 1 or problem.group_out % block_k == problem.group_in % block_k == 0
+    whole = problem.groups == 1 or reduced(problem) % block_k == 0  # else a step reads the next group's channels
     return whole and block_n < 2 * max(produced(problem), 64) and block_k < 2 * max(reduced(problem), 16)
 
 

@@ -99,7 +99,8 @@ def bricks(problem: Problem, size: int, rows: bool = False) -> tuple[Brick, ...]
     ]
     if rows:
         shapes = [(1, 1, 1, size)]
-    shapes = [brick for brick in shapes if len(views(problem, brick).views) <= MOST_VIEWS]
+    needed = [b for b in shapes if all(extent < 2 * n for extent, n in zip(b, pixels(problem), strict=True))]
+    number = _numbers_of_views(problem, needed) or _numbers_of_views(problem, shapes)
 
     def cost(brick: Brick) -> tuple:
         reach = [
@@ -109,6 +110,12 @@ def bricks(problem: Problem, size: int, rows: bool = False) -> tuple[Brick, ...]
             )
         ]
         covered = math.prod(counts(problem, brick)) * size / math.prod(pixels(problem))
-        return round(16 * covered), len(views(problem, brick).views), brick[0] * math.prod(reach), brick
+        return round(16 * covered), number[brick], brick[0] * math.prod(reach), brick
 
-    return tuple(sorted(shapes, key=cost))
+    return tuple(sorted(number, key=cost))
+
+
+def _numbers_of_views(problem: Problem, shapes: list[Brick]) -> dict[Brick, int]:
+    """Of these bricks, those that need no more views than a kernel takes."""
+    number = {brick: len(views(problem, brick).views) for brick in shapes}
+    return {brick: count for brick, count in number.items() if count <= MOST_VIEWS}
