@@ -43,6 +43,8 @@ def reports(arch: str, channels: int, stride: int, few: bool) -> Iterator[dict]:
     from triton_conv3d.engines import tma
 
     for problem, operands in problems(arch, "bfloat16", "ieee", channels, stride):
+        if few and stride > 1 and problem.pass_ != "forward":
+            continue
         for config in chosen(tma.configs(problem), few):
             with compiling_for(arch):
                 _, kernel = compiled(launches(problem, operands, tma, config)[0])
@@ -134,8 +136,6 @@ def main(*arguments: str) -> None:
     for arch in (argument for argument in arguments if argument != "--few"):
         for channels, stride in LAYERS if not few else LAYERS[:1] if arch != "sm_90" else LAYERS[:2]:
             for row in reports(arch, channels, stride, few):
-                if few and stride > 1 and row["pass"] != "forward":
-                    continue
                 count, bad = count + 1, bad + bool(faults(row))
                 print(json.dumps(row), flush=True)
                 if found := faults(row):
