@@ -23,6 +23,7 @@ ENGINES = {
     "implicit_gemm": dict(batch=2, in_channels=5, out_channels=7, input_size=(2, 3, 3), kernel_size=(1, 2, 2)),
     "folded": dict(batch=2, in_channels=2, out_channels=5, input_size=(2, 3, 3), kernel_size=(2, 1, 2)),
     "depthwise": dict(batch=2, in_channels=3, out_channels=3, groups=3, input_size=(1, 2, 6), kernel_size=(1, 1, 2)),
+    "tma": dict(batch=2, in_channels=8, out_channels=7, input_size=(2, 3, 3), kernel_size=(1, 2, 2)),
     "matmul": dict(in_channels=5, out_channels=7, input_size=(2, 3, 3), kernel_size=(1, 1, 1)),
     "aten": dict(in_channels=4, out_channels=6, groups=2, input_size=(2, 3, 3), kernel_size=(1, 2, 2)),
 }
@@ -69,7 +70,8 @@ def fused(x, w, b, residual, activation, slope=SLOPE):
 @each_activation
 @pytest.mark.parametrize("engine", ENGINES)
 def test_value(engine, activation):
-    for dtype, residuals in zip(DTYPES, ((None, "cropped"), ("contiguous", "scalar"), ("channels_last",)), strict=True):
+    dtypes = DTYPES if engine != "tma" else ("float16", "bfloat16", "float16")
+    for dtype, residuals in zip(dtypes, ((None, "cropped"), ("contiguous", "scalar"), ("channels_last",)), strict=True):
         for residual in residuals:
             run(case(engine, activation, dtype, residual=residual), engine)
 
@@ -78,10 +80,11 @@ def test_value(engine, activation):
 @pytest.mark.parametrize("activation", ("none", "leaky_relu", "silu"))
 def test_value_of_a_split_sum_and_of_dense_rows(activation, channels_last):
     layout = ("channels_last" if channels_last else "contiguous",) * 2
-    for engine in ("implicit_gemm", "depthwise", "folded"):
-        given = case(engine, activation, residual="expanded_channels", channels_last=channels_last, layouts=layout)
+    for engine in ("implicit_gemm", "depthwise", "folded", "tma"):
+        dtype = "float16" if engine == "tma" else "float32"
+        given = case(engine, activation, dtype, residual="expanded_channels", channels_last=channels_last, layouts=layout)
         offers = engines.get(engine).configs(given.geometry())
-        config = dataclasses.replace(offers[-1], splits=3) if engine == "implicit_gemm" else offers[0]
+        config = dataclasses.replace(offers[-1], splits=3) if engine in ("implicit_gemm", "tma") else offers[0]
         run(given, engine, config)
 
 

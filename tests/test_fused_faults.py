@@ -35,6 +35,12 @@ FAULTS = {
         "folded_mask": ("folded.py", "finished(acc, residual_ptr, y_tile, in_y", "finished(acc, residual_ptr, y_tile, in_q[:, None] | in_rows[None, :]"),
         "folded_activation": ("folded.py", "ACTIVATION=problem.activation", 'ACTIVATION="none"'),
     },
+    "tma": {
+        "tma_sound": ("kernels.py", "finished(acc, ", "finished(acc, "),
+        "tma_mask": ("kernels.py", "finished(acc, residual_ptr, y_tile, in_y", "finished(acc, residual_ptr, y_tile, in_q[:, None] | inside[None, :]"),
+        "tma_in_every_split": ("__init__.py", "NO_EPILOGUE if split else end", "end"),
+        "tma_of_splits": ("__init__.py", "operands.bias, y, end)", "operands.bias, y)"),
+    },
     "depthwise": {
         "depthwise_sound": ("lanes.py", "finished(value, ", "finished(value, "),
         "slide_sample": ("kernels.py", "residual_ptr, n * y_n + o * y_d", "residual_ptr, o * y_d"),
@@ -54,6 +60,7 @@ def battery(engine: ModuleType, fault: str) -> None:
     shapes = {
         "implicit_gemm": dict(batch=2, in_channels=4, out_channels=6, groups=2, input_size=(2, 2, 3), kernel_size=(1, 2, 2)),
         "folded": dict(batch=2, in_channels=2, out_channels=5, input_size=(2, 2, 3), kernel_size=(1, 2, 2)),
+        "tma": dict(batch=2, in_channels=8, out_channels=6, input_size=(2, 2, 3), kernel_size=(1, 2, 2), dtype="float16"),
         "depthwise": dict(batch=2, in_channels=3, out_channels=3, groups=3, input_size=(2, 2, 16), kernel_size=(1, 1, 1)),
     }[engine.NAME]
     for at_end in (True, False):
@@ -63,7 +70,7 @@ def battery(engine: ModuleType, fault: str) -> None:
         offers = engine.configs(case.geometry())
         with guards(at_end) as fresh:
             run(case, engine, offers[-1], fresh)
-            if engine.NAME == "implicit_gemm":
+            if engine.NAME in ("implicit_gemm", "tma"):
                 run(case, engine, dataclasses.replace(offers[-1], splits=3), fresh)
             if engine.NAME == "depthwise":  # several vectors of pixels, and a row that ends within a strip
                 for kernel in ("slide", "rows"):
@@ -71,7 +78,8 @@ def battery(engine: ModuleType, fault: str) -> None:
                     run(case, engine, widest, fresh)
                 run(case.replace(input_size=(1, 1, 9)), engine, widest, fresh)
     for activation, dtype in (("silu", "float16"), ("tanh", "float32"), ("gelu", "float32")):
-        run(Case("forward", exact=False, activation=activation, dtype=dtype, **{**shapes, "input_size": (3, 5, 6)}), engine)
+        like = {"dtype": dtype, **shapes, "input_size": (3, 5, 6)}
+        run(Case("forward", exact=False, activation=activation, **like), engine)
 
 
 @pytest.fixture(scope="module")

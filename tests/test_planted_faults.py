@@ -75,9 +75,9 @@ FAULTS = {
     "tf32_truncated": (KERNELS, "((bits + 0x1000) & 0xFFFFE000)", "(bits & 0xFFFFE000)"),
     "accumulator_in_half": (KERNELS, "acc = dot(a, b, acc, PRECISION, UPCAST)", "acc = dot(a, b, acc, PRECISION, UPCAST).to(tl.float16).to(tl.float32)"),
     # layout
-    "copy_forgotten": (HOST, "return tensor if tensor.stride(1) == 1 else _dense(tensor)", "return tensor"),
+    "copy_forgotten": (HOST, "return tensor if tensor.stride(1) == 1 else dense(tensor)", "return tensor"),
     "result_always_channels_last": (HOST, "y = problem.empty_result(x.device)", "y = problem.replace(layouts=(CHANNELS_LAST,) * 3).empty_result(x.device)"),
-    "unaligned_base_in_vectors": (HOST, "w = _dense(operands.weight)", "w = _dense(operands.weight); x = x.as_strided(x.shape, x.stride(), x.storage_offset() // 8 * 8)"),
+    "unaligned_base_in_vectors": (HOST, "w = dense(operands.weight)", "w = dense(operands.weight); x = x.as_strided(x.shape, x.stride(), x.storage_offset() // 8 * 8)"),
 }  # fmt: skip
 
 

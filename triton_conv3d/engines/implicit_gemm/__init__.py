@@ -119,17 +119,17 @@ def _channels(problem: Problem) -> tuple[int, int]:
     return inner if problem.pass_ == "forward" else inner[::-1]
 
 
-def _unit(itemsize: int, *elements: int) -> int:
+def unit(itemsize: int, *elements: int) -> int:
     """Elements of the widest vector that divides all of these counts."""
     return math.gcd(VECTOR_BYTES // itemsize, *elements)
 
 
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with dense channels as the fastest dimension: itself where it is so, else a copy."""
-    return tensor if tensor.stride(1) == 1 else _dense(tensor)
+    return tensor if tensor.stride(1) == 1 else dense(tensor)
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
+def dense(tensor: torch.Tensor) -> torch.Tensor:
     """Dense in channels-last order. Where torch is indifferent (one channel, one pixel) strides are made canonical."""
     strides = format_strides(tensor.shape, torch.channels_last_3d)
     if tensor.stride() == strides:
@@ -137,7 +137,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last_3d).as_strided(tensor.shape, strides)
 
 
-def _pixels(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, int]:
+def pixel_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, int]:
     """(n, d, h, w) strides in elements; of a dimension of size 1 the stride is never used, and 0."""
     return tuple(0 if shape[dim] == 1 else strides[dim] for dim in (0, 2, 3, 4))
 
@@ -164,8 +164,8 @@ def _constants(problem: Problem, config: GemmConfig) -> dict:
 
 def _gather(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:
     """forward and dgrad: every pixel of the result gathers from its taps."""
-    x = _channels_last(operands.grad if problem.pass_ == "dgrad" else operands.input)
-    w = _dense(operands.weight)
+    x = channels_last(operands.grad if problem.pass_ == "dgrad" else operands.input)
+    w = dense(operands.weight)
     y = problem.empty_result(x.device)
     split = config.splits > 1
     target = x.new_empty((config.splits, y.numel()), dtype=torch.float32) if split else y
@@ -173,7 +173,7 @@ def _gather(problem: Problem, operands: Operands, config: GemmConfig) -> torch.T
     end = residual_and_slope(problem, operands)
     launch_kernel(gather_gemm, grid, (x, w, operands.bias, target, *arguments, *(NO_EPILOGUE if split else end)), options)
     if split:
-        _reduce(problem, target, operands.bias, y, end)
+        reduce(problem, target, operands.bias, y, end)
     return y
 
 
@@ -204,11 +204,11 @@ def _gather_launch(
     split = config.splits > 1  # float32 partial sums, in channels-last order
     itemsize = 4 if split else problem.itemsize
     y_strides = format_strides(y_shape, torch.channels_last_3d if split else problem.memory_format)
-    y_pixels = _pixels(y_shape, y_strides)
-    y_unit = _unit(itemsize, produced, *y_pixels) if y_strides[1] == 1 else 1
-    x_pixels = _pixels(x_shape, strides)
-    x_unit = _unit(problem.itemsize, reduced, *x_pixels) if x_aligned else 1
-    w_unit = _unit(problem.itemsize, problem.group_in) if w_aligned else 1
+    y_pixels = pixel_strides(y_shape, y_strides)
+    y_unit = unit(itemsize, produced, *y_pixels) if y_strides[1] == 1 else 1
+    x_pixels = pixel_strides(x_shape, strides)
+    x_unit = unit(problem.itemsize, reduced, *x_pixels) if x_aligned else 1
+    w_unit = unit(problem.itemsize, problem.group_in) if w_aligned else 1
     w_strides = (problem.taps * problem.group_in, problem.group_in)
     arguments = (
         problem.batch, x_shape[2:], y_shape[2:], problem.kernel_size,
@@ -235,14 +235,14 @@ def _gather_launch(
 
 def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:
     """wgrad: filters x pixels times pixels x (taps, channels); the pixels are shared out among the splits."""
-    x, grad = _channels_last(operands.input), _dense(operands.grad)
+    x, grad = channels_last(operands.input), dense(operands.grad)
     dw = problem.empty_result(x.device)
     split = config.splits > 1
     target = x.new_empty((config.splits, dw.numel()), dtype=torch.float32) if split else dw
     grid, arguments, options = _wgrad_launch(problem, config, x.stride(), aligned(x), aligned(grad))
     launch_kernel(wgrad_gemm, grid, (grad, x, target, *arguments), options)
     if split:
-        _reduce(problem, target, None, dw, NO_EPILOGUE)
+        reduce(problem, target, None, dw)
     return dw
 
 
@@ -255,11 +255,11 @@ def _wgrad_launch(
     tiles_m = -(-problem.group_out // config.block_m)
     tiles_n = -(-columns // config.block_n)
     split = config.splits > 1
-    channels_last = split or problem.result_layout == CHANNELS_LAST
-    dw_strides = (columns, problem.group_in, 1) if channels_last else (columns, 1, problem.taps)
-    x_pixels = _pixels(problem.input_shape, strides)
-    x_unit = _unit(problem.itemsize, problem.group_in, *x_pixels) if x_aligned else 1
-    g_unit = _unit(problem.itemsize, problem.group_out) if grad_aligned else 1
+    last = split or problem.result_layout == CHANNELS_LAST
+    dw_strides = (columns, problem.group_in, 1) if last else (columns, 1, problem.taps)
+    x_pixels = pixel_strides(problem.input_shape, strides)
+    x_unit = unit(problem.itemsize, problem.group_in, *x_pixels) if x_aligned else 1
+    g_unit = unit(problem.itemsize, problem.group_out) if grad_aligned else 1
     arguments = (
         problem.pixels, problem.input_size, problem.output_size, problem.kernel_size,
         problem.stride, problem.padding[::2], problem.dilation,
@@ -270,10 +270,15 @@ def _wgrad_launch(
     return (tiles_m * tiles_n * problem.groups * config.splits, 1), arguments, options
 
 
-def _reduce(
-    problem: Problem, partials: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor, end: tuple
+def reduce(
+    problem: Problem, partials: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor, end: tuple = NO_EPILOGUE
 ) -> None:
-    """``end``: of :func:`..base.residual_and_slope`."""
+    """Add float32 partials up to the result, in one order.
+
+    Args:
+        partials: (splits, elements of the result), in the result's order of memory.
+        bias, end: what follows the sums; ``end`` is of :func:`..base.residual_and_slope`.
+    """
     channels = result.shape[1]
     launch_kernel(
         reduce_splits,

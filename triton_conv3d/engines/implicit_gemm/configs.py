@@ -174,11 +174,18 @@ def workspace_bytes(problem: Problem, config: GemmConfig) -> int:
 
 
 def _splits(problem: Problem, tile: GemmConfig) -> tuple[int, ...]:
-    """1, and the numbers of splits that fill a GPU whose tiles alone would not, within the workspace's limit."""
     rows, columns, reduction = _extent(problem)
     classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1
     tiles = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n) * problem.groups * classes
-    steps = math.ceil(reduction / tile.block_k)
+    return split_counts(problem, tiles, steps=math.ceil(reduction / tile.block_k))
+
+
+def split_counts(problem: Problem, tiles: int, steps: int) -> tuple[int, ...]:
+    """1, and the numbers of splits that fill a GPU whose tiles alone would not, within the workspace's limit.
+
+    Args:
+        tiles: programs of one split. steps: of a program that is not split.
+    """
     most = min(steps // 4, WORKSPACE_LIMIT // (4 * result_elements(problem)))
     wanted = {min(programs // tiles, most) for programs in _SPLIT_PROGRAMS}
     return (1, *sorted(count for count in wanted if count > 1))

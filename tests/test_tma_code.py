@@ -1,0 +1,147 @@
+"""Machine code of the tma engine, compiled ahead of time with no GPU: bulk copies, operands in shared memory, no spills.
+
+``PYTHONPATH=. python tests/test_tma_code.py sm_90 sm_100`` compiles every tile of these architectures, whole and split,
+and prints a line for each; with ``--few`` the representative set of the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("sm_90", "sm_100")
+LAYERS = ((256, 1), (128, 2), (48, 1))  # (channels of both sides, stride of all dimensions) of kernel 3x3x3
+SHARED_BYTES = 232_448  # of one block, from NVIDIA's documentation
+MOST_PER_PRODUCT = 30  # instructions of a thread in the main loop for one matrix instruction, in tiles of 256 x 128 x 64
+
+
+def chosen(offers: tuple, few: bool) -> list:
+    """One brick, of several rows or of one, for every tile, whole and split; or the first of either, whole."""
+    tile = {}
+    for config in offers:
+        row = config.brick[:3] == (1, 1, 1)
+        pixels = config.brick_n * config.brick_d * config.brick_h * config.brick_w
+        key = (pixels, *list(vars(config).values())[4:-1], row) if not few else row
+        tile.setdefault(key, dataclasses.replace(config, splits=1))
+    return [*tile.values()] + ([] if few else [dataclasses.replace(config, splits=2) for config in tile.values()])
+
+
+def reports(arch: str, channels: int, stride: int, few: bool) -> Iterator[dict]:
+    """What the first kernel became that each chosen config of this layer launches: the others differ in numbers."""
+    from perf.machine_code import compiled, compiling_for, launches, problems
+    from triton_conv3d.engines import tma
+
+    for problem, operands in problems(arch, "bfloat16", "ieee", channels, stride):
+        if few and stride > 1 and problem.pass_ != "forward":
+            continue
+        for config in chosen(tma.configs(problem), few):
+            with compiling_for(arch):
+                _, kernel = compiled(launches(problem, operands, tma, config)[0])
+            row = {"arch": arch, "pass": problem.pass_, "channels": channels, "stride": stride, "config": str(config)}
+            yield row | {"row": config.brick[:3] == (1, 1, 1)} | _read(arch, kernel)
+
+
+def _read(arch: str, kernel) -> dict:
+    """Resources; products, and those whose operands both come from shared memory; instructions of the main loop."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    from perf.machine_code import _loop, _tool
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
+        cubin.write_bytes(kernel.asm["cubin"])
+        ptx.write_text(kernel.asm["ptx"])
+        usage, text = _tool("cuobjdump", "-res-usage", str(cubin)), _tool("nvdisasm", "-c", str(cubin))
+        warnings = ""
+        if arch == "sm_90":  # only its products can be serialised
+            command = [get_ptxas(90).path, "--gpu-name", "sm_90a", "-o", Path(folder, "again"), ptx]
+            warnings = subprocess.run(command, capture_output=True, text=True).stderr
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        "shared": kernel.metadata.shared,
+        "products": len(re.findall(r"\b(?:HGMMA|UTCHMMA)", text)),
+        "from_shared": len(re.findall(r"\bHGMMA\S* R\d+, gdesc|\bUTCHMMA\S* gdesc\[\w+\], gdesc", text)),
+        "copies": len(re.findall(r"\bUTMALDG\.[35]D", text)),
+        "loop": _loop(text.splitlines()),
+        "warnings": warnings.strip(),
+    }
+
+
+def faults(row: dict) -> list[str]:
+    """What must not be. On sm_90 the bricks of wgrad reach its products through registers, unless they are one row."""
+    found = []
+    through_registers = row["pass"] == "wgrad" and row["arch"] == "sm_90" and not row["row"]
+    if row["spills"]:
+        found.append(f"{row['spills']} spills")
+    if row["shared"] > SHARED_BYTES:
+        found.append(f"{row['shared']} bytes of shared memory")
+    if not row["products"] or row["from_shared"] != (0 if through_registers else row["products"]):
+        found.append(f"{row['from_shared']} of {row['products']} products from shared memory")
+    if not row["copies"]:
+        found.append("no bulk copies")
+    if row["warnings"]:
+        found.append(row["warnings"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """From a process of its own: the interpreter of the other tests cannot compile."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    with tempfile.TemporaryDirectory() as cache:
+        environment["TRITON_CACHE_DIR"] = cache
+        command = [sys.executable, "-W", "ignore", __file__, "--few", *ARCHITECTURES]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+def test_copies_products_and_registers(rows: list[dict]) -> None:
+    kinds = {(row["arch"], row["pass"]) for row in rows}
+    assert kinds == {(arch, pass_) for arch in ARCHITECTURES for pass_ in ("forward", "dgrad", "wgrad")}
+    assert [(row["arch"], row["pass"]) for row in rows if row["row"]] == [("sm_90", "wgrad")]
+    assert [(row, faults(row)) for row in rows if faults(row)] == []
+
+
+def test_instructions_of_the_main_loop(rows: list[dict]) -> None:
+    """Four products a step, of 64 filters x 256 pixels x 16 channels."""
+    loops = [r["loop"] for r in rows if r["arch"] == "sm_90" and r["pass"] != "wgrad"]
+    assert len(loops) == 3 and max(loops) <= 4 * MOST_PER_PRODUCT
+
+
+def test_what_must_not_be_is_seen() -> None:
+    sound = {"arch": "sm_90", "pass": "wgrad", "row": True, "spills": 0, "shared": SHARED_BYTES, "products": 4,
+             "from_shared": 4, "copies": 6, "warnings": ""}  # fmt: skip
+    assert faults(sound) == [] and faults({**sound, "from_shared": 0, "row": False}) == []
+    for bad in (dict(spills=1), dict(shared=SHARED_BYTES + 1), dict(products=0), dict(from_shared=2), dict(row=False),
+                dict(copies=0), dict(warnings="serialized")):  # fmt: skip
+        assert len(faults({**sound, **bad})) == 1
+
+
+def main(*arguments: str) -> None:
+    few, count, bad = "--few" in arguments, 0, 0
+    for arch in (argument for argument in arguments if argument != "--few"):
+        for channels, stride in LAYERS if not few else LAYERS[:1] if arch != "sm_90" else LAYERS[:2]:
+            for row in reports(arch, channels, stride, few):
+                count, bad = count + 1, bad + bool(faults(row))
+                print(json.dumps(row), flush=True)
+                if found := faults(row):
+                    print("FAULT", row["arch"], row["pass"], row["config"], *found, sep=", ", file=sys.stderr, flush=True)
+    print(f"{count} kernels, {bad} with faults", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,205 @@
+"""tma: bricks of pixels that the copy engine of sm_90 and sm_100 fetches whole, zeros for padding included.
+
+The implicit GEMM (engines/implicit_gemm) computes the address of every pixel of every tap; here a program names a brick of
+up to 256 pixels by its corner, and one instruction copies it. All passes, strides, dilations and paddings, in 16-bit types
+with channels in eights. Operands whose channels are not dense and last are copied; the result is written in the format
+that torch returns. Partial sums of split reductions are float32 and added in a fixed order, so equal inputs give equal bits.
+
+Bytes by design: input, weight and output once each from memory, which is the minimum; from L2 each brick once for every
+tap and every tile of the produced channels, each block of the weight once for every brick.
+
+What a brick covers beyond the end of the gradient in wgrad is multiplied by zeros: an infinity or NaN in the input there
+reaches taps that it would not meet by the definition.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
+from ..base import NO_EPILOGUE, Memory, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
+from ..implicit_gemm.configs import CHAIN
+from ..launching import launch_kernel
+from .configs import BrickConfig, configs, extent, produced, reduced, workspace_bytes
+from .geometry import MOST_VIEWS, View, Views, counts, views
+from .kernels import gather_bricks, wgrad_bricks
+
+__all__ = ["NAME", "BrickConfig", "configs", "launch", "memory", "supports", "work"]
+
+NAME = "tma"
+_ARCHITECTURES = ("sm_90", "sm_100", "interpreter")  # elsewhere descriptors become pointers, and spill
+_CHANNELS = 8  # of a 16-bit type are the 16 bytes that divide every stride of a descriptor
+_COORDINATES = 2**31  # of a descriptor
+_INTERPRETED_OPERATIONS = 40.0  # a step with two descriptors, in operations on tiles of the interpreter
+_KNOWN_LAUNCHES = 4096  # whose arguments are kept: working them out takes longer than all else of an eager call
+
+
+def supports(problem: Problem) -> str | None:
+    if reason := refused_by_kernels(problem):
+        return reason
+    if problem.arch not in _ARCHITECTURES:
+        return f"{problem.arch} has no copy engine that this engine was compiled for: sm_90 and sm_100"
+    if problem.dtype == "float32":
+        return "float32: only 16-bit types"
+    read = (problem.group_in,) if problem.pass_ == "forward" else (problem.group_in, problem.group_out)
+    if any(channels % _CHANNELS for channels in read):
+        return f"channels of a group are {' and '.join(map(str, read))}: descriptors need multiples of {_CHANNELS}"
+    if problem.groups > 1 and problem.pass_ != "wgrad" and reduced(problem) % 16:
+        return f"{reduced(problem)} channels of a group are summed over: not a multiple of the 16 of one product"
+    if problem.alignment % VECTOR_BYTES:
+        return f"pixels aligned to {problem.alignment} bytes: descriptors need {VECTOR_BYTES}"
+    sides = zip(problem.input_size, problem.padding[::2], problem.padding[1::2], strict=True)
+    if max(problem.batch, *map(sum, sides), *problem.output_size, *problem.weight_shape) >= _COORDINATES:
+        return f"a dimension is beyond {_COORDINATES}, the coordinates of a descriptor"
+    return None
+
+
+def memory(problem: Problem, config: BrickConfig) -> Memory:
+    shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
+    read = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}[problem.pass_]
+    copied = {0: (CONTIGUOUS, STRIDED), 1: (CONTIGUOUS, STRIDED, VIEW), 2: (CONTIGUOUS, STRIDED)}
+    copies = [shapes[i] for i in read if problem.layouts[i] in copied[i]]
+    return Memory(workspace_bytes(problem, config), problem.itemsize * sum(map(math.prod, copies)))
+
+
+def work(problem: Problem, config: BrickConfig) -> Work:
+    """The launch as the cost model sees it."""
+    item, split = problem.itemsize, config.splits > 1
+    tiles, steps = extent(problem, config)
+    m, n, k = (math.prod(config.brick), config.block_n, config.block_k)
+    if problem.pass_ == "wgrad":
+        m, k = k, m
+    used = memory(problem, config)
+    result = math.prod(problem.result_shape)
+    return Work(
+        programs=tiles * config.splits,
+        iterations=math.ceil(steps / config.splits),
+        flops=2.0 * m * n * k,
+        bytes_read=float(item * (m + n) * k),
+        bytes_written=float((4 if split else item) * m * n),
+        num_warps=config.num_warps,
+        shared_bytes=item * (m + n) * k * config.num_stages,
+        extra_bytes=2.0 * used.copies + (2.0 * used.workspace + result * item if split else 0.0),
+        launches=split + (len(views(problem, config.brick).views) if problem.pass_ == "wgrad" else 1),
+        operations=_INTERPRETED_OPERATIONS,
+    )
+
+
+def launch(problem: Problem, operands: Operands, config: BrickConfig) -> torch.Tensor:
+    y = problem.empty_result(next(t for t in operands.tensors if t is not None).device)
+    end = residual_and_slope(problem, operands)
+    split = config.splits > 1
+    target = y.new_empty((config.splits, y.numel()), dtype=torch.float32) if split else y
+    if problem.pass_ == "wgrad":
+        _wgrad(problem, operands, config, target)
+    else:
+        _gather(problem, operands, config, target, NO_EPILOGUE if split else end)
+    if split:
+        reduce(problem, target, operands.bias, y, end)
+    return y
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with dense channels last; a copy too of what is expanded: a descriptor's strides are not 0."""
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return dense(tensor) if expanded else channels_last(tensor)
+
+
+def _descriptor(tensor: torch.Tensor, view: View, step: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
+    """Blocks of (n, d, h, w, channel) of a view of a channels-last tensor."""
+    canonical = format_strides(tensor.shape, torch.channels_last_3d)
+    n, d, h, w = (canonical[dim] if tensor.size(dim) == 1 else tensor.stride(dim) for dim in (0, 2, 3, 4))
+    base = tensor[:, :, view.offset[0] :, view.offset[1] :, view.offset[2] :] if any(view.offset) else tensor
+    shape = [tensor.shape[0], *view.size, tensor.shape[1]]
+    return TensorDescriptor(base, shape, [n, d * step[0], h * step[1], w * step[2], 1], list(block))
+
+
+def _gather(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor, end: tuple) -> None:
+    """forward and dgrad: every brick of the result gathers from its taps."""
+    dgrad = problem.pass_ == "dgrad"
+    x = _readable(operands.grad if dgrad else operands.input)
+    w = dense(operands.weight)
+    read = views(problem, config.brick)
+    block = (*config.brick, config.block_k)
+    xs = [_descriptor(x, view, read.stride, block) for view in read.views]
+    taps, filters, channels = problem.taps, problem.out_channels, problem.group_in
+    w_block = [1, config.block_k, config.block_n] if dgrad else [1, config.block_n, config.block_k]
+    w = TensorDescriptor(w, [taps, filters, channels], [channels, taps * channels, 1], w_block)
+    grid, arguments, options = _gather_launch(problem, config)
+    xs += [None] * (MOST_VIEWS - len(xs))
+    launch_kernel(gather_bricks, grid, (target, operands.bias, w, *xs, *arguments, *end), options)
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _gather_launch(problem: Problem, config: BrickConfig) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the descriptors, options)."""
+    dgrad, split = problem.pass_ == "dgrad", config.splits > 1
+    strided = dgrad and problem.stride != (1, 1, 1)
+    y_shape = problem.result_shape
+    y_strides = format_strides(y_shape, torch.channels_last_3d if split else problem.memory_format)
+    y_pixels = pixel_strides(y_shape, y_strides)
+    y_unit = unit(4 if split else problem.itemsize, produced(problem), *y_pixels) if y_strides[1] == 1 else 1
+    read, number = views(problem, config.brick), counts(problem, config.brick)
+    tiles = math.prod(number) * -(-produced(problem) // config.block_n)
+    arguments = (
+        tuple((view.taps, view.first, view.start) for view in read.views),
+        read.scale, read.step, read.tap_step, problem.kernel_size,
+        (y_shape[0], *y_shape[2:]), number, problem.stride, problem.dilation,
+        (*(stride // y_unit for stride in y_pixels), y_strides[1]), math.prod(y_shape) if split else 0,
+        reduced(problem), produced(problem) // y_unit, config.splits,
+    )  # fmt: skip
+    options = dict(
+        VIEWS=len(read.views), DGRAD=dgrad, STRIDED=strided, Y_UNIT=y_unit, BLOCK_K=config.block_k,
+        BIAS=problem.bias and not split,  # of splits, the reduction adds it, and what follows it
+        ACTIVATION=NO_ACTIVATION if split else problem.activation,
+        **_constants(problem, config),
+    )  # fmt: skip
+    return (tiles * problem.groups * config.splits, math.prod(problem.stride) if strided else 1), arguments, options
+
+
+def _constants(problem: Problem, config: BrickConfig) -> dict:
+    return {
+        "INDEX": tl.int64 if problem.index64 else tl.int32,
+        "UPCAST": upcast(problem),
+        "BRICK": config.brick,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor) -> None:
+    """wgrad: for each tap, filters x pixels times pixels x channels; the bricks are shared out among the splits."""
+    x, grad = _readable(operands.input), _readable(operands.grad)
+    read = views(problem, config.brick)
+    if sum(math.prod(view.taps) for view in read.views) < problem.taps:  # what meets only padding has no gradient
+        target.zero_()
+    whole = View((0, 0, 0), problem.output_size, (), (), ())
+    grad = _descriptor(grad, whole, (1, 1, 1), (*config.brick, config.block_k))
+    for view in read.views:
+        x_view = _descriptor(x, view, read.stride, (*config.brick, config.block_n))
+        grid, arguments, options = _wgrad_launch(problem, config, view, read)
+        launch_kernel(wgrad_bricks, grid, (target, grad, x_view, *arguments), options)
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _wgrad_launch(
+    problem: Problem, config: BrickConfig, view: View, read: Views
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the descriptors, options) of the taps of one view."""
+    split, columns = config.splits > 1, problem.taps * problem.group_in
+    last = split or problem.result_layout == CHANNELS_LAST
+    arguments = (
+        view.taps, view.first, view.start, read.scale, read.step, read.tap_step, problem.kernel_size,
+        counts(problem, config.brick), (columns, problem.group_in, 1) if last else (columns, 1, problem.taps),
+        math.prod(problem.weight_shape) if split else 0, problem.group_in, problem.group_out, config.splits,
+    )  # fmt: skip
+    options = dict(CHAIN=CHAIN, BLOCK_M=config.block_k, **_constants(problem, config))
+    tiles = -(-problem.group_out // config.block_k) * -(-problem.group_in // config.block_n)
+    return (tiles * math.prod(view.taps) * problem.groups * config.splits, 1), arguments, options

@@ -1,0 +1,149 @@
+"""The configurations of the brick kernels, and which of them a problem can take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ...problem import Problem
+from ..base import Config
+from ..implicit_gemm.configs import split_counts
+from .geometry import Brick, bricks, counts, pixels
+
+SHARED_BYTES = 232_448  # of one block on sm_90 and sm_100, from NVIDIA's documentation
+_BRICKS = 2  # shapes of brick that are offered for one tile
+_WASTE = 1.25  # times the pixels of the best brick, that others may cover
+
+
+@dataclass(frozen=True)
+class BrickConfig(Config):
+    """
+    brick_n, brick_d, brick_h, brick_w: pixels of a tile; of wgrad those of one step of the reduction.
+    block_n: channels of a tile that are computed; of wgrad those of the input.
+    block_k: channels of one step of the reduction; of wgrad the filters of a tile.
+    num_warps, num_stages: as Triton's launch options.
+    splits: parts of the reduction that run in parallel, each with its float32 partial sums.
+    """
+
+    brick_n: int
+    brick_d: int
+    brick_h: int
+    brick_w: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+    @property
+    def brick(self) -> Brick:
+        return self.brick_n, self.brick_d, self.brick_h, self.brick_w
+
+
+# (pixels, block_n, block_k, num_warps, num_stages), the smallest last. Filters or channels of the left operand fill the
+# 64 rows of a matrix instruction for each four warps; pixels, or channels of the input, are its columns.
+_GATHER = (
+    (256, 128, 64, 8, 3),
+    (256, 128, 128, 8, 2),
+    (128, 256, 64, 8, 3),
+    (128, 128, 128, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 3),
+    (256, 64, 64, 4, 4),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 5),
+    (256, 64, 32, 4, 4),
+    (128, 64, 32, 4, 5),
+    (64, 64, 16, 4, 4),
+)
+_WGRAD = (
+    (64, 128, 128, 8, 4),
+    (64, 256, 64, 8, 3),
+    (64, 64, 128, 8, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (64, 32, 64, 4, 4),
+    (32, 16, 64, 4, 3),
+)
+_SPILLING = {("sm_100", "wgrad"): ((64, 256, 64, 8, 3),)}  # with Triton 3.6.0, as tests/test_tma_code.py finds
+
+
+def reduced(problem: Problem) -> int:
+    """Channels of one group that forward and dgrad sum over."""
+    return problem.group_in if problem.pass_ == "forward" else problem.group_out
+
+
+def produced(problem: Problem) -> int:
+    """Channels of one group that forward and dgrad compute, and of the input in wgrad."""
+    return problem.group_out if problem.pass_ == "forward" else problem.group_in
+
+
+def _fits(problem: Problem, tile: tuple[int, ...]) -> bool:
+    """No side is more than twice what the problem needs, but for the 64 rows of a matrix instruction."""
+    size, block_n, block_k, _, _ = tile
+    if size >= 2 * max(math.prod(pixels(problem)), 64):
+        return False
+    if problem.pass_ == "wgrad":
+        return block_n < 2 * max(problem.group_in, 16) and block_k < 2 * max(problem.group_out, 64)
+    whole = problem.groups == 1 or reduced(problem) % block_k == 0  # else a step reads the next group's channels
+    return whole and block_n < 2 * max(produced(problem), 64) and block_k < 2 * max(reduced(problem), 16)
+
+
+def _interpreter_tile(problem: Problem) -> tuple[int, ...]:
+    """As large as the problem takes: the interpreter's time goes with the number of steps, hardly with their size."""
+
+    def power(size: int, most: int) -> int:
+        return 1 << max(4, (min(size, most) - 1).bit_length())
+
+    volume = math.prod(1 << (size - 1).bit_length() for size in pixels(problem))
+    if problem.pass_ == "wgrad":
+        return power(volume, 128), power(problem.group_in, 64), power(problem.group_out, 64), 1, 1
+    channels = power(reduced(problem), 32)
+    channels = channels if problem.groups == 1 else math.gcd(channels, reduced(problem))
+    return power(volume, 1024), power(produced(problem), 64), channels, 1, 1
+
+
+def _shapes(problem: Problem, size: int) -> list[Brick]:
+    """Bricks of this many pixels; rows too where only those reach the products of wgrad from shared memory."""
+    found = [*bricks(problem, size)[:_BRICKS]]
+    if problem.pass_ == "wgrad" and problem.arch == "sm_90":  # the longest that fit; one product takes 16 pixels
+        found += sum((bricks(problem, length, rows=True) for length in (size, size // 2, size // 4) if length >= 16), ())
+
+    def covered(brick: Brick) -> int:
+        return math.prod(counts(problem, brick)) * math.prod(brick)
+
+    fitting = [brick for brick in found if covered(brick) <= _WASTE * covered(found[0])]
+    return list(dict.fromkeys(fitting[: _BRICKS + 1]))
+
+
+def workspace_bytes(problem: Problem, config: BrickConfig) -> int:
+    return 4 * config.splits * math.prod(problem.result_shape) if config.splits > 1 else 0
+
+
+def extent(problem: Problem, config: BrickConfig) -> tuple[int, int]:
+    """(tiles, steps of one of them): programs and their loops before anything is split."""
+    found = math.prod(counts(problem, config.brick))
+    tiles_n = math.ceil(produced(problem) / config.block_n)
+    if problem.pass_ == "wgrad":
+        return math.ceil(problem.group_out / config.block_k) * tiles_n * problem.taps * problem.groups, found
+    classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1  # they share the taps evenly
+    blocks = math.ceil(reduced(problem) / config.block_k)
+    return found * tiles_n * problem.groups * classes, math.ceil(problem.taps * blocks / classes)
+
+
+def configs(problem: Problem) -> tuple[BrickConfig, ...]:
+    """Every configuration that this problem can take, the smallest last. All splits above 1 share a compiled kernel."""
+    base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
+    spilling = _SPILLING.get((problem.arch, problem.pass_), ())
+    tiles = [tile for tile in base if _fits(problem, tile) and tile not in spilling] or [base[-1]]
+    if problem.arch == "interpreter":
+        tiles.insert(0, _interpreter_tile(problem))
+    offers = [
+        replace(whole, splits=splits)
+        for size, *tile in tiles
+        for whole in (BrickConfig(*brick, *tile) for brick in _shapes(problem, size))
+        for splits in split_counts(problem, *extent(problem, whole))
+    ]
+    smallest = BrickConfig(*bricks(problem, base[-1][0])[0], *base[-1][1:])
+    return (*(offer for offer in dict.fromkeys(offers) if offer != smallest), smallest)

@@ -1,0 +1,121 @@
+"""Bricks and views: which pixels a program computes, and which views of a tensor its taps read.
+
+A brick reads, for tap t, the positions o * stride + t * dilation - pad of its pixels o, all at once. A descriptor reads
+neighbours only, so along a dimension in which a brick has several pixels and the stride is s, the tensor is seen as its
+s views of every s-th position, and each view serves the taps that meet it, as a convolution of stride 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+from ...problem import Problem, Triple
+
+Brick = tuple[int, int, int, int]  # pixels along n, d, h, w: powers of two
+MOST_VIEWS = 8  # descriptors that a kernel takes: stride 2 in all dimensions
+
+
+@dataclass(frozen=True)
+class View:
+    """Every ``stride``-th position from ``offset`` on, and its taps: ``first + i * tap_step``, read from ``start``."""
+
+    offset: Triple
+    size: Triple
+    taps: Triple
+    first: Triple
+    start: Triple
+
+
+@dataclass(frozen=True)
+class Views:
+    """What pixel o reads of view v for the view's i-th tap: its position ``o * scale + v.start + i * step``."""
+
+    views: tuple[View, ...]
+    stride: Triple
+    scale: Triple
+    step: Triple
+    tap_step: Triple
+
+
+def _axis(size: int, kernel: int, stride: int, dilation: int, pad: int, pixels: int) -> tuple[tuple, list[tuple]]:
+    """One dimension: ((stride, scale, step, tap_step), [(offset, size, taps, first, start) of every view])."""
+    if stride == 1 or pixels == 1:
+        return (1, stride, dilation, 1), [(0, size, kernel, 0, -pad)]
+    common = math.gcd(stride, dilation)
+    tap_step = stride // common
+    views = []
+    for first in range(min(kernel, tap_step)):
+        start, offset = divmod(first * dilation - pad, stride)
+        if offset < size:  # else its taps meet nothing but padding
+            views.append((offset, -(-(size - offset) // stride), -(-(kernel - first) // tap_step), first, start))
+    return (stride, 1, dilation // common, tap_step), views
+
+
+@functools.lru_cache(maxsize=4096)
+def views(problem: Problem, brick: Brick) -> Views:
+    """What forward and wgrad read of the input, and dgrad of the gradient (there the kernel finds the taps itself)."""
+    stride, dilation = problem.stride, problem.dilation
+    if problem.pass_ == "dgrad":  # position i reads grad at (i + pad - t * dilation) / stride, for the taps that divide
+        common = tuple(map(math.gcd, stride, dilation))
+        step, tap_step = (tuple(a // c for a, c in zip(by, common, strict=True)) for by in (dilation, stride))
+        low, ones = problem.padding[::2], (1, 1, 1)
+        whole = View((0, 0, 0), problem.output_size, problem.kernel_size, (0, 0, 0), low)
+        return Views((whole,), ones, ones, tuple(-s for s in step), tap_step)
+    axes = zip(
+        problem.input_size, problem.kernel_size, stride, dilation, problem.padding[::2], brick[1:], strict=True
+    )  # fmt: skip
+    common, found = zip(*itertools.starmap(_axis, axes), strict=True)
+    each = [View(*zip(*axis_views, strict=True)) for axis_views in itertools.product(*found)]
+    return Views(tuple(each), *zip(*common, strict=True))
+
+
+def pixels(problem: Problem) -> Brick:
+    """(n, d, h, w) of what bricks cover: the result, the largest parity class of a dgrad; of wgrad the gradient."""
+    if problem.pass_ != "dgrad":
+        return (problem.batch, *problem.output_size)
+    return (problem.batch, *(-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True)))
+
+
+def counts(problem: Problem, brick: Brick) -> Brick:
+    """Bricks along n, d, h, w."""
+    return tuple(-(-size // extent) for size, extent in zip(pixels(problem), brick, strict=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def bricks(problem: Problem, size: int, rows: bool = False) -> tuple[Brick, ...]:
+    """The bricks of ``size`` pixels that this problem can take, the best first; ``rows``: those of one row each.
+
+    The best cover the fewest pixels in all (to a sixteenth), then need the fewest views, then touch the smallest part
+    of the input.
+    """
+    log = size.bit_length() - 1
+    shapes = [
+        (1 << n, 1 << d, 1 << h, 1 << log - n - d - h)
+        for n, d, h in itertools.product(range(log + 1), repeat=3)
+        if n + d + h <= log
+    ]
+    if rows:
+        shapes = [(1, 1, 1, size)]
+    needed = [b for b in shapes if all(extent < 2 * n for extent, n in zip(b, pixels(problem), strict=True))]
+    number = _numbers_of_views(problem, needed) or _numbers_of_views(problem, shapes)
+
+    def cost(brick: Brick) -> tuple:
+        reach = [
+            extent * scale + dilation * (kernel - 1)
+            for extent, scale, dilation, kernel in zip(
+                brick[1:], problem.stride, problem.dilation, problem.kernel_size, strict=True
+            )
+        ]
+        covered = math.prod(counts(problem, brick)) * size / math.prod(pixels(problem))
+        return round(16 * covered), number[brick], brick[0] * math.prod(reach), brick
+
+    return tuple(sorted(number, key=cost))
+
+
+def _numbers_of_views(problem: Problem, shapes: list[Brick]) -> dict[Brick, int]:
+    """Of these bricks, those that need no more views than a kernel takes."""
+    number = {brick: len(views(problem, brick).views) for brick in shapes}
+    return {brick: count for brick, count in number.items() if count <= MOST_VIEWS}
