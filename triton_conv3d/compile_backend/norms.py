@@ -1,0 +1,45 @@
+"""Instance normalisation without its reshape.
+
+torch computes it as a batch normalisation of (1, N * C, D, H, W), which no channels-last tensor can be viewed as. It is
+a group normalisation of as many groups as channels, and that needs channels and pixels only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from .report import logger
+
+
+def split_instance_norms(gm: fx.GraphModule) -> None:
+    """In Dynamo's graph, every 3-D instance normalisation by the input's own statistics becomes a group normalisation."""
+    try:
+        for node in gm.graph.nodes:
+            if node.target in (F.instance_norm, torch.instance_norm) and _is_plain(node):
+                node.target = _normalise
+        gm.recompile()
+    except Exception as error:
+        logger.warning("instance normalisation left as it is: %s", error)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    input, result = (n.meta.get("example_value") for n in (node.args[0], node)) if node.args else (None, None)
+    if input is None or result is None or input.dim() != 5 or input.dtype != result.dtype:
+        return False
+    by_name = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+    return by_name.get("running_mean") is None and by_name.get("use_input_stats", True) is True
+
+
+_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps", "cudnn_enabled")
+
+
+def _normalise(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5,
+    cudnn_enabled=True,
+):  # fmt: skip
+    batch, channels, *spatial = input.shape
+    return torch.native_group_norm(input, weight, bias, batch, channels, math.prod(spatial), channels, eps)[0]
