@@ -9,7 +9,7 @@ from torch import fx
 
 from .. import ops
 from .report import Report
-from .rewriting import DGRAD, WGRAD, Rewriter, aten, is_channels_last
+from .rewriting import DGRAD, WGRAD, Rewriter, aten, is_channels_last, is_contiguous
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -59,7 +59,7 @@ def _forward(rewriter: Rewriter, node: fx.Node, report: Report) -> None:
         report.count("replaced", "conv3d")
     else:  # the input gradient of the convolution that has this weight
         size = _transposed_size(rewriter, node, geometry, _three(output_padding))
-        last = is_channels_last(node.meta["val"])
+        last = _is_last(node.meta["val"])
         result = rewriter.call(node, DGRAD, input, weight, size, *geometry, last)
         if bias is not None:
             column = rewriter.call(node, aten.reshape.default, bias, [-1, 1, 1, 1])
@@ -91,8 +91,7 @@ def _backward(rewriter: Rewriter, node: fx.Node, report: Report) -> None:
         index = user.args[1]
         if not mask[index]:
             continue
-        value = user.meta["val"]
-        last = is_channels_last(value)
+        last = _is_last(user.meta["val"])
         if index == 2:
             result, name = rewriter.call(node, aten.sum.dim_IntList, grad, [0, 2, 3, 4]), "bias gradient"
         elif index == 1:
@@ -108,6 +107,11 @@ def _backward(rewriter: Rewriter, node: fx.Node, report: Report) -> None:
         _take_over(user, result)
     if not node.users:
         rewriter.graph.erase_node(node)
+
+
+def _is_last(value: torch.Tensor) -> bool:
+    """The memory format of the node that is replaced."""
+    return is_channels_last(value) and not is_contiguous(value)
 
 
 def _take_over(node: fx.Node, result: fx.Node) -> None:

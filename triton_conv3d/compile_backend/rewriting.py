@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
@@ -88,11 +90,17 @@ def same_strides(value: torch.Tensor, strides) -> bool:
 
 
 def is_channels_last(value: torch.Tensor) -> bool:
-    """Dense in channels_last_3d."""
-    if value.dim() != 5:
-        return False
+    """Dense in channels_last_3d; of one channel or one pixel, a contiguous tensor is that too."""
+    return value.dim() == 5 and _is_dense(value, _CHANNELS_LAST)
+
+
+def is_contiguous(value: torch.Tensor) -> bool:
+    return _is_dense(value, range(value.dim())[::-1])
+
+
+def _is_dense(value: torch.Tensor, order: Iterable[int]) -> bool:
     expected = 1
-    for dim in _CHANNELS_LAST:
+    for dim in order:
         size = value.shape[dim]
         if not (statically_known_true(size == 1) or statically_known_true(value.stride(dim) == expected)):
             return False
