@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import ops
+from .problem import NO_ACTIVATION
 
 _DIMENSIONS = ("depth", "height", "width")
 _NO_PADDING = (0, 0, 0, 0, 0, 0)
@@ -27,8 +28,13 @@ def conv3d(
     padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
-    """3-D convolution (cross-correlation), as :func:`torch.nn.functional.conv3d`.
+    """3-D convolution (cross-correlation), as :func:`torch.nn.functional.conv3d`; more in one pass over memory:
+    ``activation(conv3d(input, weight, bias, ...) + residual)``, rounded once where a Triton kernel computes it.
 
     Args:
         input: (N, C, D, H, W), or (C, D, H, W) without a batch.
@@ -38,15 +44,24 @@ def conv3d(
         padding: zeros at both ends, one integer or three; ``'valid'`` for none; ``'same'`` for an output of the
             input's size, where an even kernel puts the extra zero at the end.
         groups: C and K are split into this many independent parts.
+        activation: ``relu``, ``leaky_relu``, ``silu``, ``gelu``, ``gelu_tanh``, ``sigmoid``, ``tanh`` or ``hardswish``
+            as of :mod:`torch.nn.functional` (``gelu_tanh``: its approximation by tanh); ``none`` or None for none. Where
+            gradients of ``silu``, ``gelu`` or ``hardswish`` will be asked for, it is applied afterwards by torch, which
+            keeps what it is applied to.
+        residual: of the output's shape, dtype and device, with any strides.
+        negative_slope: of ``leaky_relu``.
 
     Returns:
         (N, K, Do, Ho, Wo), or (K, Do, Ho, Wo), in channels_last_3d if input or weight is, else contiguous.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: an integer that does not fit into 64 bits.
+        ValueError: an integer that does not fit into 64 bits, or an unknown activation.
         RuntimeError: shapes, dtypes, devices or numbers that do not fit; the message names the argument and its value.
     """
+    if activation is not None or residual is not None:
+        geometry = (stride, padding, dilation, groups)
+        return _fused(input, weight, bias, residual, geometry, activation, negative_slope)
     if has_torch_function_variadic(input, weight, bias):
         overridden = (input, weight, bias)
         return handle_torch_function(conv3d, overridden, *overridden, stride, padding, dilation, groups)
@@ -58,6 +73,32 @@ def conv3d(
     if unbatched:
         input = input.unsqueeze(0)
     result = ops.conv3d(input, weight, bias, *checked_geometry(input, weight, bias, stride, padding, dilation, groups))
+    return result.squeeze(0) if unbatched else result
+
+
+def _fused(input, weight, bias, residual, geometry, activation, negative_slope) -> Tensor:
+    """:func:`conv3d` with more to do than a convolution."""
+    given = (input, weight, bias, residual)
+    if has_torch_function_variadic(*given):
+        more = {"activation": activation, "residual": residual, "negative_slope": negative_slope}
+        return handle_torch_function(conv3d, given, input, weight, bias, *geometry, **more)
+    _refuse_types(input=input, weight=weight, bias=bias, residual=residual)
+    activation = NO_ACTIVATION if activation is None else activation
+    if not isinstance(activation, str):
+        raise TypeError(f"conv3d: activation must be a str or None, got {type(activation).__name__}: {activation!r}")
+    if isinstance(negative_slope, bool) or not isinstance(negative_slope, (int, float, torch.SymFloat)):
+        raise TypeError(f"conv3d: negative_slope must be a number, got {_brief(negative_slope)}")
+    unbatched = input.dim() == 4
+    if unbatched:
+        input = input.unsqueeze(0)
+    stride, padding, dilation, groups = checked_geometry(input, weight, bias, *geometry)
+    shape = ops.output_shape(input.shape, weight.shape, stride, padding, dilation)
+    ops.check_epilogue(input, shape[1:] if unbatched else shape, activation, residual)
+    if unbatched and residual is not None:
+        residual = residual.unsqueeze(0)
+    result = ops.conv3d_fused(
+        input, weight, bias, residual, stride, padding, dilation, groups, activation, float(negative_slope)
+    )
     return result.squeeze(0) if unbatched else result
 
 
@@ -90,8 +131,9 @@ def checked_geometry(input, weight, bias, stride, padding, dilation, groups) -> 
 
 def _refuse_types(**tensors) -> None:
     for name, value in tensors.items():
-        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
-            wanted = "a Tensor or None" if name == "bias" else "a Tensor"
+        optional = name in ("bias", "residual")
+        if not isinstance(value, Tensor) and not (value is None and optional):
+            wanted = "a Tensor or None" if optional else "a Tensor"
             raise TypeError(f"conv3d: {name} must be {wanted}, got {type(value).__name__}: {_brief(value)}")
 
 

@@ -1,25 +1,35 @@
 """torch.library ops: the three passes, each with fake kernels, autograd, autocast and derivatives of any order.
 
     triton_conv3d::conv3d         y  = conv3d(input, weight, bias)
+    triton_conv3d::conv3d_fused   y  = activation(conv3d(input, weight, bias) + residual)
     triton_conv3d::conv3d_dgrad   gradient of the input,  linear in grad and weight
     triton_conv3d::conv3d_wgrad   gradient of the weight, linear in grad and input
 
 Padding is given for both ends of each dimension, (front, back, top, bottom, left, right). The derivative of each op is
-made of the other two, so the system is closed under differentiation, and only gradients that are asked for are computed.
+made of conv3d and the two gradients, so the system is closed under differentiation, and only gradients that are asked
+for are computed.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch.library import Library
 
 from . import settings, tuning
-from .problem import Operands, Problem, describe
+from .engines.base import activate
+from .problem import ACTIVATIONS, NO_ACTIVATION, Operands, Problem, describe
 
 _GEOMETRY = "SymInt[3] stride, SymInt[6] padding, SymInt[3] dilation, SymInt groups"
 _library = Library("triton_conv3d", "FRAGMENT")
 _library.define(
     f"conv3d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.define(
+    f"conv3d_fused(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, str activation, "
+    "float negative_slope) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     f"conv3d_dgrad(Tensor grad, Tensor weight, SymInt[] input_size, {_GEOMETRY}, bool channels_last) -> Tensor",
@@ -30,6 +40,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 conv3d = torch.ops.triton_conv3d.conv3d.default
+conv3d_fused = torch.ops.triton_conv3d.conv3d_fused.default
 conv3d_dgrad = torch.ops.triton_conv3d.conv3d_dgrad.default
 conv3d_wgrad = torch.ops.triton_conv3d.conv3d_wgrad.default
 
@@ -88,13 +99,20 @@ def _problem(pass_, operands, input_size, weight_size, stride, padding, dilation
     return problem
 
 
-def problems(input, weight, bias, stride, padding, dilation, groups) -> list[Problem]:
+@functools.lru_cache(maxsize=65536)
+def _with_epilogue(problem: Problem, residual: bool, activation: str) -> Problem:
+    return problem.replace(residual=residual, activation=activation)
+
+
+def problems(
+    input, weight, bias, stride, padding, dilation, groups, *, residual: bool = False, activation: str = NO_ACTIVATION
+) -> list[Problem]:
     """The problems of forward, dgrad and wgrad of one call, for real tensors or meta tensors; nothing is computed."""
     channels_last = _channels_last_result(input, weight)
     grad = _empty(input, output_shape(input.shape, weight.shape, stride, padding, dilation), channels_last)
     geometry = (input.shape, weight.shape, stride, padding, dilation, groups, channels_last)
     return [
-        _problem("forward", Operands(input, weight, None, bias), *geometry),
+        _with_epilogue(_problem("forward", Operands(input, weight, None, bias), *geometry), residual, activation),
         _problem("dgrad", Operands(None, weight, grad), *geometry),
         _problem("wgrad", Operands(input, None, grad), *geometry),
     ]
@@ -111,6 +129,35 @@ def _forward(input, weight, bias, stride, padding, dilation, groups):
             channels_last,
         )
     )  # fmt: skip
+
+
+def _fused(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope):
+    channels_last = _channels_last_result(input, weight)
+    operands = Operands(input, weight, None, bias, residual, negative_slope)
+    problem, _ = _described(
+        "forward", operands, input.shape, weight.shape, stride, padding, dilation, groups, channels_last
+    )
+    check_epilogue(input, problem.output_shape, activation, residual)
+    return tuning.run(_with_epilogue(problem, residual is not None, activation), operands)
+
+
+def check_epilogue(input, shape, activation: str, residual: torch.Tensor | None) -> None:
+    """Raises what an unknown activation, or a residual that is not as the output, deserves.
+
+    Args:
+        input: as the op gets it. shape: of the output.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"conv3d: activation={activation!r} is not known: expected one of {', '.join(ACTIVATIONS)}")
+    if residual is None:
+        return
+    if tuple(residual.shape) != tuple(shape):
+        raise RuntimeError(f"conv3d: residual of shape {list(residual.shape)} must be {list(shape)}, the output's")
+    if residual.dtype != input.dtype or residual.device != input.device:
+        raise RuntimeError(
+            f"conv3d: residual is {residual.dtype} on {residual.device}, but input is {input.dtype} on {input.device}; "
+            "convert one of them with .to()"
+        )
 
 
 def _dgrad(grad, weight, input_size, stride, padding, dilation, groups, channels_last):
@@ -153,6 +200,12 @@ def output_shape(input_size, weight_size, stride, padding, dilation) -> list:
 def _fake_forward(input, weight, bias, stride, padding, dilation, groups):
     shape = output_shape(input.shape, weight.shape, stride, padding, dilation)
     return _empty(input, shape, _channels_last_result(input, weight))
+
+
+def _fake_fused(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope):
+    result = _fake_forward(input, weight, bias, stride, padding, dilation, groups)
+    check_epilogue(input, result.shape, activation, residual)
+    return result
 
 
 def _fake_dgrad(grad, weight, input_size, stride, padding, dilation, groups, channels_last):
@@ -213,15 +266,62 @@ def _setup_forward(ctx, inputs, output):
 
 
 def _backward_forward(ctx, grad):
-    input, weight = ctx.saved_tensors
+    return (*_gradients(ctx, grad, *ctx.saved_tensors), *[None] * 4)
+
+
+def _gradients(ctx, grad, input, weight):
+    """Of input, weight and bias."""
     _, *needs = ctx.needs_input_grad
     geometry = (*ctx.geometry, ctx.channels_last)
     return (
         conv3d_dgrad(grad, weight, input.shape, *geometry) if needs[0] else None,
         conv3d_wgrad(grad, input, weight.shape, *geometry) if needs[1] else None,
         _sum_bias(grad) if needs[2] else None,
-        *[None] * 4,
     )
+
+
+# The derivatives of the activations that their output tells. Of the others torch's own needs the input.
+_aten = torch.ops.aten
+_FROM_OUTPUT = {
+    NO_ACTIVATION: lambda grad, output, slope: grad,
+    "relu": lambda grad, output, slope: _aten.threshold_backward(grad, output, 0),
+    "leaky_relu": lambda grad, output, slope: _aten.leaky_relu_backward(grad, output, slope, True),
+    "sigmoid": lambda grad, output, slope: _aten.sigmoid_backward(grad, output),
+    "tanh": lambda grad, output, slope: _aten.tanh_backward(grad, output),
+}
+
+
+def _setup_fused(ctx, inputs, output):
+    input, weight, bias, residual, *ctx.geometry, ctx.activation, ctx.negative_slope = inputs
+    ctx.save_for_backward(input, weight, None if ctx.activation == NO_ACTIVATION else output)
+    ctx.channels_last = _channels_last_result(input, weight)
+
+
+def _backward_fused(ctx, grad):
+    input, weight, output = ctx.saved_tensors
+    grad = _FROM_OUTPUT[ctx.activation](grad, output, ctx.negative_slope)
+    return (*_gradients(ctx, grad, input, weight), grad if ctx.needs_input_grad[4] else None, *[None] * 6)
+
+
+def _recording(inputs) -> bool:
+    return torch._C.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+
+
+def _autograd_fused():
+    """As :func:`_autograd`, but what is to be differentiated and does not tell its derivative is an op and its activation.
+
+    torch differentiates the activation by its input, which a fused kernel does not keep.
+    """
+    from_output = _autograd(conv3d_fused, _fused, _setup_fused, _backward_fused)
+
+    def autograd(keys, *inputs):
+        activation, negative_slope = inputs[-2:]
+        told = activation in _FROM_OUTPUT and (activation != "leaky_relu" or negative_slope > 0)
+        if told or activation not in ACTIVATIONS or not _recording(inputs):
+            return from_output(keys, *inputs)
+        return activate(conv3d_fused(*inputs[:-2], NO_ACTIVATION, negative_slope), activation, negative_slope)
+
+    return autograd
 
 
 def _setup_dgrad(ctx, inputs, output):
@@ -257,33 +357,36 @@ def _backward_wgrad(ctx, grad_weight):
 # Autocast: as torch's own convolution, which is on the list of ops that run in the lower precision.
 
 
-def _autocast(device_type: str, key: str):
+def _autocast(op, tensors: int, device_type: str, key: str):
+    """The op's kernel for the dispatcher's autocast key; its first ``tensors`` arguments are tensors."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(tensor, dtype):
         eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
         return tensor.to(dtype) if eligible and tensor.device.type == device_type else tensor
 
-    def autocast(input, weight, bias, *geometry):
+    def autocast(*inputs):
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return conv3d(cast(input, dtype), cast(weight, dtype), cast(bias, dtype), *geometry)
+            return op(*(cast(tensor, dtype) for tensor in inputs[:tensors]), *inputs[tensors:])
 
     return autocast
 
 
 def _register() -> None:
-    for op, kernel, fake, setup, backward in (
-        (conv3d, _forward, _fake_forward, _setup_forward, _backward_forward),
-        (conv3d_dgrad, _dgrad, _fake_dgrad, _setup_dgrad, _backward_dgrad),
-        (conv3d_wgrad, _wgrad, _fake_wgrad, _setup_wgrad, _backward_wgrad),
+    for op, kernel, fake, autograd in (
+        (conv3d, _forward, _fake_forward, _autograd(conv3d, _forward, _setup_forward, _backward_forward)),
+        (conv3d_fused, _fused, _fake_fused, _autograd_fused()),
+        (conv3d_dgrad, _dgrad, _fake_dgrad, _autograd(conv3d_dgrad, _dgrad, _setup_dgrad, _backward_dgrad)),
+        (conv3d_wgrad, _wgrad, _fake_wgrad, _autograd(conv3d_wgrad, _wgrad, _setup_wgrad, _backward_wgrad)),
     ):
         name = op.name().removesuffix(".default")
         _library.impl(name, kernel, "CompositeExplicitAutograd")
-        _library.impl(name, _autograd(op, kernel, setup, backward), "Autograd", with_keyset=True)
+        _library.impl(name, autograd, "Autograd", with_keyset=True)
         torch.library.register_fake(name, fake, lib=_library)
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl("conv3d", _autocast(device_type, key), key)
+        _library.impl("conv3d", _autocast(conv3d, 3, device_type, key), key)
+        _library.impl("conv3d_fused", _autocast(conv3d_fused, 4, device_type, key), key)
 
 
 _register()

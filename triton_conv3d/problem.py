@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 PASSES = ("forward", "dgrad", "wgrad")
+NO_ACTIVATION = "none"
+ACTIVATIONS = (NO_ACTIVATION, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "hardswish")
 CHANNELS_LAST, CONTIGUOUS, VIEW, STRIDED = "channels_last", "contiguous", "view", "strided"
 VECTOR_BYTES = 16  # the widest load of one thread on every GPU that Triton targets
 _INT32_BYTES = 2**31 - 1  # beyond this byte extent a kernel needs 64-bit offsets
@@ -23,12 +25,25 @@ Triple = tuple[int, int, int]
 
 
 class Operands(NamedTuple):
-    """The tensors of one pass: forward reads input, weight and bias; dgrad grad and weight; wgrad grad and input."""
+    """What one pass reads: forward input, weight, bias and residual; dgrad grad and weight; wgrad grad and input.
+
+    ``negative_slope`` is of a leaky_relu: a number of the call, as tensors are, and no part of the problem.
+    """
 
     input: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     grad: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    negative_slope: float = 0.01
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self[:5]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Operands:
+        """The same with ``function(tensor)`` for every tensor."""
+        return Operands(*(None if t is None else function(t) for t in self.tensors), self.negative_slope)
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,8 @@ class Problem:
         input_size, kernel_size, stride, dilation: in the order depth, height, width.
         padding: zeros before and after each dimension: (front, back, top, bottom, left, right).
         bias: a bias is added in this pass (forward only).
+        residual: a tensor of the result's shape is added after the bias (forward only).
+        activation: of :data:`ACTIVATIONS`, applied last, before the result is rounded (forward only).
         dtype: of input, weight and output, as ``float16``.
         precision: of the products of float32: ``ieee``, ``tf32`` or ``tf32x3``; other types are always ``ieee``.
         layouts: of input, weight and output: ``channels_last``, ``contiguous``, ``view`` (channels are dense and
@@ -61,6 +78,8 @@ class Problem:
     dilation: Triple = (1, 1, 1)
     groups: int = 1
     bias: bool = False
+    residual: bool = False
+    activation: str = NO_ACTIVATION
     dtype: str = "float16"
     precision: str = "ieee"
     layouts: tuple[str, str, str] = (CHANNELS_LAST, CHANNELS_LAST, CHANNELS_LAST)
@@ -152,9 +171,15 @@ class Problem:
 
     @property
     def min_bytes(self) -> int:
-        """Bytes of input, weight and output, each once: what any kernel has to move."""
+        """Bytes of input, weight, output, bias and residual, each once: what any kernel has to move."""
         sizes = (self.input_shape, self.weight_shape, self.output_shape)
-        return self.itemsize * sum(map(math.prod, sizes)) + self.itemsize * self.out_channels * self.bias
+        added = self.out_channels * self.bias + math.prod(self.output_shape) * self.residual
+        return self.itemsize * (sum(map(math.prod, sizes)) + added)
+
+    @functools.cached_property
+    def fused(self) -> bool:
+        """More than a convolution with its bias: what is done to the sums before they are rounded."""
+        return self.residual or self.activation != NO_ACTIVATION
 
     @property
     def empty(self) -> bool:
@@ -199,6 +224,10 @@ class Problem:
             text += f", dilation {cross(map(str, self.dilation))}"
         if self.groups != 1:
             text += f", groups {self.groups}"
+        if self.residual:
+            text += ", residual"
+        if self.activation != NO_ACTIVATION:
+            text += f", {self.activation}"
         return f"{text}, {self.dtype}" + (f" {self.precision}" if self.dtype == "float32" else "")
 
 
@@ -268,6 +297,7 @@ def describe(
     groups: int,
     channels_last: bool,
     precision: str,
+    activation: str = NO_ACTIVATION,
 ) -> Problem:
     """The problem of one pass over real tensors.
 
@@ -276,6 +306,7 @@ def describe(
         input_shape: (N, C, D, H, W). weight_shape: (K, C/groups, kd, kh, kw).
         channels_last: memory format of the result.
         precision: of float32 products; ignored for other types.
+        activation: of :data:`ACTIVATIONS`.
     """
     tensors = [t for t in (operands.input, operands.weight, operands.grad) if t is not None]
     result = CHANNELS_LAST if channels_last else CONTIGUOUS
@@ -293,6 +324,8 @@ def describe(
         dilation=tuple(dilation),
         groups=groups,
         bias=operands.bias is not None,
+        residual=operands.residual is not None,
+        activation=activation,
         dtype=str(tensors[0].dtype).removeprefix("torch."),
         precision=precision if tensors[0].dtype == torch.float32 else "ieee",
         layouts=layouts,

@@ -2,21 +2,22 @@
 
     y[n,g,k,o] = sum over c, t of  x[n,g,c, o*stride + t*dilation - padding] * w[g,k,c,t]   (+ bias[g,k])
 
-with g a group, o an output position and t a tap of the kernel. One loop over the taps, one matrix product each:
-slow, and simple enough to be believed. Works on every device that has float64.
+with g a group, o an output position and t a tap of the kernel; a fused forward pass is activation(y + residual). One
+loop over the taps, one matrix product each: slow, and simple enough to be believed. Works on every device that has
+float64.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .problem import Operands, Problem
+from .problem import NO_ACTIVATION, Operands, Problem
 
 
 def compute(problem: Problem, operands: Operands) -> torch.Tensor:
@@ -29,13 +30,18 @@ def compute(problem: Problem, operands: Operands) -> torch.Tensor:
     Returns:
         float64 tensor of ``problem.result_shape``, contiguous.
     """
-    double = Operands(*(None if t is None else t.detach().to(torch.float64) for t in operands))
-    return {"forward": _forward, "dgrad": _dgrad, "wgrad": _wgrad}[problem.pass_](problem, double)
+    double = operands.map(lambda t: t.detach().to(torch.float64))
+    result = {"forward": _forward, "dgrad": _dgrad, "wgrad": _wgrad}[problem.pass_](problem, double)
+    return _ACTIVATIONS[problem.activation](result, operands.negative_slope)
 
 
 def magnitude(problem: Problem, operands: Operands) -> torch.Tensor:
-    """The same pass over the absolute values of its operands: the scale of each element's rounding error."""
-    return compute(problem, Operands(*(None if t is None else t.detach().to(torch.float64).abs() for t in operands)))
+    """The same pass over the absolute values of its operands: the scale of each element's rounding error.
+
+    Of an activation only the slope counts, by which it may enlarge an error.
+    """
+    sums = compute(problem.replace(activation=NO_ACTIVATION), operands.map(lambda t: t.detach().to(torch.float64).abs()))
+    return steepest(problem.activation, operands.negative_slope) * sums
 
 
 def reduction(problem: Problem) -> int:
@@ -43,6 +49,25 @@ def reduction(problem: Problem) -> int:
     if problem.pass_ == "forward":
         return problem.group_in * problem.taps
     return problem.group_out * problem.taps if problem.pass_ == "dgrad" else problem.pixels
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    NO_ACTIVATION: lambda z, slope: z,
+    "relu": lambda z, slope: z.clamp(min=0),
+    "leaky_relu": lambda z, slope: torch.where(z > 0, z, z * slope),
+    "silu": lambda z, slope: z * torch.special.expit(z),
+    "gelu": lambda z, slope: z * torch.special.ndtr(z),
+    "gelu_tanh": lambda z, slope: z * torch.special.expit(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)),
+    "sigmoid": lambda z, slope: torch.special.expit(z),
+    "tanh": lambda z, slope: torch.tanh(z),
+    "hardswish": lambda z, slope: z * (z + 3).clamp(0, 6) / 6,
+}
+_STEEPEST = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "sigmoid": 0.25, "hardswish": 1.5}  # rounded up; others 1
+
+
+def steepest(activation: str, negative_slope: float) -> float:
+    """The largest slope of an activation, in absolute value."""
+    return max(1.0, abs(negative_slope)) if activation == "leaky_relu" else _STEEPEST.get(activation, 1.0)
 
 
 def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
@@ -79,7 +104,9 @@ def _forward(problem: Problem, operands: Operands) -> torch.Tensor:
     for tap, window in _windows(problem, input):
         output += torch.einsum("ngcdhw,gkc->ngkdhw", window, weight[(..., *tap)])
     output = output.flatten(1, 2)
-    return output if operands.bias is None else output + operands.bias.view(-1, 1, 1, 1)
+    if operands.bias is not None:
+        output = output + operands.bias.view(-1, 1, 1, 1)
+    return output if operands.residual is None else output + operands.residual
 
 
 def _dgrad(problem: Problem, operands: Operands) -> torch.Tensor:

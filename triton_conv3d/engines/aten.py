@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..problem import CHANNELS_LAST, Operands, Problem
-from .base import Config, Memory, in_format
+from .base import Config, Memory, finish, in_format
 
 NAME = "aten"
 
@@ -53,15 +53,20 @@ def launch(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Te
     if config.channels_last:
         last = {"memory_format": torch.channels_last_3d}
         input, weight, grad = (t if t is None else t.contiguous(**last) for t in operands[:3])
-        operands = Operands(input, weight, grad, operands.bias)
+        operands = operands._replace(input=input, weight=weight, grad=grad)
     if not config.benchmark:
-        return _convolution(problem, operands)
+        return _finished(problem, operands)
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        return _convolution(problem, operands)
+        return _finished(problem, operands)
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def _finished(problem: Problem, operands: Operands) -> torch.Tensor:
+    result = _convolution(problem, operands)
+    return finish(problem, operands, result) if problem.fused else result
 
 
 def _convolution(problem: Problem, operands: Operands) -> torch.Tensor:

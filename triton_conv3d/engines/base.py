@@ -3,7 +3,9 @@
     NAME                                   "implicit_gemm"
     supports(problem) -> str | None        None if it can compute the problem, else the reason why not
     configs(problem) -> tuple[Config, ...] valid configs, the safest (smallest) last; empty only if unsupported
-    launch(problem, operands, config)      the result tensor, in problem.memory_format; raises on failure
+    launch(problem, operands, config)      the result tensor, in problem.memory_format; raises on failure. A forward
+                                           pass ends with the residual and the activation: in the kernel (epilogue.py,
+                                           :func:`epilogue`), or by :func:`finish`
     memory(problem, config) -> Memory      bytes that it needs beyond operands and result
 """
 
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..problem import VECTOR_BYTES, Problem, interpreted
+from ..problem import NO_ACTIVATION, VECTOR_BYTES, Operands, Problem, interpreted
 from .launching import GRID_LIMIT
 
 
@@ -94,3 +96,41 @@ def format_strides(shape: tuple[int, ...], memory_format: torch.memory_format) -
     if memory_format == torch.channels_last_3d:
         return (d * h * w * c, 1, h * w * c, w * c, c)
     return (c * d * h * w, d * h * w, h * w, w, 1)
+
+
+NO_EPILOGUE = (None, None)
+
+
+def epilogue(problem: Problem, operands: Operands) -> tuple[torch.Tensor | None, float | None]:
+    """(residual, slope) as kernels take them: the residual has the strides of the result, by a copy if it must be."""
+    if not problem.fused:
+        return NO_EPILOGUE
+    residual, slope = operands.residual, operands.negative_slope if problem.activation == "leaky_relu" else None
+    if residual is None:
+        return None, slope
+    wanted = format_strides(problem.result_shape, problem.memory_format)
+    sides = zip(residual.shape, residual.stride(), wanted, strict=True)
+    same = all(ours == theirs for size, ours, theirs in sides if size > 1)
+    return residual if same else in_format(residual, problem.memory_format), slope
+
+
+def finish(problem: Problem, operands: Operands, result: torch.Tensor) -> torch.Tensor:
+    """A fresh sum of products and bias with its residual and activation, in place by torch's own operations."""
+    if operands.residual is not None:
+        result.add_(operands.residual)
+    return activate(result, problem.activation, operands.negative_slope, in_place=True)
+
+
+def finish_bytes(problem: Problem) -> int:
+    """Bytes that :func:`finish` moves: it reads and writes the result once for each of its steps."""
+    passes = 3 * problem.residual + 2 * (problem.activation != NO_ACTIVATION)
+    return passes * problem.itemsize * math.prod(problem.result_shape)
+
+
+def activate(tensor: torch.Tensor, activation: str, negative_slope: float, in_place: bool = False) -> torch.Tensor:
+    """torch's own function of one of :data:`..problem.ACTIVATIONS`."""
+    if activation == NO_ACTIVATION:
+        return tensor
+    name, more = ("gelu", {"approximate": "tanh"}) if activation == "gelu_tanh" else (activation, {})
+    slope = (negative_slope,) if activation == "leaky_relu" else ()
+    return getattr(torch.ops.aten, name + "_" * in_place)(tensor, *slope, **more)

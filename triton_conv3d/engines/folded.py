@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 from ..problem import VECTOR_BYTES, Operands, Problem
-from .base import Config, Memory, Work, format_strides, refused_by_kernels, upcast
+from .base import Config, Memory, Work, epilogue, format_strides, refused_by_kernels, upcast
+from .epilogue import finished
 from .implicit_gemm.kernels import dot, rounded, tap_bits
 from .launching import GRID_LIMIT, launch_kernel
 
@@ -46,12 +47,15 @@ def folded_gemm(
     w_strides,  # (produced channel, reduced channel, d, h, w, group)
     y_strides,  # (n, d, h, w) in Y_UNIT, channel in elements
     produced,  # channels of one group that are computed, in Y_UNIT
+    residual_ptr,  # None, or with the strides of y
+    slope,
     KERNEL_D: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     REDUCED: tl.constexpr,  # channels of one group that are summed over
     Y_UNIT: tl.constexpr,
     BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     INDEX: tl.constexpr,
     BITS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -112,8 +116,10 @@ def folded_gemm(
         acc += tl.load(bias_ptr + group * produced + q, mask=in_q, other=0.0).to(tl.float32)[:, None]
     y_pixels = (n * y_strides[0] + jd * y_strides[1] + jh * y_strides[2] + jw * y_strides[3]) * Y_UNIT
     y_channels = (group.to(INDEX) * produced + q) * y_strides[4]
-    y_tile = y_ptr + (y_channels[:, None] + y_pixels[None, :])
-    tl.store(y_tile, rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_q[:, None] & in_rows[None, :])
+    y_tile = y_channels[:, None] + y_pixels[None, :]
+    in_y = in_q[:, None] & in_rows[None, :]
+    acc = finished(acc, residual_ptr, y_tile, in_y, ACTIVATION, slope)
+    tl.store(y_ptr + y_tile, rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_y)
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ def launch(problem: Problem, operands: Operands, config: FoldedConfig) -> torch.
     x, w = operands.grad if problem.pass_ == "dgrad" else operands.input, operands.weight
     y = problem.empty_result(x.device)
     grid, arguments, options = _launch(problem, config, x.stride(), w.stride())
-    launch_kernel(folded_gemm, grid, (x, w, operands.bias, y, *arguments), options)
+    launch_kernel(folded_gemm, grid, (x, w, operands.bias, y, *arguments, *epilogue(problem, operands)), options)
     return y
 
 
@@ -235,6 +241,7 @@ def _launch(
         REDUCED=_reduced(problem),
         Y_UNIT=unit,
         BIAS=problem.bias,
+        ACTIVATION=problem.activation,
         INDEX=tl.int64 if problem.index64 else tl.int32,
         BITS=tl.int32 if sum(problem.kernel_size) < 32 else tl.int64,
         PRECISION=problem.precision,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..problem import CHANNELS_LAST, Operands, Problem
-from .base import Config, Memory, in_format
+from .base import Config, Memory, finish, in_format
 
 NAME = "matmul"
 
@@ -61,6 +61,11 @@ def memory(problem: Problem, config: MatmulConfig) -> Memory:
 
 
 def launch(problem: Problem, operands: Operands, config: MatmulConfig) -> torch.Tensor:
+    result = _in_precision(problem, operands)
+    return finish(problem, operands, result) if problem.fused else result
+
+
+def _in_precision(problem: Problem, operands: Operands) -> torch.Tensor:
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
     if problem.dtype != "float32" or not problem.arch.startswith("sm_") or before == problem.precision:

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..problem import PASSES, Problem
+from ..problem import ACTIVATIONS, PASSES, Problem
 from . import storage
 from .storage import canonical, warn_once
 
-SCHEMA = 1
+SCHEMA = 2  # 1 knew no residual and no activation
 MAX_BYTES = 64 * 1024  # of an entry; they have about 1.5 KiB
 MAX_EXPORT_BYTES = 64 * 1024 * 1024
 _NAME = re.compile(r"[0-9a-f]{64}\.json")
@@ -91,8 +91,9 @@ def _check_problem(values: object) -> None:
         least = 1 if name in ("kernel_size", "stride", "dilation", "groups", "alignment") else 0
         if any(type(item) is int and item < least for item in items):
             raise ValueError(f"{name} is out of range")
-    if values["pass_"] not in PASSES:
-        raise ValueError("pass_ is not known")
+    for name, known in (("pass_", PASSES), ("activation", ACTIVATIONS)):
+        if values[name] not in known:
+            raise ValueError(f"{name} is not known")
 
 
 def _checksum(values: dict) -> str:

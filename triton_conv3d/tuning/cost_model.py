@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 from types import ModuleType
 
-from ..engines.base import Config, Work
-from ..problem import CHANNELS_LAST, Problem
+from ..engines.base import Config, Work, finish_bytes
+from ..problem import CHANNELS_LAST, NO_ACTIVATION, Problem
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def _predicted(problem: Problem, work: Work, gpu: Rates) -> float:
     slots = gpu.units * max(1, resident)
     waves, rest = divmod(work.programs, slots)
     main = waves * _wave(problem, work, gpu, slots) + (_wave(problem, work, gpu, rest) if rest else 0.0)
-    writes = (work.extra_bytes + work.programs * work.bytes_written) / gpu.bandwidth
+    added = math.prod(problem.output_shape) * problem.itemsize * problem.residual
+    writes = (work.extra_bytes + added + work.programs * work.bytes_written) / gpu.bandwidth
     # Small programs without tensor cores write while others of their multiprocessor read.
     return work.launches * _LAUNCH + (main + writes if work.tensor_cores else max(main, writes))
 
@@ -119,7 +120,8 @@ def roofline(problem: Problem, gpu: Rates) -> float:
 
 def _guess(problem: Problem, engine: ModuleType, config: Config, gpu: Rates) -> float:
     """For engines that launch what is not ours."""
-    copies = 2 * engine.memory(problem, config).copies / gpu.bandwidth
+    copies = (2 * engine.memory(problem, config).copies + finish_bytes(problem)) / gpu.bandwidth
+    copies += _LAUNCH * (problem.residual + (problem.activation != NO_ACTIVATION))
     if engine.NAME == "matmul":
         return _LAUNCH + copies + roofline(problem, gpu) / _MATMUL_PART
     part = _ATEN_PART if problem.groups == 1 else _ATEN_GROUPED_PART

@@ -111,7 +111,7 @@ def _replace(problem: Problem, plan: Plan, error: Exception) -> Plan:
 
 def _specialisation(problem: Problem, engine: str, config: Config) -> tuple:
     """What decides whether a config compiles and fits."""
-    return engine, config, problem.arch, problem.pass_, problem.dtype, problem.precision
+    return engine, config, problem.arch, problem.pass_, problem.dtype, problem.precision, problem.residual, problem.activation
 
 
 def _choose(problem: Problem, operands: Operands | None) -> tuple[Plan, bool]:
@@ -129,7 +129,7 @@ def _choose(problem: Problem, operands: Operands | None) -> tuple[Plan, bool]:
     hint = known or fallback
     if settings.current().autotune == "off" or problem.device == "cpu" or torch.are_deterministic_algorithms_enabled():
         return hint, True
-    if operands is None or not may_measure() or not all(t is None or type(t) in _TENSORS for t in operands):
+    if operands is None or not may_measure() or not all(t is None or type(t) in _TENSORS for t in operands.tensors):
         return hint, False
     if not _tuning.acquire(blocking=False):  # another thread is measuring: two at once would disturb each other
         return hint, False

@@ -17,7 +17,7 @@ from . import storage
 from .cache import Entry
 from .storage import canonical, warn_once
 
-SCHEMA = 1
+SCHEMA = 2  # 1 knew no residual and no activation
 MAX_BYTES = 64 * 1024 * 1024
 SHIPPED = Path(__file__).resolve().parent / "tables"
 
@@ -29,7 +29,7 @@ _BINDING = ("gpu", "arch", "engines")  # of these, what has to be the same for a
 _PLAN = ("problem", "engine", "config", "time_us", "aten_us", "candidates")
 _ALIKE = ("pass_", "dtype", "precision", "kernel_size", "stride", "dilation")
 _SIZES = ("batch", "in_channels", "out_channels", "groups", "alignment")
-_CHOICES = ("layouts", "padding", "bias", "index64")
+_CHOICES = ("layouts", "padding", "bias", "residual", "activation", "index64")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def distance(one: Problem, other: Problem) -> float:
 
     They must agree in pass, dtype, precision, kernel, stride, dilation, device and kind of groups (1, depthwise,
     other). Then: the root of the sum of squares of log2 of the ratio of batch, channels, input sizes, groups and
-    alignment, where each of layouts, padding, bias and index64 that differs counts as a factor of 2.
+    alignment, where each of layouts, padding, bias, residual, activation and index64 that differs counts as a factor of 2.
     """
     if _family(one) != _family(other):
         return math.inf

@@ -7,11 +7,13 @@ import math
 import torch
 
 from ..engines import aten
-from ..problem import Operands, Problem
+from ..problem import NO_ACTIVATION, Operands, Problem
+from ..reference import steepest
 
 _SEED = 20_170_427
 _CHUNKS = 16  # parts of a result that are compared one by one, so that differences need little memory
 _CHAIN = 16_384  # products after which errors of a sum are taken to grow as a random walk
+_ACTIVATION_ERROR = 16 * 2.0**-24  # of exp, erf and a division of a few units in the last place, up to 6
 _DEVIATIONS = 8  # standard deviations that no element of a tensor of any size exceeds
 
 
@@ -30,7 +32,7 @@ def private_operands(operands: Operands) -> Operands:
         memory = torch.empty(offset + extent, dtype=tensor.dtype, device=device).uniform_(-1, 1, generator=generator)
         return memory.as_strided(tensor.shape, tensor.stride(), offset)
 
-    return Operands(*(t if t is None else like(t) for t in operands))
+    return operands.map(like)
 
 
 def trusted(problem: Problem, operands: Operands) -> torch.Tensor:
@@ -44,7 +46,7 @@ def trusted(problem: Problem, operands: Operands) -> torch.Tensor:
     """
     wide = torch.float32 if problem.itemsize == 2 else torch.float64
     try:
-        widened = Operands(*(t if t is None else t.to(wide) for t in operands))
+        widened = operands.map(lambda t: t.to(wide))
         return aten.launch(problem.replace(dtype=str(wide).removeprefix("torch.")), widened, aten.AtenConfig())
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
@@ -53,7 +55,15 @@ def trusted(problem: Problem, operands: Operands) -> torch.Tensor:
         return aten.launch(problem, operands, aten.AtenConfig())
 
 
-def is_right(problem: Problem, result: torch.Tensor, expected: torch.Tensor, *, coarse: bool = False) -> bool:
+def is_right(
+    problem: Problem,
+    result: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    negative_slope: float = 0.0,
+    coarse: bool = False,
+    stepwise: bool = False,
+) -> bool:
     """Whether every element of a result on :func:`private_operands` is within the error that its arithmetic allows.
 
     A sum of L products of independent numbers in (-1, 1) has the standard deviation s = sqrt(L) / 3. Allowed are
@@ -63,10 +73,16 @@ def is_right(problem: Problem, result: torch.Tensor, expected: torch.Tensor, *, 
     - 2 C 2^-24 s: tensor cores that truncate, with 8 products to a step and partial sums below 8 s. C is L up to
       16,384; beyond that partial sums are added up in turn and errors grow with the square root.
 
-    A tap, a channel or a tile's edge that is missing or counted twice is far outside for every L in use.
+    An activation enlarges what its sum carries by its steepest slope at most, and adds 16 * 2^-24 of its own: functions
+    that cancel, as 1 + erf, lose less on either side.
+
+    A tap, a channel or a tile's edge that is missing or counted twice is far outside for every L in use; so is a
+    residual that is missing, and an activation of another name or in another place.
 
     Args:
+        negative_slope: of the operands.
         coarse: partial sums may be rounded to the result's type too, as some of torch's own algorithms do.
+        stepwise: the sum may be rounded before the residual is added, and before the activation.
     """
     length = _products(problem)
     deviation = math.sqrt(length) / 3
@@ -76,6 +92,10 @@ def is_right(problem: Problem, result: torch.Tensor, expected: torch.Tensor, *, 
     absolute = (rounded + 2 * chain * 2.0**-24) * deviation + 2 * unit * problem.bias
     if coarse:
         absolute += _DEVIATIONS * unit * deviation
+    if stepwise:
+        absolute += 2 * unit * (_DEVIATIONS * deviation + problem.bias + problem.residual)
+    if problem.activation != NO_ACTIVATION:
+        absolute = absolute * steepest(problem.activation, negative_slope) + _ACTIVATION_ERROR
     within = [
         ((part.to(other.dtype) - other).abs() <= 2 * unit * other.abs() + absolute).all()
         for part, other in zip(result.chunk(_CHUNKS), expected.to(_wider(expected.dtype)).chunk(_CHUNKS), strict=True)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..implicit_gemm.kernels import parity_class
 from .axes import count, position, ring_size, row_of_taps, stride, strip_step, taps
-from .lanes import add_row, in_elements, lanes, load_line, store_line, tile_of
+from .lanes import add_row, in_elements, lanes, load_line, shifted, store_line, tile_of
 
 
 @triton.jit
@@ -37,6 +37,8 @@ def slide(
     strips,  # along (H, W)
     chunk,  # planes of the result that one program computes
     chunks,
+    residual_ptr,  # None, or with the strides of y
+    slope,
     X_UNIT: tl.constexpr,
     Y_UNIT: tl.constexpr,
     C_UNIT: tl.constexpr,
@@ -54,6 +56,7 @@ def slide(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     INDEX: tl.constexpr,
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -79,6 +82,7 @@ def slide(
     y_lane = c.to(INDEX) * (1 if Y_LAST else y_c) + yh * y_h + yw.to(INDEX) * Y_PIXEL
     x_ptr += n * x_n
     y_ptr += n * y_n
+    residual_ptr = shifted(residual_ptr, n * y_n)
 
     w_k, w_d, w_h, w_w = in_elements(w_strides, 1, INDEX)
     weights = ()
@@ -133,19 +137,10 @@ def slide(
             if (o >= first) & (o < end):
                 for i in tl.static_range(ROWS):
                     store_line(
-                        y_ptr + o * y_d + i * y_h,
-                        y_lane,
-                        yw,
-                        y_size[2],
-                        inside & (yh + i < y_size[1]),
-                        acc[b * ROWS + i],
-                        Y_PIXEL,
-                        Y_GROUP,
-                        Y_EVEN,
-                        COLUMNS,
-                        UPCAST,
-                        BLOCK,
-                    )
+                        y_ptr + o * y_d + i * y_h, shifted(residual_ptr, o * y_d + i * y_h), y_lane, yw, y_size[2],
+                        inside & (yh + i < y_size[1]), acc[b * ROWS + i], slope,
+                        Y_PIXEL, Y_GROUP, Y_EVEN, COLUMNS, ACTIVATION, UPCAST, BLOCK,
+                    )  # fmt: skip
         acc = acc[DONE * ROWS :]
         for _ in tl.static_range(DONE * ROWS):
             acc += (empty_row,)
@@ -204,6 +199,8 @@ def rows(
     strips,  # along W
     chunk,  # planes of the result, or of a parity class of it, that one program computes
     chunks,
+    residual_ptr,  # None, or with the strides of y
+    slope,
     X_UNIT: tl.constexpr,
     Y_UNIT: tl.constexpr,
     C_UNIT: tl.constexpr,
@@ -222,6 +219,7 @@ def rows(
     REST: tl.constexpr,  # of the taps that are left over
     SHIFT: tl.constexpr,  # input columns from part to part
     BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     INDEX: tl.constexpr,
     UPCAST: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -265,6 +263,7 @@ def rows(
     y_lane = c.to(INDEX) * (1 if Y_LAST else y_c) + yh * y_h + yw.to(INDEX) * Y_PIXEL
     x_ptr += n * x_n
     y_ptr += n * y_n
+    residual_ptr = shifted(residual_ptr, n * y_n)
     w_ptr += x_channel if DGRAD else c
     w_step = filters * C_UNIT
     initial = tl.zeros([BLOCK], tl.float32)
@@ -297,5 +296,8 @@ def rows(
                             tap_ptr + parts * taps(WIDTH) * w_step, w_step, inside,
                             X_PIXEL, X_GROUP, X_EVEN, COLUMNS, REST, DGRAD, BLOCK,
                         )  # fmt: skip
-        plane_ptr = y_ptr + (j * stride[0] + index_d) * y_d
-        store_line(plane_ptr, y_lane, yw, y_size[2], inside, acc, Y_PIXEL, Y_GROUP, Y_EVEN, COLUMNS, UPCAST, BLOCK)
+        plane = (j * stride[0] + index_d) * y_d
+        store_line(
+            y_ptr + plane, shifted(residual_ptr, plane), y_lane, yw, y_size[2], inside, acc, slope,
+            Y_PIXEL, Y_GROUP, Y_EVEN, COLUMNS, ACTIVATION, UPCAST, BLOCK,
+        )  # fmt: skip

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..epilogue import finished
 from ..implicit_gemm.kernels import rounded
 from .axes import count, group_count, group_start, place_in_groups, position, slot_of, strip_step, taps
 
@@ -134,17 +135,29 @@ def load_line(
 
 
 @triton.jit
+def shifted(pointer, offset):
+    """pointer + offset; None stays None."""
+    if pointer is None:
+        return pointer
+    else:
+        return pointer + offset
+
+
+@triton.jit
 def store_line(
     row_ptr,
+    residual_ptr,  # of the same row, or None
     lane,
     at,
     size,
     in_row,
     values,
+    slope,
     PIXEL: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -152,10 +165,14 @@ def store_line(
     for first in tl.static_range(0, COLUMNS, GROUP):
         inside = _in_width(in_row, at, size, first, COLUMNS, EVEN)
         if GROUP == 1:
-            value = rounded(values[first], row_ptr.dtype.element_ty, UPCAST)
+            value = finished(values[first], shifted(residual_ptr, first * PIXEL), lane, inside, ACTIVATION, slope)
+            value = rounded(value, row_ptr.dtype.element_ty, UPCAST)
             tl.store(row_ptr + first * PIXEL + lane, value, mask=inside)
         else:
-            value = rounded(_join(values[first : first + GROUP], BLOCK, GROUP), row_ptr.dtype.element_ty, UPCAST)
+            value = _join(values[first : first + GROUP], BLOCK, GROUP)
+            group = lane[:, None] + tl.arange(0, GROUP)[None, :]
+            value = finished(value, shifted(residual_ptr, first), group, inside[:, None], ACTIVATION, slope)
+            value = rounded(value, row_ptr.dtype.element_ty, UPCAST)
             tl.store(row_ptr + first + lane[:, None] + tl.arange(0, GROUP)[None, :], value, mask=inside[:, None])
 
 

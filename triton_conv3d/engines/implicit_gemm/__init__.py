@@ -14,8 +14,8 @@ import math
 import torch
 import triton.language as tl
 
-from ...problem import CHANNELS_LAST, CONTIGUOUS, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
-from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, upcast
+from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
+from ..base import NO_EPILOGUE, Memory, Work, aligned, epilogue, format_strides, refused_by_kernels, upcast
 from ..launching import launch_kernel
 from .configs import CHAIN, GROUP_M, GemmConfig, configs, workspace_bytes
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
@@ -149,9 +149,10 @@ def _gather(problem: Problem, operands: Operands, config: GemmConfig) -> torch.T
     split = config.splits > 1
     target = x.new_empty((config.splits, y.numel()), dtype=torch.float32) if split else y
     grid, arguments, options = _gather_launch(problem, config, x.stride(), aligned(x), aligned(w))
-    launch_kernel(gather_gemm, grid, (x, w, operands.bias, target, *arguments), options)
+    end = epilogue(problem, operands)
+    launch_kernel(gather_gemm, grid, (x, w, operands.bias, target, *arguments, *(NO_EPILOGUE if split else end)), options)
     if split:
-        _reduce(problem, target, operands.bias, y)
+        _reduce(problem, target, operands.bias, y, end)
     return y
 
 
@@ -200,7 +201,8 @@ def _gather_launch(
         Y_UNIT=y_unit,
         DGRAD=dgrad,
         STRIDED=strided,
-        BIAS=problem.bias and not split,  # of splits, the reduction adds it
+        BIAS=problem.bias and not split,  # of splits, the reduction adds it, and what follows it
+        ACTIVATION=NO_ACTIVATION if split else problem.activation,
         EVEN=reduced % config.block_k == 0,
         FLAT=problem.taps < 32,
         BITS=tl.int32 if min(problem.taps, sum(problem.kernel_size)) < 32 else tl.int64,
@@ -219,7 +221,7 @@ def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Te
     grid, arguments, options = _wgrad_launch(problem, config, x.stride(), aligned(x), aligned(grad))
     launch_kernel(wgrad_gemm, grid, (grad, x, target, *arguments), options)
     if split:
-        _reduce(problem, target, None, dw)
+        _reduce(problem, target, None, dw, NO_EPILOGUE)
     return dw
 
 
@@ -247,14 +249,18 @@ def _wgrad_launch(
     return (tiles_m * tiles_n * problem.groups * config.splits, 1), arguments, options
 
 
-def _reduce(problem: Problem, partials: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor) -> None:
+def _reduce(
+    problem: Problem, partials: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor, end: tuple
+) -> None:
+    """``end``: of :func:`..base.epilogue`."""
     channels = result.shape[1]
     launch_kernel(
         reduce_splits,
         (-(-result.numel() // _REDUCE_BLOCK), 1),
-        (partials, bias, result, result.numel(), math.prod(result.shape[2:]), channels, partials.shape[0]),
+        (partials, bias, result, result.numel(), math.prod(result.shape[2:]), channels, partials.shape[0], *end),
         dict(
             BIAS=bias is not None,
+            ACTIVATION=problem.activation,
             UPCAST=upcast(problem),
             TRANSPOSED=problem.result_layout != CHANNELS_LAST,
             INDEX=tl.int64 if result.numel() >= 2**31 - _REDUCE_BLOCK else tl.int32,

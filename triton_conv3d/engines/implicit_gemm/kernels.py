@@ -5,6 +5,8 @@
     wgrad_gemm     dw[k, t, c] = sum over output pixels p of  grad[p, k] * x[p * stride - pad + t * dilation, c]
     reduce_splits  result = sum over splits of the float32 partials, + bias, in the result's own layout
 
+gather_gemm of an unsplit forward pass, else reduce_splits, also adds the residual and applies the activation.
+
 Sizes and strides are run-time values: one compiled kernel serves every shape. Triton knows of an integer only
 whether 16 divides it, so strides and channel counts come in units (UNIT elements, up to 16 bytes) and are multiplied
 by the constexpr unit inside, which proves the alignment of every vector load.
@@ -12,6 +14,8 @@ by the constexpr unit inside, which proves the alignment of every vector load.
 
 import triton
 import triton.language as tl
+
+from ..epilogue import finished
 
 
 @triton.jit
@@ -107,12 +111,15 @@ def gather_gemm(
     produced,  # channels of one group that are computed, in Y_UNIT
     splits,
     tiles_m,
+    residual_ptr,  # None, or with the strides of y
+    slope,
     X_UNIT: tl.constexpr,
     W_UNIT: tl.constexpr,
     Y_UNIT: tl.constexpr,
     DGRAD: tl.constexpr,
     STRIDED: tl.constexpr,
     BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
     FLAT: tl.constexpr,
     INDEX: tl.constexpr,
@@ -239,8 +246,11 @@ def gather_gemm(
         jw = jw * stride[2] + index_w
     y_rows = (n * y_strides[0] + jd * y_strides[1] + jh * y_strides[2] + jw * y_strides[3]) * Y_UNIT
     y_cols = (group.to(INDEX) * produced + q) * y_strides[4]
-    y_tile = y_ptr + split.to(INDEX) * split_stride + (y_rows[:, None] + y_cols[None, :])
-    tl.store(y_tile, rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_rows[:, None] & in_q[None, :])
+    y_tile = y_rows[:, None] + y_cols[None, :]
+    in_y = in_rows[:, None] & in_q[None, :]
+    acc = finished(acc, residual_ptr, y_tile, in_y, ACTIVATION, slope)
+    y_tile = y_ptr + split.to(INDEX) * split_stride + y_tile
+    tl.store(y_tile, rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_y)
 
 
 @triton.jit
@@ -373,7 +383,10 @@ def reduce_splits(
     inner,
     channels,
     splits,
+    residual_ptr,  # None, or in the layout of the result
+    slope,
     BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     UPCAST: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     INDEX: tl.constexpr,
@@ -389,4 +402,5 @@ def reduce_splits(
         total += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     if TRANSPOSED:
         at = at // (channels * inner) * (channels * inner) + channel * inner + at // channels % inner
+    total = finished(total, residual_ptr, at, inside, ACTIVATION, slope)
     tl.store(result_ptr + at, rounded(total, result_ptr.dtype.element_ty, UPCAST), mask=inside)
