@@ -39,9 +39,11 @@ class Match:
     end: fx.Node
 
 
-def matches(graph: fx.Graph) -> dict[fx.Node, Match]:
-    """Activations by the node that they apply to, where nobody else uses that node or what lies in between."""
+def matches(graph: fx.Graph) -> tuple[dict[fx.Node, Match], dict[fx.Node, str]]:
+    """Activations by the node that they apply to: (those where nobody else uses that node or what lies in between, the
+    names of the others)."""
     found: dict[fx.Node, Match] = {}
+    shared: dict[fx.Node, str] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dim() != 5:
@@ -57,7 +59,9 @@ def matches(graph: fx.Graph) -> dict[fx.Node, Match]:
             inside = set(bound.values())
             if all(user in inside for n in inside - {node} for user in n.users):
                 found[source] = Match(name, slopes[0] if slopes else 0.01, node)
-    return found
+            elif source not in shared or name != "sigmoid":  # sigmoid is a part of other patterns
+                shared[source] = name
+    return found, shared
 
 
 @functools.cache

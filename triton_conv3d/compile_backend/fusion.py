@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -68,13 +67,6 @@ def _added(padding, ends: list[int]) -> list[int]:
 # are small, and is computed there at every call in at least float32.
 
 
-@dataclass
-class _Affine:
-    """scale * convolution + shift, as a list of operations on either."""
-
-    steps: list[tuple] = field(default_factory=list)
-
-
 def _fold_arithmetic(rewriter: Rewriter, conv: fx.Node, report: Report) -> None:
     dtype, steps, node, last = conv.meta["val"].dtype, [], conv, None
     while (user := only_user(node)) is not None:
@@ -91,7 +83,7 @@ def _fold_arithmetic(rewriter: Rewriter, conv: fx.Node, report: Report) -> None:
         return
     end, count = last
     input, weight, bias, *geometry = conv.args
-    channels = Channels(rewriter, end, weight.meta["val"].shape[0], dtype)
+    channels = _Channels(rewriter, end, weight.meta["val"].shape[0], dtype)
     scale, shift = channels.folded(steps[:count], bias)
     if scale is not None:
         weight = channels.scaled(weight, scale)
@@ -132,7 +124,7 @@ def _is_per_channel(operand, node: fx.Node) -> bool:
     return value.device == node.meta["val"].device and shape[1] in (1, channels) and shape[:1] + shape[2:] == (1,) * 4
 
 
-class Channels:
+class _Channels:
     """Arithmetic on vectors of one number a channel, as nodes in front of ``before``."""
 
     def __init__(self, rewriter: Rewriter, before: fx.Node, count: int, dtype: torch.dtype):
@@ -160,7 +152,8 @@ class Channels:
                 continue
             if kind == "batch norm":
                 factor, offset = self.batch_norm(*operands)
-                scale, shift = self.times(scale, factor), self.plus(self.times(shift, factor), offset)
+                shift = offset if shift is None else self.plus(self.times(shift, factor), offset)
+                scale = factor if scale is None else self.times(scale, factor)
                 continue
             operand = self.vector(operands[0])
             if kind == "div":
@@ -169,11 +162,8 @@ class Channels:
                 scale = operand if scale is None else self.times(scale, operand)
                 shift = None if shift is None else self.times(shift, operand)
             else:
-                sign = operator.neg if kind == "sub" else operator.pos
-                if isinstance(operand, fx.Node):
-                    operand = self.call(aten.neg.default, operand) if kind == "sub" else operand
-                else:
-                    operand = sign(operand)
+                if kind == "sub":
+                    operand = self.call(aten.neg.default, operand) if isinstance(operand, fx.Node) else -operand
                 shift = operand if shift is None else self.plus(shift, operand)
         return scale, None if shift is None else self.bias(shift)
 
@@ -185,10 +175,10 @@ class Channels:
         return factor, offset if bias is None else self.plus(offset, bias)
 
     def times(self, a, b):
-        return b if a is None else self.both(aten.mul.Tensor, operator.mul, a, b)
+        return self.both(aten.mul.Tensor, operator.mul, a, b)
 
     def plus(self, a, b):
-        return b if a is None else self.both(aten.add.Tensor, operator.add, a, b)
+        return self.both(aten.add.Tensor, operator.add, a, b)
 
     def both(self, target, plain, a, b):
         if isinstance(a, fx.Node) or isinstance(b, fx.Node):
@@ -217,14 +207,16 @@ class Channels:
 
 
 def _fuse_epilogues(rewriter: Rewriter, report: Report) -> None:
-    found = matches(rewriter.graph)
+    found, shared = matches(rewriter.graph)
     for node in list(rewriter.graph.nodes):
-        if node.target is not ops.conv3d or node.meta.get("triton_conv3d_fused"):
+        if node.target is not ops.conv3d:
             continue
         add = only_user(node)
         residual = None if add is None else _residual(add, node)
         end = node if residual is None else add
         match = found.get(end)
+        if end in shared and match is None:
+            report.left.append(f"{node.name}: {shared[end]} not fused, for what it is applied to is used elsewhere too")
         if match is None and residual is None:
             continue
         match = match or Match("none", 0.0, end)
