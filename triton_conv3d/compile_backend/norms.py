@@ -12,18 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .report import logger
-
-
 def split_instance_norms(gm: fx.GraphModule) -> None:
-    """In Dynamo's graph, every 3-D instance normalisation by the input's own statistics becomes a group normalisation."""
-    try:
-        for node in gm.graph.nodes:
+    """In Dynamo's graphs, every 3-D instance normalisation by the input's own statistics becomes a group normalisation."""
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.target in (F.instance_norm, torch.instance_norm) and _is_plain(node):
                 node.target = _normalise
-        gm.recompile()
-    except Exception as error:
-        logger.warning("instance normalisation left as it is: %s", error)
+                module.recompile()
+
+
+_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps", "cudnn_enabled")
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -32,9 +30,6 @@ def _is_plain(node: fx.Node) -> bool:
         return False
     by_name = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
     return by_name.get("running_mean") is None and by_name.get("use_input_stats", True) is True
-
-
-_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps", "cudnn_enabled")
 
 
 def _normalise(
