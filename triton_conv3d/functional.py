@@ -93,9 +93,10 @@ def _fused(input, weight, bias, residual, geometry, activation, negative_slope) 
         input = input.unsqueeze(0)
     stride, padding, dilation, groups = checked_geometry(input, weight, bias, *geometry)
     shape = ops.output_shape(input.shape, weight.shape, stride, padding, dilation)
-    ops.check_epilogue(input, shape[1:] if unbatched else shape, activation, residual)
-    if unbatched and residual is not None:
-        residual = residual.unsqueeze(0)
+    ops.check_epilogue(shape[1:] if unbatched else shape, activation, residual)
+    if residual is not None:
+        _check_partner("residual", residual, input)
+        residual = residual.unsqueeze(0) if unbatched else residual
     result = ops.conv3d_fused(
         input, weight, bias, residual, stride, padding, dilation, groups, activation, float(negative_slope)
     )

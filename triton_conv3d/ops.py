@@ -101,7 +101,8 @@ def _problem(pass_, operands, input_size, weight_size, stride, padding, dilation
 
 @functools.lru_cache(maxsize=65536)
 def _with_epilogue(problem: Problem, residual: bool, activation: str) -> Problem:
-    return problem.replace(residual=residual, activation=activation)
+    fused = problem.replace(residual=residual, activation=activation)
+    return fused if fused.fused else problem  # the very problem: looked up without comparing all of it
 
 
 def problems(
@@ -122,60 +123,51 @@ def problems(
 
 
 def _forward(input, weight, bias, stride, padding, dilation, groups):
-    channels_last = _channels_last_result(input, weight)
+    operands = Operands(input, weight, None, bias)
     return tuning.run(
-        *_described(
-            "forward", Operands(input, weight, None, bias), input.shape, weight.shape, stride, padding, dilation, groups,
-            channels_last,
-        )
+        _problem(
+            "forward", operands, input.shape, weight.shape, stride, padding, dilation, groups,
+            _channels_last_result(input, weight),
+        ),
+        operands,
     )  # fmt: skip
 
 
 def _fused(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope):
-    channels_last = _channels_last_result(input, weight)
-    operands = Operands(input, weight, None, bias, residual, negative_slope)
-    problem, _ = _described(
-        "forward", operands, input.shape, weight.shape, stride, padding, dilation, groups, channels_last
-    )
-    check_epilogue(input, problem.output_shape, activation, residual)
-    return tuning.run(_with_epilogue(problem, residual is not None, activation), operands)
+    problem = _problem(  # of the convolution alone
+        "forward", Operands(input, weight, None, bias), input.shape, weight.shape, stride, padding, dilation, groups,
+        _channels_last_result(input, weight),
+    )  # fmt: skip
+    _check_fused(input, problem.output_shape, activation, residual)
+    problem = _with_epilogue(problem, residual is not None, activation)
+    return tuning.run(problem, Operands(input, weight, None, bias, residual, negative_slope))
 
 
-def check_epilogue(input, shape, activation: str, residual: torch.Tensor | None) -> None:
-    """Raises what an unknown activation, or a residual that is not as the output, deserves.
+def _dgrad(grad, weight, input_size, *geometry):
+    operands = Operands(None, weight, grad)
+    return tuning.run(_problem("dgrad", operands, input_size, weight.shape, *geometry), operands)
 
-    Args:
-        input: as the op gets it. shape: of the output.
-    """
+
+def _wgrad(grad, input, weight_size, *geometry):
+    operands = Operands(input, None, grad)
+    return tuning.run(_problem("wgrad", operands, input.shape, weight_size, *geometry), operands)
+
+
+def check_epilogue(shape, activation: str, residual: torch.Tensor | None) -> None:
+    """Raises ValueError for an unknown activation, RuntimeError for a residual that has not the output's shape."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv3d: activation={activation!r} is not known: expected one of {', '.join(ACTIVATIONS)}")
-    if residual is None:
-        return
-    if tuple(residual.shape) != tuple(shape):
+    if residual is not None and tuple(residual.shape) != tuple(shape):
         raise RuntimeError(f"conv3d: residual of shape {list(residual.shape)} must be {list(shape)}, the output's")
-    if residual.dtype != input.dtype or residual.device != input.device:
+
+
+def _check_fused(input, shape, activation: str, residual: torch.Tensor | None) -> None:
+    check_epilogue(shape, activation, residual)
+    if residual is not None and (residual.dtype != input.dtype or residual.device != input.device):
         raise RuntimeError(
-            f"conv3d: residual is {residual.dtype} on {residual.device}, but input is {input.dtype} on {input.device}; "
-            "convert one of them with .to()"
+            f"conv3d_fused: residual is {residual.dtype} on {residual.device}, but input is {input.dtype} on "
+            f"{input.device}; convert one of them with .to()"
         )
-
-
-def _dgrad(grad, weight, input_size, stride, padding, dilation, groups, channels_last):
-    operands = Operands(None, weight, grad)
-    return tuning.run(
-        *_described("dgrad", operands, input_size, weight.shape, stride, padding, dilation, groups, channels_last)
-    )
-
-
-def _wgrad(grad, input, weight_size, stride, padding, dilation, groups, channels_last):
-    operands = Operands(input, None, grad)
-    return tuning.run(
-        *_described("wgrad", operands, input.shape, weight_size, stride, padding, dilation, groups, channels_last)
-    )
-
-
-def _described(pass_, operands, *geometry) -> tuple[Problem, Operands]:
-    return _problem(pass_, operands, *geometry), operands
 
 
 # Fake kernels: shapes and exact strides, for any mixture of symbolic and plain sizes.
@@ -204,7 +196,7 @@ def _fake_forward(input, weight, bias, stride, padding, dilation, groups):
 
 def _fake_fused(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope):
     result = _fake_forward(input, weight, bias, stride, padding, dilation, groups)
-    check_epilogue(input, result.shape, activation, residual)
+    _check_fused(input, result.shape, activation, residual)
     return result
 
 
@@ -303,10 +295,6 @@ def _backward_fused(ctx, grad):
     return (*_gradients(ctx, grad, input, weight), grad if ctx.needs_input_grad[4] else None, *[None] * 6)
 
 
-def _recording(inputs) -> bool:
-    return torch._C.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-
-
 def _autograd_fused():
     """As :func:`_autograd`, but what is to be differentiated and does not tell its derivative is an op and its activation.
 
@@ -317,9 +305,10 @@ def _autograd_fused():
     def autograd(keys, *inputs):
         activation, negative_slope = inputs[-2:]
         told = activation in _FROM_OUTPUT and (activation != "leaky_relu" or negative_slope > 0)
-        if told or activation not in ACTIVATIONS or not _recording(inputs):
-            return from_output(keys, *inputs)
-        return activate(conv3d_fused(*inputs[:-2], NO_ACTIVATION, negative_slope), activation, negative_slope)
+        if not told and torch._C.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            sums = conv3d_fused(*inputs[:-2], NO_ACTIVATION, negative_slope)
+            return activate(sums, activation, negative_slope)
+        return from_output(keys, *inputs)
 
     return autograd
 
