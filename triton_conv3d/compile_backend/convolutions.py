@@ -65,7 +65,7 @@ def _forward(rewriter: Rewriter, node: fx.Node, report: Report) -> None:
             column = rewriter.call(node, aten.reshape.default, bias, [-1, 1, 1, 1])
             result = rewriter.call(node, aten.add.Tensor, result, column)
         report.count("replaced", "transposed conv3d")
-    _take_over(node, result)
+    rewriter.take_over(node, result)
 
 
 def _transposed_size(rewriter: Rewriter, node: fx.Node, geometry: tuple, output_padding: list) -> list:
@@ -104,16 +104,10 @@ def _backward(rewriter: Rewriter, node: fx.Node, report: Report) -> None:
             size = rewriter.sizes(input, node)
             result, name = rewriter.call(node, DGRAD, grad, weight, size, *geometry, last), "conv3d_dgrad"
         report.count("replaced", name)
-        _take_over(user, result)
-    if not node.users:
-        rewriter.graph.erase_node(node)
+        rewriter.take_over(user, result)
 
 
 def _is_last(value: torch.Tensor) -> bool:
     """The memory format of the node that is replaced."""
     return is_channels_last(value) and not is_contiguous(value)
 
-
-def _take_over(node: fx.Node, result: fx.Node) -> None:
-    node.replace_all_uses_with(result)
-    node.graph.erase_node(node)

@@ -10,7 +10,7 @@ from torch import fx
 from .. import ops
 from .activations import Match, matches
 from .report import Report
-from .rewriting import DGRAD, WGRAD, Rewriter, aten, fused_op, only_user, prims
+from .rewriting import DGRAD, FUSED, WGRAD, Rewriter, aten, only_user, prims
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -20,8 +20,7 @@ def fuse(rewriter: Rewriter, report: Report) -> None:
     for node in list(rewriter.graph.nodes):
         if node.target is ops.conv3d:
             _fold_arithmetic(rewriter, node, report)
-    if fused_op() is not None:
-        _fuse_epilogues(rewriter, report)
+    _fuse_epilogues(rewriter, report)
 
 
 # Zero padding: the ops pad each end by itself.
@@ -31,32 +30,52 @@ def _fold_padding(rewriter: Rewriter, report: Report) -> None:
     for node in list(rewriter.graph.nodes):
         if node.target in (ops.conv3d, WGRAD):
             at = 0 if node.target is ops.conv3d else 1
-            ends = _zero_padding(node.args[at])
-            if ends is not None:
-                node.update_arg(at, node.args[at].args[0])
+            while (found := _padded(node.args[at]) or _joined_to_zeros(node.args[at])) is not None:
+                inner, ends = found
+                node.update_arg(at, inner)
                 node.update_arg(4, _added(node.args[4], ends))
                 report.fused.append("padding")
         elif node.target is DGRAD and (crop := only_user(node)) is not None:
-            ends = _zero_padding(crop, -1)
-            if ends is not None:
+            found = _padded(crop, -1)
+            if found is not None:
+                padding = _added(node.args[4], found[1])
                 size = rewriter.sizes(crop, crop)
-                padding = _added(node.args[4], ends)
                 result = rewriter.call(crop, DGRAD, *node.args[:2], size, node.args[3], padding, *node.args[5:])
-                crop.replace_all_uses_with(result)
-                rewriter.graph.erase_node(crop)
-                rewriter.graph.erase_node(node)
+                rewriter.take_over(crop, result)
                 report.fused.append("padding")
+    rewriter.graph.eliminate_dead_code()
 
 
-def _zero_padding(node: fx.Node, sign: int = 1) -> list[int] | None:
-    """(front, back, top, bottom, left, right) of a node that pads so, or with ``sign=-1`` crops so; else None."""
+def _padded(node: fx.Node, sign: int = 1) -> tuple[fx.Node, list[int]] | None:
+    """(what the node pads, (front, back, top, bottom, left, right)), with ``sign=-1`` what it crops; else None."""
     if node.target is not aten.constant_pad_nd.default or node.meta["val"].dim() != 5:
         return None
     ends, value = list(node.args[1]), node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
     if value != 0 or not all(isinstance(end, int) and end * sign >= 0 for end in ends) or any(ends[6:]):
         return None
     width, height, depth = ([end * sign for end in (ends + [0] * 6)[i : i + 2]] for i in (0, 2, 4))
-    return depth + height + width
+    return node.args[0], depth + height + width
+
+
+def _joined_to_zeros(node: fx.Node) -> tuple[fx.Node, list[int]] | None:
+    """As :func:`_padded`, where one tensor is concatenated with zeros in depth, height or width."""
+    if node.target is not aten.cat.default or node.meta["val"].dim() != 5:
+        return None
+    parts, dim = node.args[0], node.args[1] % 5 if len(node.args) > 1 else 0
+    inner = [part for part in parts if not _is_zeros(part)]
+    sizes = [part.meta["val"].shape[dim] for part in parts]
+    if dim < 2 or len(inner) != 1 or not all(isinstance(size, int) for size in sizes):
+        return None
+    at = parts.index(inner[0])
+    ends = [0] * 6
+    ends[2 * (dim - 2)], ends[2 * (dim - 2) + 1] = sum(sizes[:at]), sum(sizes[at + 1 :])
+    return inner[0], ends
+
+
+def _is_zeros(node: fx.Node) -> bool:
+    if node.target in (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default):
+        return True
+    return node.target in (aten.full.default, aten.new_full.default, aten.full_like.default) and node.args[-1] == 0
 
 
 def _added(padding, ends: list[int]) -> list[int]:
@@ -88,8 +107,7 @@ def _fold_arithmetic(rewriter: Rewriter, conv: fx.Node, report: Report) -> None:
     if scale is not None:
         weight = channels.scaled(weight, scale)
     folded = rewriter.call(end, ops.conv3d, input, weight, shift, *geometry)
-    end.replace_all_uses_with(folded)
-    rewriter.graph.eliminate_dead_code()
+    rewriter.take_over(end, folded)
     report.fused.append("scale" if scale is not None else "shift")
 
 
@@ -221,14 +239,13 @@ def _fuse_epilogues(rewriter: Rewriter, report: Report) -> None:
             continue
         match = match or Match("none", 0.0, end)
         result = rewriter.call(
-            match.end, fused_op(), *node.args[:3], residual, *node.args[3:], match.name, match.negative_slope
+            match.end, FUSED, *node.args[:3], residual, *node.args[3:], match.name, match.negative_slope
         )
         if result.meta["val"].dtype != match.end.meta["val"].dtype:
             raise NotImplementedError(f"{match.name} changes the type of {node.name}")
-        match.end.replace_all_uses_with(result)
         parts = ["bias"] * (node.args[2] is not None) + ["residual"] * (residual is not None)
         report.fused.append(" + ".join(parts + [match.name] * (match.name != "none")))
-        rewriter.graph.eliminate_dead_code()
+        rewriter.take_over(match.end, result)
 
 
 def _residual(add: fx.Node, conv: fx.Node) -> fx.Node | None:

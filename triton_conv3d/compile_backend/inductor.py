@@ -11,7 +11,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from .. import ops
 from .options import Options
 from .passes import improve
-from .rewriting import fused_op
 
 _SOURCES = (*sorted(map(str, Path(__file__).parent.glob("*.py"))), ops.__file__)
 
@@ -43,7 +42,7 @@ class ConvolutionPass(CustomGraphPass):
         earlier = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.earlier]
         if None in earlier:  # a plain function: nothing tells two of them apart, so nothing is cached
             return None
-        options = self.options.layout, self.options.fuse, fused_op() is not None
+        options = self.options.layout, self.options.fuse
         return get_hash_for_files(_SOURCES, repr((options, earlier)))
 
 

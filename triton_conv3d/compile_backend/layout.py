@@ -14,9 +14,11 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
+from .. import ops
 from .report import Report
-from .rewriting import DGRAD, WGRAD, Rewriter, aten, is_channels_last, is_ours, prims, same_strides
+from .rewriting import DGRAD, FUSED, WGRAD, Rewriter, aten, is_channels_last, is_ours, prims, same_strides
 
+_JOINS = (aten.cat.default,)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 # Ops beside the pointwise ones whose results, by torch's kernels and fake kernels alike, do not depend on the strides of
@@ -82,6 +84,18 @@ class _Propagation:
         if node.target is DGRAD:
             node.args = (*node.args[:-1], True)
         self._revalue(node)
+        if node.target in (ops.conv3d, FUSED) and not is_channels_last(node.meta["val"]):
+            self._disambiguate(node)
+
+    def _disambiguate(self, node: fx.Node) -> None:
+        """One channel in, so that operands are contiguous and channels-last alike: let strides say that it is the latter."""
+        input = node.args[0]
+        if statically_known_true(input.meta["val"].shape[1] != 1):
+            return
+        view = self.rewriter.call(node, aten.squeeze.dim, input, 1)
+        view = self.rewriter.call(node, aten.unsqueeze.default, view, -1)
+        node.update_arg(0, self.rewriter.call(node, aten.permute.default, view, [0, 4, 1, 2, 3]))
+        self._revalue(node)
 
     def _from_convolution(self, node: fx.Node) -> bool:
         """Whether what lies before the node, up to other convolutions, is one."""
@@ -119,6 +133,7 @@ class _Propagation:
             for source in [source for source in node.all_input_nodes if source in self.before]:
                 node.replace_input_with(source, self._restored(source, node, f"{node.name}'s operand"))
             return
+        self._harmonise(node)
         try:
             self._revalue(node)
         except (RuntimeError, ValueError):
@@ -130,6 +145,24 @@ class _Propagation:
             source = node.args[0]
             if _was_view(self.before[source], node.args[1], self.rewriter):
                 self.report.count("inserted", "reshape")
+
+    def _harmonise(self, node: fx.Node) -> None:
+        """Where a channels-last tensor meets one that is not, in a sum or concatenation, the other is converted."""
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor) or value.dim() != 5 or not (_is_pointwise(node) or node.target in _JOINS):
+            return
+        meeting = [
+            source
+            for source in node.all_input_nodes
+            if (operand := source.meta["val"]).dim() == 5
+            and (node.target in _JOINS or operand.shape == value.shape)
+            and not any(statically_known_true(stride == 0) for stride in operand.stride())
+        ]
+        others = [source for source in meeting if not _readable(source.meta["val"], is_weight=False)]
+        if 0 < len(others) < len(meeting):
+            for source in others:
+                where = "inside" if self._from_convolution(source) else "entering"
+                node.replace_input_with(source, self._copy(source, node, where))
 
     def _revalue(self, node: fx.Node) -> None:
         """Update the node's value, and remember the old one if strides differ."""
@@ -186,7 +219,11 @@ def _follows(node: fx.Node) -> bool:
         return False
     if target in (aten.view.dtype, prims.view_of_dtype.default if hasattr(prims, "view_of_dtype") else None):
         return False
-    return torch.Tag.pointwise in target.tags or target._opname in _FOLLOWING
+    return _is_pointwise(node) or target._opname in _FOLLOWING
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _aliases(node: fx.Node) -> bool:

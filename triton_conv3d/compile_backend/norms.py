@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+
 def split_instance_norms(gm: fx.GraphModule) -> None:
     """In Dynamo's graphs, every 3-D instance normalisation by the input's own statistics becomes a group normalisation."""
     for module in gm.modules():

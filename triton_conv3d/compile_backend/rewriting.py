@@ -12,24 +12,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .. import ops
 
 aten, prims = torch.ops.aten, torch.ops.prims
-FORWARD = {ops.conv3d}
-DGRAD, WGRAD = ops.conv3d_dgrad, ops.conv3d_wgrad
+FUSED, DGRAD, WGRAD = ops.conv3d_fused, ops.conv3d_dgrad, ops.conv3d_wgrad
 
 _CHANNELS_LAST = (1, 4, 3, 2, 0)  # dimensions from the innermost out
 
 
-def fused_op():
-    """The op with bias, residual and activation in its epilogue; None where this build has none."""
-    packet = getattr(torch.ops.triton_conv3d, "conv3d_fused", None)
-    return None if packet is None else packet.default
-
-
 def is_ours(node: fx.Node) -> bool:
-    return node.op == "call_function" and (node.target in (ops.conv3d, DGRAD, WGRAD) or is_fused(node))
-
-
-def is_fused(node: fx.Node) -> bool:
-    return getattr(node.target, "_name", "") == "triton_conv3d::conv3d_fused"
+    return node.op == "call_function" and node.target in (ops.conv3d, FUSED, DGRAD, WGRAD)
 
 
 class Rewriter:
@@ -65,12 +54,21 @@ class Rewriter:
             for dim, size in enumerate(node.meta["val"].shape)
         ]
 
+    def take_over(self, node: fx.Node, result: fx.Node) -> None:
+        """``result`` stands for ``node`` everywhere; what was there for ``node`` alone goes."""
+        node.replace_all_uses_with(result)
+        unused = [node]
+        while unused:
+            node = unused.pop()
+            if node.op == "call_function" and not node.users and not node.is_impure() and not node._erased:
+                unused += node.all_input_nodes
+                self.graph.erase_node(node)
+
     def finish(self) -> None:
         """Tell Inductor which strides the ops are to get, and check the graph."""
         for node in self.graph.nodes:
             if is_ours(node):
                 node.meta["eager_input_vals"] = _values(node)
-        self.graph.eliminate_dead_code()
         self.graph.lint()
 
 
