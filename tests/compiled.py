@@ -13,12 +13,23 @@ from triton_conv3d.compile_backend.rewriting import is_ours
 
 
 class Strict(fx.Interpreter):
-    """Runs a graph and compares what torch computes with what the graph says: shapes, and the strides that matter."""
+    """Runs a graph and compares what torch computes with what the graph says: shapes, and the strides that matter.
+
+    Not behind torch's own convolutions, whose strides its fake tensors do not always foresee.
+    """
+
+    def __init__(self, graph_module):
+        super().__init__(graph_module)
+        self.unforeseen: set[fx.Node] = set()
 
     def run_node(self, node):
         result = super().run_node(node)
+        if node.target is torch.ops.aten.convolution.default or self.unforeseen & set(node.all_input_nodes):
+            self.unforeseen.add(node)
+            return result
         expected = node.meta.get("val")
-        if isinstance(result, torch.Tensor) and isinstance(expected, torch.Tensor) and node.op == "call_function":
+        fixed = isinstance(expected, torch.Tensor) and all(type(n) is int for n in (*expected.shape, *expected.stride()))
+        if fixed and node.op == "call_function":
             assert significant(result) == significant(expected), f"{node.format_node()} gave {significant(result)}"
         return result
 
@@ -53,7 +64,7 @@ def compiled(model, inner: str = "aot_eager", **options):
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     """Norm of the difference over the norm."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def compare(model, x, training: bool, inner: str = "aot_eager", **options) -> tuple[float, list]:
@@ -95,9 +106,12 @@ def conversions_between_convolutions(graph: fx.Graph) -> list[fx.Node]:
         a, b = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (source, node))
         if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or min(a.dim(), b.dim()) < 4:
             continue
-        copying = not torch._C._is_alias_of(a, b) and a.numel() == b.numel() and a.dtype == b.dtype
         names = ("clone", "reshape", "_to_copy", "contiguous", "copy", "_unsafe_view")
-        if copying and getattr(node.target, "_opname", "") in names:
+        if getattr(node.target, "_opname", "") not in names or a.dtype != b.dtype or a.numel() != b.numel():
+            continue
+        with a.fake_mode:
+            again = node.target(a, *node.args[1:], **node.kwargs)
+        if not torch._C._is_alias_of(a, again):
             if reaches(node, "all_input_nodes", set()) and reaches(node, "users", set()):
                 found.append(node)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ def by_aten(monkeypatch):
     """torch's own kernels behind our ops, every graph run under the eyes of :class:`compiled.Strict`."""
     monkeypatch.setattr(torch._dynamo.backends.debugging, "boxed_nop", helper.strictly)
     monkeypatch.setattr(report, "_noticed", set())
+    report._reports.clear()
     graphs.clear()
     torch.manual_seed(0)
     with settings.configure(engine="aten"):
@@ -38,18 +38,20 @@ def by_aten(monkeypatch):
 
 # Networks.
 
-NETWORKS = {
-    "nnunet": (nnunet, {"LEVELS": 3}, lambda: nnunet.PlainConvUNet(4), (2, 1, 8, 8, 12)),
-    "mednext": (mednext, {"LEVELS": 1, "DEPTHS": (1, 1, 1), "RATIOS": (2, 3, 2)}, lambda: mednext.MedNeXt(4), (2, 1, 6, 8, 8)),
+NETWORKS = {  # module, what to shrink it by, maker, input
+    "nnunet": (nnunet, {"LEVELS": 2}, lambda: nnunet.PlainConvUNet(4), (2, 1, 4, 6, 8)),
+    "mednext": (mednext, {"LEVELS": 1, "DEPTHS": (1,) * 3, "RATIOS": (2, 3, 2)}, lambda: mednext.MedNeXt(4), (2, 1, 6, 4, 8)),
     "r3d": (r3d, {"LEVELS": 2}, lambda: r3d.R3D18(6, 5), (2, 3, 6, 12, 12)),
-    "x3d": (x3d, {"DEPTHS": (2, 1), "FEATURES": 8}, lambda: x3d.X3D(4, 5), (3, 3, 4, 20, 20)),
-    "wan_vae": (wan_vae, {"MULTIPLES": (2, 2, 1), "UPSAMPLING": ("time", ""), "BLOCKS": 1}, lambda: wan_vae.WanDecoder(4), (1, 16, 2, 3, 4)),
+    "x3d": (x3d, {"DEPTHS": (2,), "FEATURES": 8}, lambda: x3d.X3D(4, 5), (3, 3, 4, 20, 20)),
+    "wan_vae": (
+        wan_vae, {"MULTIPLES": (2, 1), "UPSAMPLING": ("",), "BLOCKS": 1}, lambda: wan_vae.WanDecoder(4), (1, 16, 2, 3, 4),
+    ),
     "qwen2_vl": (qwen2_vl, {}, lambda: qwen2_vl.PatchEmbed(8), (5, 3, 2, 14, 14)),
 }  # fmt: skip
+RUNS = [(name, True) for name in NETWORKS] + [("r3d", False), ("mednext", False), ("wan_vae", False)]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name, training", RUNS, ids=lambda v: v if isinstance(v, str) else "training" if v else "inference")
 def test_networks_give_what_eager_mode_gives(name, training, monkeypatch):
     module, numbers, build, shape = NETWORKS[name]
     for constant, value in numbers.items():
@@ -65,8 +67,8 @@ def test_networks_give_what_eager_mode_gives(name, training, monkeypatch):
 WIDTH, DEPTH = 4, 20
 
 
-def chain(norm, activation) -> nn.Sequential:
-    blocks = [(nn.Conv3d(WIDTH, WIDTH, 3, padding=1), norm(), activation()) for _ in range(DEPTH)]
+def chain(norm, activation, depth: int = DEPTH) -> nn.Sequential:
+    blocks = [(nn.Conv3d(WIDTH, WIDTH, 3, padding=1), norm(), activation()) for _ in range(depth)]
     return nn.Sequential(*(layer for block in blocks for layer in block))
 
 
@@ -87,41 +89,41 @@ class Joined(nn.Module):
 
 
 CHAINS = {
-    "instance norm": lambda: chain(lambda: nn.InstanceNorm3d(WIDTH, affine=True), functools.partial(nn.LeakyReLU, 0.1, True)),
-    "batch norm": lambda: chain(lambda: nn.BatchNorm3d(WIDTH), nn.ReLU),
-    "group norm": lambda: chain(lambda: nn.GroupNorm(2, WIDTH), nn.Identity),
+    "instance norm": lambda: chain(lambda: nn.InstanceNorm3d(WIDTH, affine=True), lambda: nn.LeakyReLU(0.1, True)),
+    "batch norm": lambda: chain(lambda: nn.BatchNorm3d(WIDTH), nn.ReLU, 3),
+    "group norm": lambda: chain(lambda: nn.GroupNorm(2, WIDTH), nn.GELU, 3),
     "pool, interpolate, cat, add": Joined,
 }
+LAYOUTS = [(name, training, False) for name in CHAINS for training in (True, False)] + [(name, False, True) for name in CHAINS]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", CHAINS)
-def test_no_conversion_lies_between_two_convolutions(name, channels_last, training):
+@pytest.mark.parametrize("name, training, channels_last", LAYOUTS)
+def test_no_conversion_lies_between_two_convolutions(name, training, channels_last):
     model = CHAINS[name]().train(training)
     x = torch.randn(2, next(model.parameters()).shape[1], 4, 4, 6)
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last_3d), x.contiguous(memory_format=torch.channels_last_3d)
     off, made = compare(model, x, training)
-    assert off <= (COMPILED if not training else 5 * COMPILED)  # twenty norms of few numbers each amplify roundoff
+    assert off <= COMPILED
     assert [node for g in graphs for node in conversions_between_convolutions(g.graph)] == []
     assert all("inside" not in r.inserted for r in made)
-    if channels_last:
-        assert all(not r.inserted for r in made)
+    if channels_last:  # what instance normalisation returns is contiguous, in eager mode too
+        assert all(set(r.inserted) <= {"leaving"} for r in made)
 
 
 def test_the_conversions_of_a_graph_are_counted():
-    """The counter of the test above sees what is there without the layout pass's work."""
-    model = chain(lambda: nn.InstanceNorm3d(WIDTH), nn.Identity).to(memory_format=torch.channels_last_3d)
+    """The count of the test above sees what is there without the layout pass."""
+    model = chain(lambda: nn.InstanceNorm3d(WIDTH), nn.Identity, 5).to(memory_format=torch.channels_last_3d)
     x = torch.randn(2, WIDTH, 4, 4, 6).contiguous(memory_format=torch.channels_last_3d)
     with torch.no_grad():
         compiled(model, layout=False)(x)
-    assert len(conversions_between_convolutions(graphs[0].graph)) >= DEPTH - 1
+    assert len(conversions_between_convolutions(graphs[0].graph)) >= 4
 
 
 def test_layout_off_leaves_strides_alone():
-    off, (made,) = compare(chain(lambda: nn.BatchNorm3d(WIDTH), nn.ReLU).eval(), torch.randn(1, WIDTH, 4, 4, 4), False, layout=False)  # fmt: skip
-    assert off <= COMPILED and made.inserted == {} and made.replaced == {"conv3d": DEPTH}
+    model = chain(lambda: nn.BatchNorm3d(WIDTH), nn.ReLU, 2).eval()
+    off, (made,) = compare(model, torch.randn(1, WIDTH, 4, 4, 4), False, layout=False)
+    assert off <= COMPILED and made.inserted == {} and made.replaced == {"conv3d": 2}
 
 
 # Fusion.
@@ -132,7 +134,10 @@ def test_every_block_of_an_inference_chain_is_one_node(bias):
     layers = [(nn.Conv3d(WIDTH, WIDTH, 3, padding=1, bias=bias), nn.BatchNorm3d(WIDTH), nn.ReLU()) for _ in range(DEPTH)]
     model = nn.Sequential(*(layer for block in layers for layer in block))
     for norm in model[1::3]:
-        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2), nn.init.normal_(norm.weight, 1, 0.2), nn.init.normal_(norm.bias)  # fmt: skip
+        for tensor in (norm.running_mean, norm.bias.data):
+            tensor.normal_()
+        for tensor in (norm.running_var, norm.weight.data):
+            tensor.uniform_(0.5, 2)
     off, (made,) = compare(model.eval(), torch.randn(2, WIDTH, 4, 3, 5), False)
     assert off <= COMPILED
     assert made.fused == ["scale"] * DEPTH + ["bias + relu"] * DEPTH
@@ -336,9 +341,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inducto
 
 
 def small() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv3d(2, 3, 3, padding=1), nn.BatchNorm3d(3), nn.SiLU(), nn.MaxPool3d(2), nn.Conv3d(3, 2, 1), nn.ReLU()
-    )
+    return nn.Sequential(nn.Conv3d(2, 3, 3, padding=1), nn.BatchNorm3d(3), nn.SiLU(), nn.Conv3d(3, 2, 1), nn.ReLU())
 
 
 @needs_compiler
@@ -371,6 +374,10 @@ def test_the_identity_of_the_pass_follows_its_options():
 
 
 # What it says.
+
+
+def lines(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "triton_conv3d"]
 
 
 @pytest.mark.parametrize(
@@ -406,7 +413,7 @@ def test_without_a_convolution_one_notice(inner, caplog):
     for size in (3, 4):  # the second size compiles again
         x = torch.randn(2, 3, size, size)
         assert torch.equal(function(x), model(x))
-    assert [record.message for record in caplog.records] == [
+    assert lines(caplog) == [
         f"no 3-D convolution in a graph of 6 nodes: compiled by {inner}, unchanged"
     ]
     assert len(reports()) == before
@@ -423,7 +430,7 @@ def test_a_pass_that_fails_leaves_the_graph(broken, monkeypatch, caplog):
     monkeypatch.setattr(getattr(passes, module), name, fail)
     off, made = compare(nn.Sequential(nn.Conv3d(2, 3, 3), nn.ReLU()), torch.randn(1, 2, 4, 4, 4), True)
     assert off == 0 and made == []
-    assert [record.message for record in caplog.records] == [
+    assert lines(caplog) == [
         f"{kind} graph left as it is: RuntimeError: planted" for kind in ("forward", "backward")
     ]
 
@@ -431,7 +438,7 @@ def test_a_pass_that_fails_leaves_the_graph(broken, monkeypatch, caplog):
 def test_the_log_shows_what_was_done(caplog):
     with settings.configure(log="plan"), caplog.at_level(logging.INFO, "triton_conv3d"):
         compiled(nn.Sequential(nn.Conv3d(2, 3, 3), nn.ReLU()))(torch.randn(1, 2, 4, 4, 4))
-    (line,) = (r.message for r in caplog.records if r.message.startswith("forward"))
+    (line,) = (text for text in lines(caplog) if text.startswith("forward:"))
     assert line == (
         "forward: replaced conv3d 1; fused bias + relu 1; conversions removed 0, inserted entering 1, weight 1, leaving 1"
     )
@@ -439,12 +446,12 @@ def test_the_log_shows_what_was_done(caplog):
 
 
 def test_the_entry_point_names_the_backend():
-    lines = (Path(__file__).parent.parent / "pyproject.toml").read_text().split("[project.entry-points.torch_dynamo_backends]")[1]
-    name, target = lines.strip().splitlines()[0].split(" = ")
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    name, target = text.split("[project.entry-points.torch_dynamo_backends]")[1].strip().splitlines()[0].split(" = ")
     module, attribute = target.strip('"').split(":")
     assert name == "triton_conv3d" and module == compile_backend.__name__ and getattr(compile_backend, attribute) is backend
 
 
 def test_importing_does_not_load_the_compiler():
-    code = "import sys, triton_conv3d; sys.exit('triton_conv3d.compile_backend' in sys.modules or 'torch._dynamo' in sys.modules)"
+    code = "import sys, triton_conv3d; sys.exit('triton_conv3d.compile_backend' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0

@@ -16,9 +16,23 @@ from torch.utils._pytree import tree_leaves
 
 from .. import ops
 from .report import Report
-from .rewriting import DGRAD, FUSED, WGRAD, Rewriter, aten, is_channels_last, is_ours, prims, same_strides
+from .rewriting import (
+    DGRAD,
+    FUSED,
+    WGRAD,
+    Rewriter,
+    aten,
+    is_channels_last,
+    is_contiguous,
+    is_ours,
+    prims,
+    same_strides,
+)
 
-_JOINS = (aten.cat.default,)
+_GATHERS = (aten.index.Tensor, aten._unsafe_index.Tensor)
+_SCATTERS = (aten.index_put.default, aten._unsafe_index_put.default)
+_FILLED = {aten.new_zeros.default: 1, aten.full.default: 0, aten.zeros.default: 0}  # where their sizes stand
+_FORMATS = (torch.contiguous_format, torch.channels_last_3d)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 # Ops beside the pointwise ones whose results, by torch's kernels and fake kernels alike, do not depend on the strides of
@@ -26,8 +40,8 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _FOLLOWING = {
     *"reshape view _unsafe_view permute transpose t squeeze unsqueeze expand slice select split split_with_sizes unbind "
     "alias detach diagonal cat stack clone _to_copy copy copy_ constant_pad_nd slice_backward slice_scatter "
-    "select_scatter select_backward index _unsafe_index index_select flip repeat sum mean var var_mean amax amin any all "
-    "max min argmax std linalg_vector_norm prod native_batch_norm _native_batch_norm_legit "
+    "select_scatter select_backward index _unsafe_index index_put _unsafe_index_put index_select flip repeat sum mean "
+    "var var_mean amax amin any all max min argmax std linalg_vector_norm prod native_batch_norm _native_batch_norm_legit "
     "_native_batch_norm_legit_functional _native_batch_norm_legit_no_training _batch_norm_with_update "
     "_batch_norm_with_update_functional native_batch_norm_backward batch_norm_backward cudnn_batch_norm "
     "cudnn_batch_norm_backward max_pool3d_with_indices max_pool3d_with_indices_backward avg_pool3d avg_pool3d_backward "
@@ -69,6 +83,8 @@ class _Propagation:
                 self._convolution(node)
             elif node.op in ("call_function", "call_module", "call_method"):
                 self._drop_conversion(node)
+                if node.target in (*_GATHERS, *_SCATTERS) and self._index_pixels(node):
+                    continue
                 if any(source in self.before for source in node.all_input_nodes):
                     self._propagate(node)
 
@@ -117,11 +133,10 @@ class _Propagation:
         return self.copies[key]
 
     def _drop_conversion(self, node: fx.Node) -> None:
-        """A copy that only makes a channels-last tensor contiguous."""
-        if node.target is not aten.clone.default or node.kwargs.get("memory_format") is not torch.contiguous_format:
+        """A copy of a channels-last tensor that makes it contiguous, or channels-last."""
+        if node.target is not aten.clone.default or node.kwargs.get("memory_format") not in _FORMATS:
             return
-        value = node.args[0].meta["val"]
-        if value.dim() == 5 and is_channels_last(value) and not is_channels_last(node.meta["val"]):
+        if _is_last(node.args[0].meta["val"]):
             node.target, node.kwargs = aten.alias.default, {}
             self._revalue(node)
             self.report.removed += 1
@@ -147,22 +162,35 @@ class _Propagation:
                 self.report.count("inserted", "reshape")
 
     def _harmonise(self, node: fx.Node) -> None:
-        """Where a channels-last tensor meets one that is not, in a sum or concatenation, the other is converted."""
-        value = node.meta["val"]
-        if not isinstance(value, torch.Tensor) or value.dim() != 5 or not (_is_pointwise(node) or node.target in _JOINS):
-            return
-        meeting = [
-            source
-            for source in node.all_input_nodes
-            if (operand := source.meta["val"]).dim() == 5
-            and (node.target in _JOINS or operand.shape == value.shape)
-            and not any(statically_known_true(stride == 0) for stride in operand.stride())
-        ]
+        """Where a channels-last tensor meets one that is not, the other is converted: else it may decide for both."""
+        meeting = [source for source in node.all_input_nodes if _is_dense_5d(source.meta["val"])]
         others = [source for source in meeting if not _readable(source.meta["val"], is_weight=False)]
         if 0 < len(others) < len(meeting):
             for source in others:
                 where = "inside" if self._from_convolution(source) else "entering"
                 node.replace_input_with(source, self._copy(source, node, where))
+
+    def _index_pixels(self, node: fx.Node) -> bool:
+        """Interpolation by indices of pixels gives contiguous tensors; with channels moved last before, it need not."""
+        tensor, indices = node.args[:2]
+        values = node.args[2:3] if node.target in _SCATTERS else ()
+        pixels = len(indices) == 5 and indices[:2] == [None, None] and all(isinstance(i, fx.Node) for i in indices[2:])
+        read = values or (tensor,)  # a scatter goes into zeros, made for it
+        if not pixels or not all(_is_channels_inside(n.meta["val"]) for n in read) or (values and tensor.target not in _FILLED):
+            return False
+        last, first = [0, 2, 3, 4, 1], [0, 4, 1, 2, 3]
+        values = [self.rewriter.call(node, aten.permute.default, n, last) for n in values]
+        if values:
+            at, arguments = _FILLED[tensor.target], list(tensor.args)
+            arguments[at] = [arguments[at][dim] for dim in last]
+            moved = self.rewriter.call(node, tensor.target, *arguments, **tensor.kwargs)
+        else:
+            moved = self.rewriter.call(node, aten.permute.default, tensor, last)
+        result = self.rewriter.call(node, node.target, moved, [None, *indices[2:]], *values, *node.args[3:])
+        result = self.rewriter.call(node, aten.permute.default, result, first)
+        self.before[result] = node.meta["val"]
+        self.rewriter.take_over(node, result)
+        return True
 
     def _revalue(self, node: fx.Node) -> None:
         """Update the node's value, and remember the old one if strides differ."""
@@ -204,6 +232,15 @@ def _is_weight(node: fx.Node, index: int) -> bool:
     return index == 1 and node.target is not WGRAD
 
 
+def _is_last(value: torch.Tensor) -> bool:
+    """Channels-last and nothing else."""
+    return is_channels_last(value) and not is_contiguous(value)
+
+
+def _is_channels_inside(value: torch.Tensor) -> bool:
+    return _readable(value, is_weight=False) and not is_contiguous(value)
+
+
 def _readable(value: torch.Tensor, is_weight: bool) -> bool:
     """Kernels read it as it is: channels are dense and last; of a weight all of it is."""
     if is_channels_last(value):
@@ -219,11 +256,13 @@ def _follows(node: fx.Node) -> bool:
         return False
     if target in (aten.view.dtype, prims.view_of_dtype.default if hasattr(prims, "view_of_dtype") else None):
         return False
-    return _is_pointwise(node) or target._opname in _FOLLOWING
+    return torch.Tag.pointwise in target.tags or target._opname in _FOLLOWING
 
 
-def _is_pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+def _is_dense_5d(value: object) -> bool:
+    if not isinstance(value, torch.Tensor) or value.dim() != 5:
+        return False
+    return not any(statically_known_true(stride == 0) for stride in value.stride())  # of expanded ones little is there
 
 
 def _aliases(node: fx.Node) -> bool:

@@ -38,4 +38,5 @@ def _normalise(
     cudnn_enabled=True,
 ):  # fmt: skip
     batch, channels, *spatial = input.shape
-    return torch.native_group_norm(input, weight, bias, batch, channels, math.prod(spatial), channels, eps)[0]
+    result = torch.native_group_norm(input, weight, bias, batch, channels, math.prod(spatial), channels, eps)[0]
+    return result.contiguous()  # as torch's own; the layout pass takes it out again
