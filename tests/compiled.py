@@ -11,6 +11,8 @@ from torch import fx
 from triton_conv3d.compile_backend import backend, reports
 from triton_conv3d.compile_backend.rewriting import is_ours
 
+_TORCHS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
 
 class Strict(fx.Interpreter):
     """Runs a graph and compares what torch computes with what the graph says: shapes, and the strides that matter.
@@ -24,7 +26,7 @@ class Strict(fx.Interpreter):
 
     def run_node(self, node):
         result = super().run_node(node)
-        if node.target is torch.ops.aten.convolution.default or self.unforeseen & set(node.all_input_nodes):
+        if node.target in _TORCHS or self.unforeseen & set(node.all_input_nodes):
             self.unforeseen.add(node)
             return result
         expected = node.meta.get("val")
