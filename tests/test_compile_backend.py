@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import compiled as helper
@@ -48,7 +46,7 @@ NETWORKS = {  # module, what to shrink it by, maker, input
     ),
     "qwen2_vl": (qwen2_vl, {}, lambda: qwen2_vl.PatchEmbed(8), (5, 3, 2, 14, 14)),
 }  # fmt: skip
-RUNS = [(name, True) for name in NETWORKS] + [("r3d", False), ("mednext", False), ("wan_vae", False)]
+RUNS = [(name, True) for name in NETWORKS] + [("r3d", False), ("wan_vae", False)]
 
 
 @pytest.mark.parametrize("name, training", RUNS, ids=lambda v: v if isinstance(v, str) else "training" if v else "inference")
@@ -170,8 +168,7 @@ class Block(nn.Module):
         return self.after(self.conv(x), x)
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name, residual", [*((name, False) for name in ACTIVATIONS), ("relu", True), ("silu", True)])
 def test_activations_are_fused(name, residual):
     activation = ACTIVATIONS[name]
     model = Block(lambda y, x: activation(x + y if residual else y))
@@ -239,9 +236,8 @@ PADDING = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("name", PADDING)
-def test_zero_padding_moves_into_the_convolution(name, training):
+def test_zero_padding_moves_into_the_convolution(name):
     pad, count = PADDING[name]
     conv = nn.Conv3d(3, 2, 2, padding=(1, 0, 1))
 
@@ -253,7 +249,7 @@ def test_zero_padding_moves_into_the_convolution(name, training):
         def forward(self, x):
             return self.conv(pad(x))
 
-    off, made = compare(Padded(), torch.randn(2, 3, 4, 3, 5), training)
+    off, made = compare(Padded(), torch.randn(2, 3, 4, 3, 5), True)
     assert off <= COMPILED
     assert made[0].fused.count("padding") == count
 
@@ -267,14 +263,12 @@ TRANSPOSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("name", TRANSPOSED)
-def test_transposed_convolutions(name, training):
+def test_transposed_convolutions(name):
     model = nn.ConvTranspose3d(4, 6, **{"kernel_size": 2, **TRANSPOSED[name]})
-    off, made = compare(model, torch.randn(2, 4, 3, 4, 5), training)
+    off, made = compare(model, torch.randn(2, 4, 3, 4, 5), True)
     assert off <= COMPILED and made[0].replaced == {"transposed conv3d": 1}
-    if training:
-        assert set(made[1].replaced) == {"conv3d", "conv3d_wgrad"} | ({"bias gradient"} if model.bias is not None else set())
+    assert set(made[1].replaced) == {"conv3d", "conv3d_wgrad"} | ({"bias gradient"} if model.bias is not None else set())
 
 
 @pytest.mark.parametrize(
@@ -427,7 +421,7 @@ def test_without_a_convolution_one_notice(inner, caplog):
     assert len(reports()) == before
 
 
-@pytest.mark.parametrize("broken", ["convolutions.replace", "fusion.fuse", "layout.channels_last"])
+@pytest.mark.parametrize("broken", ["fusion.fuse", "layout.channels_last"])
 def test_a_pass_that_fails_leaves_the_graph(broken, monkeypatch, caplog):
     module, name = broken.split(".")
 
@@ -458,8 +452,3 @@ def test_the_entry_point_names_the_backend():
     name, target = text.split("[project.entry-points.torch_dynamo_backends]")[1].strip().splitlines()[0].split(" = ")
     module, attribute = target.strip('"').split(":")
     assert name == "triton_conv3d" and module == compile_backend.__name__ and getattr(compile_backend, attribute) is backend
-
-
-def test_importing_does_not_load_the_compiler():
-    code = "import sys, triton_conv3d; sys.exit('triton_conv3d.compile_backend' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
