@@ -27,6 +27,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 _SLACK = 64  # NaN elements before and after an operand; keeps 16-byte alignment
 _LONGEST_STEPS = (20, 40, 80, 200)  # programs x loop steps of a fuzz case: a few milliseconds each, in the interpreter
+_EXACT_ACTIVATIONS = ("none", "relu", "leaky_relu")  # of integers, with a slope that is a power of 2
 _READ = {"forward": ("input", "weight"), "dgrad": ("grad", "weight"), "wgrad": ("grad", "input")}
 
 
@@ -41,7 +42,8 @@ class Case:
     """One call of an engine. Its repr is Python: a failing one goes into a list as it is printed.
 
     Shapes as in :class:`Problem`; ``layouts`` of the two operands that the pass reads, names of :data:`LAYOUTS`, in
-    the order input, weight, grad; ``channels_last`` of the result; ``exact``: integers for T1, else random for T2.
+    the order input, weight, grad; ``residual``: None or its layout; ``channels_last`` of the result; ``exact``: integers
+    for T1, else random for T2.
     """
 
     pass_: str
@@ -55,6 +57,9 @@ class Case:
     dilation: Triple = (1, 1, 1)
     groups: int = 1
     bias: bool = False
+    residual: str | None = None
+    activation: str = "none"
+    negative_slope: float = 0.25
     dtype: str = "float32"
     precision: str = "ieee"
     layouts: tuple[str, str] = ("channels_last", "channels_last")
@@ -71,6 +76,7 @@ class Case:
         return Problem(
             device=device,
             arch=arch,
+            residual=self.residual is not None,
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(Case) if f.name in _PROBLEM_FIELDS},
         )
 
@@ -91,7 +97,7 @@ class Case:
         return f"{self.pass_}-{cross(map(str, p.input_shape))}-{self.out_channels}-k{cross(map(str, self.kernel_size))}"
 
 
-_PROBLEM_FIELDS = {f.name for f in dataclasses.fields(Problem)} - {"layouts"}
+_PROBLEM_FIELDS = {f.name for f in dataclasses.fields(Problem)} - {"layouts", "residual"}
 
 
 def _buffer(elements: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
@@ -170,7 +176,9 @@ def make(case: Case) -> tuple[Problem, Operands]:
     if case.bias:
         bias = _buffer(case.out_channels, dtype)
         tensors["bias"] = bias.copy_(values((case.out_channels,)))
-    operands = Operands(**tensors)
+    if case.residual:
+        tensors["residual"] = LAYOUTS[case.residual](values(p.output_shape))
+    operands = Operands(**tensors, negative_slope=case.negative_slope)
     return pose(case, operands), operands
 
 
@@ -179,7 +187,7 @@ def pose(case: Case, operands: Operands) -> Problem:
     p = case.geometry()
     return describe(
         case.pass_, operands, p.input_shape, p.weight_shape, case.stride, case.padding, case.dilation, case.groups,
-        case.channels_last, case.precision,
+        case.channels_last, case.precision, case.activation,
     )  # fmt: skip
 
 
@@ -229,12 +237,12 @@ def run(
     engine = engines.get(engine) if isinstance(engine, str) else engine
     assert engine.supports(problem) is None, f"{engine.supports(problem)}\n{case}"
     config = config or engine.configs(problem)[-1]
-    before = [None if t is None else _bytes(t) for t in operands]
+    before = [None if t is None else _bytes(t) for t in operands.tensors]
     try:
         with allocating(fresh):
             result = engine.launch(problem, operands, config)
         judge(case, problem, operands, result, getattr(config, "splits", 1), engine.NAME)
-        for name, tensor, copy in zip(Operands._fields, operands, before, strict=True):
+        for name, tensor, copy in zip(Operands._fields[:5], operands.tensors, before, strict=True):
             assert tensor is None or torch.equal(_bytes(tensor), copy), f"{name} was modified"
     except Exception as error:
         error.args = (f"{error}\n{engine.NAME}, {config}\n{case!r}", *error.args[1:])
@@ -250,7 +258,9 @@ def judge(
     assert result.shape == like.shape and result.dtype == like.dtype and result.device == DEVICE
     assert result.stride() == like.stride(), f"strides {result.stride()}, torch would return {like.stride()}"
     roundings = problem.taps if engine == "aten" and case.dtype != "float32" else 1
-    if case.exact and roundings == 1:
+    if problem.fused and engine in ("aten", "matmul"):  # before the residual, and before the activation
+        roundings += 2
+    if case.exact and roundings == 1 and case.activation in _EXACT_ACTIVATIONS:
         tolerances.check_exact(result, problem, operands)
         return
     tolerances.check_bound(
@@ -275,7 +285,7 @@ def check_footprint(
 
     Everything else stays exact. ``beyond(where)``: what of the result a NaN at ``where`` may touch besides.
     """
-    tensor = [tensor for tensor in operands if tensor is not None][which]
+    tensor = [tensor for tensor in operands.tensors if tensor is not None][which]
     clean = reference.compute(problem, operands)
     offers, touched = engine.configs(problem), 0
     for position in (0, tensor.numel() // 2, tensor.numel() - 1):

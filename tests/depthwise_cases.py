@@ -183,7 +183,7 @@ def large_case(pass_: str, crossing: str, contiguous: bool) -> tuple[Problem, Op
         extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)) + 1
         return reserved(extent, tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
 
-    wide = Operands(*(spread(t) if t is not None and i != 1 else t for i, t in enumerate(operands)))
+    wide = Operands(*(spread(t) if t is not None and i != 1 else t for i, t in enumerate(operands.tensors)))
     problem = pose(case, wide)
     return problem.replace(layouts=("contiguous",) * 3) if contiguous else problem, wide
 

@@ -142,7 +142,7 @@ def large_case(pass_: str, crossing: str) -> tuple:
         return reserved(extent, tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
 
     # A weight of such an extent would be copied.
-    wide = Operands(*(spread(t) if t is not None and i != 1 else t for i, t in enumerate(operands)))
+    wide = Operands(*(spread(t) if t is not None and i != 1 else t for i, t in enumerate(operands.tensors)))
     return pose(case, wide), wide
 
 

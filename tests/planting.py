@@ -57,6 +57,10 @@ def _load(engine: str, name: str, fault: Fault | None, where: str) -> ModuleType
         shutil.copy(single, copy)
     else:
         shutil.copytree(ENGINES / engine, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    if not single.is_file():  # what the kernels share, so that faults can stand there too
+        shutil.copy(ENGINES / "epilogue.py", copy)
+        for source in copy.glob("*.py"):
+            source.write_text(source.read_text().replace("from ..epilogue import", "from .epilogue import"))
     if fault:
         file, old, new = fault
         source = (copy / file).read_text()

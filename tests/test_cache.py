@@ -64,7 +64,8 @@ def test_another_environment_is_a_miss(directory, field):
 @pytest.mark.parametrize("changes", [
     {"pass_": "dgrad"}, {"batch": 1}, {"in_channels": 4}, {"out_channels": 6}, {"input_size": (7, 9, 8)},
     {"kernel_size": (3, 3, 1)}, {"stride": (1, 1, 2)}, {"padding": (1, 1, 1, 1, 1, 0)}, {"dilation": (2, 1, 1)},
-    {"groups": 3}, {"bias": True}, {"dtype": "bfloat16"}, {"precision": "tf32"}, {"alignment": 2}, {"index64": True},
+    {"groups": 3}, {"bias": True}, {"residual": True}, {"activation": "silu"},
+    {"dtype": "bfloat16"}, {"precision": "tf32"}, {"alignment": 2}, {"index64": True},
     {"layouts": ("contiguous",) * 3}, {"device": "NVIDIA H200"}, {"arch": "sm_90"},
 ], ids=lambda changes: next(iter(changes)))
 def test_another_problem_is_a_miss(directory, changes):
@@ -130,7 +131,7 @@ def test_import_skips_damaged_plans_and_says_why(directory, tmp_path):
     assert report.skipped == {"the checksum does not fit": 1, "not an entry of the plan cache": 1, "another schema": 1}
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", DATA, b'{"schema":2,"plans":[]}', b'{"schema":1,"plans":{}}',
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", DATA, b'{"schema":1,"plans":[]}', b'{"schema":2,"plans":{}}',
                                      b"[" * 200_000, b"\xff" * 99],
                          ids=["empty", "list", "object", "entry", "schema", "type", "deep", "bytes"])
 def test_importing_another_file_reports_it(directory, tmp_path, content):

@@ -15,7 +15,7 @@ from cases import DEVICE, LAYOUTS, Case, engines_for, make, pose, run
 
 from triton_conv3d import engines, reference
 from triton_conv3d.engines import launching
-from triton_conv3d.problem import PASSES, Operands, Problem, device_name
+from triton_conv3d.problem import PASSES, Problem, device_name
 
 KINDS = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"))
 GATHER, WGRAD = ("forward", "dgrad"), ("wgrad",)
@@ -275,7 +275,7 @@ def test_unsupported_problems_are_named(engine: str, changes: dict, reason: str)
 def test_aten_takes_everything(pass_: str) -> None:
     aten = engines.get("aten")
     problem, operands = make(Case(pass_, batch=2, padding=(1, 0, 0, 2, 1, 1), stride=(2, 1, 2), exact=False))
-    double = Operands(*(None if t is None else t.double() for t in operands))
+    double = operands.map(torch.Tensor.double)
     result = aten.launch(problem.replace(dtype="float64"), double, aten.configs(problem)[0])
     torch.testing.assert_close(result, reference.compute(problem, operands), rtol=1e-12, atol=1e-12)
 

@@ -42,6 +42,7 @@ def test_work_and_bytes():
     assert p.pixels == pixels and p.flops == 2 * pixels * 6 * 2 * 3
     assert p.min_bytes == 4 * (2 * 4 * 64 + 6 * 2 * 3 + pixels * 6)
     assert p.replace(bias=True).min_bytes == p.min_bytes + 4 * 6
+    assert p.replace(residual=True, activation="relu").min_bytes == p.min_bytes + 4 * pixels * 6
     assert p.replace(dtype="float16").min_bytes * 2 == p.min_bytes
 
 
@@ -108,7 +109,8 @@ def test_precision_is_of_float32_only():
 def test_equal_problems_are_one_key_and_one_dictionary_entry():
     one, other = described(LAST), described(LAST.clone(memory_format=torch.preserve_format))
     assert one == other and hash(one) == hash(other) and one.key == other.key
-    for changes in (dict(batch=3), dict(dilation=(1, 1, 2)), dict(layouts=(CONTIGUOUS,) * 3), dict(bias=True)):
+    changed = dict(batch=3, dilation=(1, 1, 2), layouts=(CONTIGUOUS,) * 3, bias=True, residual=True, activation="relu")
+    for changes in ({name: value} for name, value in changed.items()):
         assert one.replace(**changes) != one and one.replace(**changes).key != one.key
 
 
@@ -135,3 +137,5 @@ def test_text_names_what_is_unusual():
     assert str(p) == (
         "dgrad 1x4x4x4x4 -> 6, kernel 3x1x1, stride 2x1x1, padding 1x0x0/0x0x0, dilation 1x1x2, groups 2, float32 ieee"
     )
+    fused = Problem("forward", 1, 4, 6, (4, 4, 4), (1, 1, 1), residual=True, activation="silu")
+    assert str(fused) == "forward 1x4x4x4x4 -> 6, kernel 1x1x1, residual, silu, float16"

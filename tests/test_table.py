@@ -75,7 +75,8 @@ def test_exact_before_near_and_own_before_shipped(own):
 @pytest.mark.parametrize("changes, octaves", [
     ({}, 0), ({"batch": 4}, 1), ({"batch": 1}, 1), ({"in_channels": 256}, 3), ({"out_channels": 128}, 1),
     ({"input_size": (126, 65, 66)}, 1), ({"input_size": (126, 130, 66)}, math.sqrt(2)), ({"alignment": 4}, 2),
-    ({"bias": True}, 1), ({"padding": (0,) * 6}, 1), ({"index64": True}, 1), ({"layouts": ("contiguous",) * 3}, 1),
+    ({"bias": True}, 1), ({"residual": True}, 1), ({"activation": "silu"}, 1),
+    ({"padding": (0,) * 6}, 1), ({"index64": True}, 1), ({"layouts": ("contiguous",) * 3}, 1),
 ], ids=str)
 def test_distance_in_octaves(changes, octaves):
     other = PROBLEM.replace(**changes)
@@ -97,7 +98,8 @@ def test_nothing_is_learnt_from_another_kind(own, changes):
 def test_every_field_separates_two_problems():
     changes = {"pass_": "dgrad", "batch": 0, "in_channels": 33, "out_channels": 65, "input_size": (63, 66, 66),
                "kernel_size": (3, 3, 1), "stride": (2, 2, 2), "padding": (1, 1, 1, 1, 1, 0), "dilation": (1, 2, 1),
-               "groups": 4, "bias": True, "dtype": "float32", "precision": "tf32", "layouts": ("view",) * 3,
+               "groups": 4, "bias": True, "residual": True, "activation": "relu",
+               "dtype": "float32", "precision": "tf32", "layouts": ("view",) * 3,
                "alignment": 8, "index64": True, "device": "x", "arch": "y"}
     assert set(changes) == {field.name for field in dataclasses.fields(Problem)}
     assert all(distance(PROBLEM, PROBLEM.replace(**{name: value})) > 0 for name, value in changes.items())

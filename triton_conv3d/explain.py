@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import engines, ops
 from .engines.base import Memory
 from .functional import checked_geometry
-from .problem import PASSES, Problem
+from .problem import NO_ACTIVATION, PASSES, Problem
 from .tuning import Plan, select
 from .tuning.select import ranking
 
@@ -83,12 +83,14 @@ def explain(
     dilation=1,
     groups: int = 1,
     *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
     pass_: str | None = None,
 ) -> Explanation:
     """Explain ``conv3d(input, weight, ...)``, or a layer's call on an example: ``explain(layer, input)``.
 
     Args:
-        input, ..., groups: as :func:`triton_conv3d.conv3d`; or a Conv3d and its input.
+        input, ..., residual: as :func:`triton_conv3d.conv3d`; or a Conv3d and its input.
         pass_: ``forward``, ``dgrad`` or ``wgrad``; all three if None.
 
     Raises:
@@ -105,8 +107,8 @@ def explain(
             input, padding = nn.functional.pad(input, sides, mode=layer.padding_mode), 0
     if input.dim() == 4:
         input = input.unsqueeze(0)
+    activation = NO_ACTIVATION if activation is None else activation
     with torch.no_grad():
-        problems = ops.problems(
-            input, weight, bias, *checked_geometry(input, weight, bias, stride, padding, dilation, groups)
-        )
+        geometry = checked_geometry(input, weight, bias, stride, padding, dilation, groups)
+        problems = ops.problems(input, weight, bias, *geometry, residual=residual, activation=activation)
     return Explanation({p.pass_: explain_problem(p) for p in problems if pass_ in (None, p.pass_)})

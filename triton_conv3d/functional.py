@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import ops
+from .engines.base import activate
 from .problem import NO_ACTIVATION
 
 _DIMENSIONS = ("depth", "height", "width")
@@ -83,11 +84,14 @@ def _fused(input, weight, bias, residual, geometry, activation, negative_slope) 
         more = {"activation": activation, "residual": residual, "negative_slope": negative_slope}
         return handle_torch_function(conv3d, given, input, weight, bias, *geometry, **more)
     _refuse_types(input=input, weight=weight, bias=bias, residual=residual)
-    activation = NO_ACTIVATION if activation is None else activation
-    if not isinstance(activation, str):
+    if not (activation is None or isinstance(activation, str)):
         raise TypeError(f"conv3d: activation must be a str or None, got {type(activation).__name__}: {activation!r}")
+    activation = NO_ACTIVATION if activation is None else activation
     if isinstance(negative_slope, bool) or not isinstance(negative_slope, (int, float, torch.SymFloat)):
         raise TypeError(f"conv3d: negative_slope must be a number, got {_brief(negative_slope)}")
+    if input.layout is not torch.strided:
+        sums = F.conv3d(input, weight, bias, *geometry)
+        return activate(sums if residual is None else sums + residual, activation, negative_slope)
     unbatched = input.dim() == 4
     if unbatched:
         input = input.unsqueeze(0)

@@ -106,14 +106,15 @@ def _with_epilogue(problem: Problem, residual: bool, activation: str) -> Problem
 
 
 def problems(
-    input, weight, bias, stride, padding, dilation, groups, *, residual: bool = False, activation: str = NO_ACTIVATION
+    input, weight, bias, stride, padding, dilation, groups, *, residual=None, activation: str = NO_ACTIVATION
 ) -> list[Problem]:
     """The problems of forward, dgrad and wgrad of one call, for real tensors or meta tensors; nothing is computed."""
     channels_last = _channels_last_result(input, weight)
     grad = _empty(input, output_shape(input.shape, weight.shape, stride, padding, dilation), channels_last)
+    check_epilogue(grad.shape, activation, residual)
     geometry = (input.shape, weight.shape, stride, padding, dilation, groups, channels_last)
     return [
-        _with_epilogue(_problem("forward", Operands(input, weight, None, bias), *geometry), residual, activation),
+        _with_epilogue(_problem("forward", Operands(input, weight, None, bias), *geometry), residual is not None, activation),
         _problem("dgrad", Operands(None, weight, grad), *geometry),
         _problem("wgrad", Operands(input, None, grad), *geometry),
     ]

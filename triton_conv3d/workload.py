@@ -2,7 +2,8 @@
 
 A layer is an object with the fields ``id``, ``N``, ``C``, ``D``, ``H``, ``W``, ``K`` (sizes), ``kernel``, ``stride``,
 ``padding``, ``dilation`` (three numbers each), ``groups``, ``bias`` (true or false) and ``dtype`` (fp16, bf16, fp32).
-Fields beyond these are notes. A layer whose ``op`` is given and not ``conv3d`` is left out.
+A layer may also have an ``activation`` (a name of conv3d's) and ``residual`` (true or false): its forward pass is tuned
+fused with them. Fields beyond these are notes. A layer whose ``op`` is given and not ``conv3d`` is left out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from . import ops
-from .problem import Triple
+from .problem import ACTIVATIONS, NO_ACTIVATION, Triple
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -36,6 +37,8 @@ class Layer:
     groups: int
     bias: bool
     dtype: str
+    activation: str = NO_ACTIVATION
+    residual: bool = False
 
     def __post_init__(self):
         for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
@@ -77,7 +80,12 @@ class Layer:
 
         input, weight = random(self.input_shape), random(self.weight_shape)
         if "forward" in passes:
-            ops.conv3d(input, weight, torch.randn(self.out_channels, **like) if self.bias else None, *geometry)
+            bias = torch.randn(self.out_channels, **like) if self.bias else None
+            if self.residual or self.activation != NO_ACTIVATION:
+                residual = random(self.output_shape) if self.residual else None
+                ops.conv3d_fused(input, weight, bias, residual, *geometry, self.activation, 0.01)
+            else:
+                ops.conv3d(input, weight, bias, *geometry)
         if "dgrad" in passes:
             ops.conv3d_dgrad(random(self.output_shape), weight, self.input_shape, *geometry, last)
         if "wgrad" in passes:
@@ -112,7 +120,9 @@ def layer(entry: object, index: int = 0) -> Layer:
         raise ValueError(f"layer {index} is not an object with fields: {entry!r}")
     name = entry.get("id", index)
 
-    def field(key: str, valid, expected: str):
+    def field(key: str, valid, expected: str, default=None):
+        if key not in entry and default is not None:
+            return default
         if key not in entry:
             raise ValueError(f"layer {name}: {key} is missing: expected {expected}")
         if not valid(entry[key]):
@@ -141,4 +151,6 @@ def layer(entry: object, index: int = 0) -> Layer:
         groups=size("groups"),
         bias=field("bias", lambda v: isinstance(v, bool), "true or false"),
         dtype=field("dtype", lambda v: v in DTYPES, " or ".join(DTYPES)),
+        activation=field("activation", lambda v: v in ACTIVATIONS, " or ".join(ACTIVATIONS), NO_ACTIVATION),
+        residual=field("residual", lambda v: isinstance(v, bool), "true or false", False),
     )

@@ -21,7 +21,7 @@ _ATEN = "aten"  # torch's own, which is not ours to judge
 def fill(problem: Problem, operands: Operands) -> None:
     """Overwrite the operands with -1, 0 and 1, in place and without temporaries: at most every second one is not 0."""
     density = min(0.5, (_SUMS / max(1, reference.reduction(problem))) ** 0.5)
-    for tensor in operands:
+    for tensor in operands.tensors:
         if tensor is not None:
             generator = torch.Generator(tensor.device).manual_seed(tensor.numel())
             tensor.uniform_(-1, 1, generator=generator).div_(1 - density).trunc_().clamp_(-1, 1)

@@ -5,7 +5,7 @@
     configs(problem) -> tuple[Config, ...] valid configs, the safest (smallest) last; empty only if unsupported
     launch(problem, operands, config)      the result tensor, in problem.memory_format; raises on failure. A forward
                                            pass ends with the residual and the activation: in the kernel (epilogue.py,
-                                           :func:`epilogue`), or by :func:`finish`
+                                           :func:`residual_and_slope`), or by :func:`finish`
     memory(problem, config) -> Memory      bytes that it needs beyond operands and result
 """
 
@@ -101,7 +101,7 @@ def format_strides(shape: tuple[int, ...], memory_format: torch.memory_format) -
 NO_EPILOGUE = (None, None)
 
 
-def epilogue(problem: Problem, operands: Operands) -> tuple[torch.Tensor | None, float | None]:
+def residual_and_slope(problem: Problem, operands: Operands) -> tuple[torch.Tensor | None, float | None]:
     """(residual, slope) as kernels take them: the residual has the strides of the result, by a copy if it must be."""
     if not problem.fused:
         return NO_EPILOGUE

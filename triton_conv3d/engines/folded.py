@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..problem import VECTOR_BYTES, Operands, Problem
-from .base import Config, Memory, Work, epilogue, format_strides, refused_by_kernels, upcast
+from .base import Config, Memory, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
 from .epilogue import finished
 from .implicit_gemm.kernels import dot, rounded, tap_bits
 from .launching import GRID_LIMIT, launch_kernel
@@ -197,7 +197,7 @@ def launch(problem: Problem, operands: Operands, config: FoldedConfig) -> torch.
     x, w = operands.grad if problem.pass_ == "dgrad" else operands.input, operands.weight
     y = problem.empty_result(x.device)
     grid, arguments, options = _launch(problem, config, x.stride(), w.stride())
-    launch_kernel(folded_gemm, grid, (x, w, operands.bias, y, *arguments, *epilogue(problem, operands)), options)
+    launch_kernel(folded_gemm, grid, (x, w, operands.bias, y, *arguments, *residual_and_slope(problem, operands)), options)
     return y
 
 

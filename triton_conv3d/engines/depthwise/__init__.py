@@ -32,7 +32,7 @@ import torch
 import triton.language as tl
 
 from ...problem import STRIDED, VECTOR_BYTES, Operands, Problem
-from ..base import Memory, Work, aligned, epilogue, format_strides, refused_by_kernels, upcast
+from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..launching import launch_kernel
 from .axes import ring_size, strip_step
 from .configs import WORKSPACE_LIMIT, DepthwiseConfig, configs, partial_bytes, register_limit, smallest
@@ -165,12 +165,12 @@ def _gather(problem: Problem, operands: Operands, config: DepthwiseConfig) -> to
     y = problem.empty_result(x.device)
     if config.kernel == SLIDE:
         grid, arguments, options = _slide_launch(problem, config, x.stride(), aligned(x), w.stride())
-        launch_kernel(slide, grid, (x, w, operands.bias, y, *arguments, *epilogue(problem, operands)), options)
+        launch_kernel(slide, grid, (x, w, operands.bias, y, *arguments, *residual_and_slope(problem, operands)), options)
         return y
     taps = torch.empty((*w.shape[2:], problem.out_channels), dtype=torch.float32, device=x.device)
     taps.copy_(w[:, 0].permute(1, 2, 3, 0))
     grid, arguments, options = _rows_launch(problem, config, x.stride(), aligned(x))
-    launch_kernel(rows, grid, (x, taps, operands.bias, y, *arguments, *epilogue(problem, operands)), options)
+    launch_kernel(rows, grid, (x, taps, operands.bias, y, *arguments, *residual_and_slope(problem, operands)), options)
     return y
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..implicit_gemm.kernels import parity_class
 from .axes import count, position, ring_size, row_of_taps, stride, strip_step, taps
-from .lanes import add_row, in_elements, lanes, load_line, shifted, store_line, tile_of
+from .lanes import add_row, in_elements, lanes, load_line, store_line, tile_of
 
 
 @triton.jit
@@ -82,7 +82,6 @@ def slide(
     y_lane = c.to(INDEX) * (1 if Y_LAST else y_c) + yh * y_h + yw.to(INDEX) * Y_PIXEL
     x_ptr += n * x_n
     y_ptr += n * y_n
-    residual_ptr = shifted(residual_ptr, n * y_n)
 
     w_k, w_d, w_h, w_w = in_elements(w_strides, 1, INDEX)
     weights = ()
@@ -137,7 +136,7 @@ def slide(
             if (o >= first) & (o < end):
                 for i in tl.static_range(ROWS):
                     store_line(
-                        y_ptr + o * y_d + i * y_h, shifted(residual_ptr, o * y_d + i * y_h), y_lane, yw, y_size[2],
+                        y_ptr + o * y_d + i * y_h, residual_ptr, n * y_n + o * y_d + i * y_h, y_lane, yw, y_size[2],
                         inside & (yh + i < y_size[1]), acc[b * ROWS + i], slope,
                         Y_PIXEL, Y_GROUP, Y_EVEN, COLUMNS, ACTIVATION, UPCAST, BLOCK,
                     )  # fmt: skip
@@ -263,7 +262,6 @@ def rows(
     y_lane = c.to(INDEX) * (1 if Y_LAST else y_c) + yh * y_h + yw.to(INDEX) * Y_PIXEL
     x_ptr += n * x_n
     y_ptr += n * y_n
-    residual_ptr = shifted(residual_ptr, n * y_n)
     w_ptr += x_channel if DGRAD else c
     w_step = filters * C_UNIT
     initial = tl.zeros([BLOCK], tl.float32)
@@ -298,6 +296,6 @@ def rows(
                         )  # fmt: skip
         plane = (j * stride[0] + index_d) * y_d
         store_line(
-            y_ptr + plane, shifted(residual_ptr, plane), y_lane, yw, y_size[2], inside, acc, slope,
+            y_ptr + plane, residual_ptr, n * y_n + plane, y_lane, yw, y_size[2], inside, acc, slope,
             Y_PIXEL, Y_GROUP, Y_EVEN, COLUMNS, ACTIVATION, UPCAST, BLOCK,
         )  # fmt: skip

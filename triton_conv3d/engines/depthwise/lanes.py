@@ -135,18 +135,10 @@ def load_line(
 
 
 @triton.jit
-def shifted(pointer, offset):
-    """pointer + offset; None stays None."""
-    if pointer is None:
-        return pointer
-    else:
-        return pointer + offset
-
-
-@triton.jit
 def store_line(
     row_ptr,
-    residual_ptr,  # of the same row, or None
+    residual_ptr,  # of the whole tensor, or None
+    row,  # where the row begins in it
     lane,
     at,
     size,
@@ -165,13 +157,13 @@ def store_line(
     for first in tl.static_range(0, COLUMNS, GROUP):
         inside = _in_width(in_row, at, size, first, COLUMNS, EVEN)
         if GROUP == 1:
-            value = finished(values[first], shifted(residual_ptr, first * PIXEL), lane, inside, ACTIVATION, slope)
+            value = finished(values[first], residual_ptr, row + first * PIXEL + lane, inside, ACTIVATION, slope)
             value = rounded(value, row_ptr.dtype.element_ty, UPCAST)
             tl.store(row_ptr + first * PIXEL + lane, value, mask=inside)
         else:
             value = _join(values[first : first + GROUP], BLOCK, GROUP)
             group = lane[:, None] + tl.arange(0, GROUP)[None, :]
-            value = finished(value, shifted(residual_ptr, first), group, inside[:, None], ACTIVATION, slope)
+            value = finished(value, residual_ptr, row + first + group, inside[:, None], ACTIVATION, slope)
             value = rounded(value, row_ptr.dtype.element_ty, UPCAST)
             tl.store(row_ptr + first + lane[:, None] + tl.arange(0, GROUP)[None, :], value, mask=inside[:, None])
 

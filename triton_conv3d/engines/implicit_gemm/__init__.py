@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 
 from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
-from ..base import NO_EPILOGUE, Memory, Work, aligned, epilogue, format_strides, refused_by_kernels, upcast
+from ..base import NO_EPILOGUE, Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..launching import launch_kernel
 from .configs import CHAIN, GROUP_M, GemmConfig, configs, workspace_bytes
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
@@ -149,7 +149,7 @@ def _gather(problem: Problem, operands: Operands, config: GemmConfig) -> torch.T
     split = config.splits > 1
     target = x.new_empty((config.splits, y.numel()), dtype=torch.float32) if split else y
     grid, arguments, options = _gather_launch(problem, config, x.stride(), aligned(x), aligned(w))
-    end = epilogue(problem, operands)
+    end = residual_and_slope(problem, operands)
     launch_kernel(gather_gemm, grid, (x, w, operands.bias, target, *arguments, *(NO_EPILOGUE if split else end)), options)
     if split:
         _reduce(problem, target, operands.bias, y, end)
@@ -252,7 +252,7 @@ def _wgrad_launch(
 def _reduce(
     problem: Problem, partials: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor, end: tuple
 ) -> None:
-    """``end``: of :func:`..base.epilogue`."""
+    """``end``: of :func:`..base.residual_and_slope`."""
     channels = result.shape[1]
     launch_kernel(
         reduce_splits,

@@ -1,0 +1,85 @@
+"""Machine code of kernels with a residual and gelu, the longest of the activations: no spills, the main loop as it was.
+
+``python tests/test_fused_code.py`` compiles them, with no GPU, and prints what became of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+# engine, input channels, output channels, groups; on which architectures
+SET = (
+    ("implicit_gemm", 128, 128, 1, ("sm_80", "sm_90", "gfx942")),
+    ("folded", 4, 64, 1, ("sm_90",)),
+    ("depthwise", 64, 64, 64, ("sm_90",)),
+)
+
+
+def main() -> None:
+    import torch
+
+    from perf.machine_code import compiled, compiling_for, launches, read
+    from triton_conv3d import engines
+    from triton_conv3d.problem import Operands, describe
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last_3d)
+
+    for name, channels, filters, groups, architectures in SET:
+        x, w, y = empty(2, channels, 32, 32, 32), empty(filters, channels // groups, 3, 3, 3), empty(2, filters, 32, 32, 32)
+        operands = Operands(x, w, None, torch.empty(filters, dtype=torch.bfloat16), y)
+        geometry = (x.shape, w.shape, (1,) * 3, (1,) * 6, (1,) * 3, groups, True, "ieee", "gelu")
+        engine, posed = engines.get(name), describe("forward", operands, *geometry)
+        for arch in architectures:
+            problem = posed.replace(arch=arch, device=arch)
+            config = engine.configs(problem)[0]
+            both = arch == "sm_90" and name == "implicit_gemm"
+            for offer in (config, dataclasses.replace(config, splits=2)) if both else (config,):
+                with compiling_for(arch):
+                    for kernel, code in map(compiled, launches(problem, operands, engine, offer)):
+                        print(json.dumps(dataclasses.asdict(read(problem, offer, kernel, code))), flush=True)
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    """From a process of its own: the interpreter of the other tests cannot compile."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    with tempfile.TemporaryDirectory() as cache:
+        environment["TRITON_CACHE_DIR"] = cache
+        command = [sys.executable, "-W", "ignore", __file__]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+def test_nothing_spills(reports: list[dict]) -> None:
+    compiled = {(row["arch"], row["kernel"]) for row in reports}
+    assert compiled == {(arch, "gather_gemm") for arch in SET[0][-1]} | {
+        ("sm_90", name) for name in ("reduce_splits", "folded_gemm", "slide")
+    }
+    assert [row for row in reports if row["spills"]] == []
+
+
+def test_the_main_loop_is_that_of_the_plain_kernel(reports: list[dict]) -> None:
+    import triton
+    from test_machine_code import FENCE, LOOP
+
+    fenced = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
+    whole = [row for row in reports if row["kernel"] == "gather_gemm" and row["config"].endswith("splits=1")]
+    loops = [row["loop"] for row in whole if row["arch"] == "sm_90"]
+    assert loops and max(loops) <= LOOP + FENCE * fenced
+
+
+if __name__ == "__main__":
+    main()
