@@ -49,7 +49,10 @@ _FOLLOWING = {
     "_upsample_nearest_exact3d upsample_trilinear3d upsample_nearest3d_backward _upsample_nearest_exact3d_backward "
     "upsample_trilinear3d_backward empty_like full_like zeros_like ones_like rand_like randn_like new_zeros new_ones "
     "new_full new_empty native_dropout native_dropout_backward _softmax _log_softmax mm addmm bmm baddbmm "
-    "convert_element_type hardswish hardswish_backward leaky_relu_backward sym_size "
+    # pointwise, though not every torch says so
+    "convert_element_type leaky_relu leaky_relu_backward hardswish hardswish_backward elu_backward hardtanh_backward "
+    "hardsigmoid_backward softplus_backward mish_backward _prelu_kernel "
+    "sym_size "
     "_low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices".split(),
 }  # fmt: skip
 
