@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch._dynamo.backends.debugging
 from torch import fx
 
-from triton_conv3d.compile_backend import backend, reports
+from triton_conv3d import settings
+from triton_conv3d.compile_backend import backend, report, reports
 from triton_conv3d.compile_backend.rewriting import is_ours
 
 _TORCHS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
@@ -117,3 +119,15 @@ def conversions_between_convolutions(graph: fx.Graph) -> list[fx.Node]:
             if reaches(node, "all_input_nodes", set()) and reaches(node, "users", set()):
                 found.append(node)
     return found
+
+
+@pytest.fixture(autouse=True)
+def by_aten(monkeypatch):
+    """torch's own kernels behind our ops, every graph run under the eyes of :class:`compiled.Strict`."""
+    monkeypatch.setattr(torch._dynamo.backends.debugging, "boxed_nop", strictly)
+    monkeypatch.setattr(report, "_noticed", set())
+    report._reports.clear()
+    graphs.clear()
+    torch.manual_seed(0)
+    with settings.configure(engine="aten"):
+        yield
