@@ -17,6 +17,15 @@ __all__ = [
     "conv3d",
     "convert_conv3d",
     "explain",
+    "inductor_pass",
     "materialize",
     "settings",
 ]
+
+
+def __getattr__(name: str):
+    if name == "inductor_pass":  # torch's compiler takes long to import
+        from .compile_backend import inductor_pass
+
+        return inductor_pass
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

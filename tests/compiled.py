@@ -1,0 +1,133 @@
+"""Running models compiled and not, and a look at every tensor of the compiled graphs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo.backends.debugging
+from torch import fx
+
+from triton_conv3d import settings
+from triton_conv3d.compile_backend import backend, report, reports
+from triton_conv3d.compile_backend.rewriting import is_ours
+
+_TORCHS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
+class Strict(fx.Interpreter):
+    """Runs a graph and compares what torch computes with what the graph says: shapes, and the strides that matter.
+
+    Not behind torch's own convolutions, whose strides its fake tensors do not always foresee.
+    """
+
+    def __init__(self, graph_module):
+        super().__init__(graph_module)
+        self.unforeseen: set[fx.Node] = set()
+
+    def run_node(self, node):
+        result = super().run_node(node)
+        if node.target in _TORCHS or self.unforeseen & set(node.all_input_nodes):
+            self.unforeseen.add(node)
+            return result
+        expected = node.meta.get("val")
+        fixed = isinstance(expected, torch.Tensor) and all(type(n) is int for n in (*expected.shape, *expected.stride()))
+        if fixed and node.op == "call_function":
+            assert significant(result) == significant(expected), f"{node.format_node()} gave {significant(result)}"
+        return result
+
+
+def significant(tensor: torch.Tensor) -> list[tuple]:
+    """(size, stride) of each dimension, without strides of single elements."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [(int(size), int(stride) if size > 1 else None) for size, stride in pairs]
+
+
+def strictly(graph_module: fx.GraphModule, inputs) -> object:
+    """In place of torch's boxed_nop: see :class:`Strict`. ``graphs`` keeps every graph."""
+    graphs.append(graph_module)
+    interpreter = Strict(graph_module)
+
+    def run(arguments):
+        values = list(arguments)
+        arguments.clear()
+        return interpreter.run(*values)
+
+    run._boxed_call = True
+    return run
+
+
+graphs: list[fx.GraphModule] = []
+
+
+def compiled(model, inner: str = "aot_eager", **options):
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, options={"inner": inner, **options})
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def compare(model, x, training: bool, inner: str = "aot_eager", **options) -> tuple[float, list]:
+    """(the largest error of output and gradients against eager mode, reports of the graphs).
+
+    Gradients are compared as one vector, since single ones may be nothing but roundoff. Strides of the output agree.
+    """
+    before, reference = len(reports()), copy.deepcopy(model)
+    function = compiled(model, inner, **options)
+    if not training:
+        with torch.no_grad():
+            y, expected = function(x), reference(x)
+        assert significant(y) == significant(expected)
+        return error(y, expected), reports()[before:]
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    y, expected = function(inputs[0]), reference(inputs[1])
+    assert significant(y) == significant(expected)
+    grad = torch.randn_like(expected)
+    gradients = []
+    for output, input, module in ((y, inputs[0], model), (expected, inputs[1], reference)):
+        output.backward(grad)
+        assert significant(input.grad) == significant(input)
+        gradients.append(torch.cat([t.grad.flatten() for t in (input, *module.parameters()) if t.grad is not None]))
+    return max(error(y, expected), error(*gradients)), reports()[before:]
+
+
+def conversions_between_convolutions(graph: fx.Graph) -> list[fx.Node]:
+    """Copies of 5-D tensors into other strides, found by strides alone, that lie between two convolutions."""
+
+    def reaches(node: fx.Node, neighbours: str, seen: set) -> bool:
+        for other in getattr(node, neighbours):
+            if is_ours(other) or (other not in seen and not seen.add(other) and reaches(other, neighbours, seen)):
+                return True
+        return False
+
+    found = []
+    for node in graph.nodes:
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        a, b = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (source, node))
+        if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or min(a.dim(), b.dim()) < 4:
+            continue
+        names = ("clone", "reshape", "_to_copy", "contiguous", "copy", "_unsafe_view")
+        if getattr(node.target, "_opname", "") not in names or a.dtype != b.dtype or a.numel() != b.numel():
+            continue
+        with a.fake_mode:
+            again = node.target(a, *node.args[1:], **node.kwargs)
+        if not torch._C._is_alias_of(a, again):
+            if reaches(node, "all_input_nodes", set()) and reaches(node, "users", set()):
+                found.append(node)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def by_aten(monkeypatch):
+    """torch's own kernels behind our ops, every graph run under the eyes of :class:`compiled.Strict`."""
+    monkeypatch.setattr(torch._dynamo.backends.debugging, "boxed_nop", strictly)
+    monkeypatch.setattr(report, "_noticed", set())
+    report._reports.clear()
+    graphs.clear()
+    torch.manual_seed(0)
+    with settings.configure(engine="aten"):
+        yield

@@ -1,0 +1,84 @@
+"""What was done to a graph, for people: reports of the last graphs, one log line each, notices."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+
+from .. import settings
+
+logger = logging.getLogger("triton_conv3d")
+
+_KEPT = 64  # reports; a training step of a model without graph breaks makes two
+
+
+@dataclass
+class Report:
+    """One compiled graph.
+
+    Attributes:
+        kind: ``inference``, ``forward`` (of a training step) or ``backward``.
+        replaced: convolution nodes that became ops of this package, counted by kind of op.
+        fused: what went into each fused convolution, as ``bias + relu``.
+        removed, inserted: layout conversions taken out of the graph and put into it; ``inserted`` says where:
+            ``weight``, ``entering`` (of graph inputs and what other ops return contiguous), ``leaving`` (graph outputs),
+            ``inside`` (between two convolutions).
+        left: what was not improved, and why.
+        nodes: the final graph as text.
+    """
+
+    kind: str
+    replaced: dict[str, int] = field(default_factory=dict)
+    fused: list[str] = field(default_factory=list)
+    removed: int = 0
+    inserted: dict[str, int] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    nodes: str = ""
+
+    def count(self, counts: str, name: str) -> None:
+        counts = getattr(self, counts)
+        counts[name] = counts.get(name, 0) + 1
+
+    def __str__(self) -> str:
+        """One line: ``forward: conv3d 20; fused bias + relu 20; conversions removed 3, inserted entering 1``."""
+        fused = {what: self.fused.count(what) for what in self.fused}
+        parts = [f"replaced {_listed(self.replaced)}"]
+        if fused:
+            parts.append(f"fused {_listed(fused)}")
+        parts.append(f"conversions removed {self.removed}, inserted {_listed(self.inserted)}")
+        if self.left:
+            parts.append(f"left: {', '.join(self.left)}")
+        return f"{self.kind}: {'; '.join(parts)}"
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items()) or "0"
+
+
+_reports: deque[Report] = deque(maxlen=_KEPT)
+_noticed: set = set()
+
+
+def reports() -> list[Report]:
+    """Reports of the last graphs of this process, the newest last. A graph that Inductor takes from its cache has none."""
+    return list(_reports)
+
+
+def keep(report: Report) -> None:
+    """Remember a report, and show it where the setting ``log`` asks for plans."""
+    _reports.append(report)
+    if settings.current().log == "plan":
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
+        if not logger.hasHandlers():
+            logger.addHandler(logging.StreamHandler(sys.stderr))
+        logger.info("%s", report)
+
+
+def notice(key: object, message: str, *args: object) -> None:
+    """One warning line for each key."""
+    if key not in _noticed:
+        _noticed.add(key)
+        logger.warning(message, *args)

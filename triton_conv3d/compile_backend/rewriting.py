@@ -1,0 +1,115 @@
+"""Editing aten graphs: new nodes with their fake values, and questions about strides of any mixture of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .. import ops
+
+aten, prims = torch.ops.aten, torch.ops.prims
+FUSED, DGRAD, WGRAD = ops.conv3d_fused, ops.conv3d_dgrad, ops.conv3d_wgrad
+
+_CHANNELS_LAST = (1, 4, 3, 2, 0)  # dimensions from the innermost out
+
+
+def is_ours(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (ops.conv3d, FUSED, DGRAD, WGRAD)
+
+
+class Rewriter:
+    """One graph under change. Every node that it makes or updates has the fake value torch gives it, strides included."""
+
+    def __init__(self, graph: fx.Graph):
+        self.graph = graph
+        values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+        self.mode = detect_fake_mode(values)
+
+    def call(self, before: fx.Node, target, *args, **kwargs) -> fx.Node:
+        """A new node in front of ``before``, whose place in the source it takes over."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        for name in ("stack_trace", "partitioner_tag"):
+            if name in before.meta:
+                node.meta[name] = before.meta[name]
+        self.update(node)
+        return node
+
+    def update(self, node: fx.Node) -> None:
+        node.meta["val"] = self.value(node)
+
+    def value(self, node: fx.Node):
+        args, kwargs = _values(node)
+        with torch.no_grad(), torch._C._DisableAutocast(), self.mode:
+            return node.target(*args, **kwargs)
+
+    def sizes(self, node: fx.Node, before: fx.Node) -> list:
+        """The shape, as integers and nodes."""
+        return [
+            size if isinstance(size, int) else self.call(before, aten.sym_size.int, node, dim)
+            for dim, size in enumerate(node.meta["val"].shape)
+        ]
+
+    def take_over(self, node: fx.Node, result: fx.Node) -> None:
+        """``result`` stands for ``node`` everywhere; what was there for ``node`` alone goes."""
+        node.replace_all_uses_with(result)
+        unused = [node]
+        while unused:
+            node = unused.pop()
+            if node.op == "call_function" and not node.users and not node.is_impure() and not node._erased:
+                unused += node.all_input_nodes
+                self.graph.erase_node(node)
+
+    def finish(self) -> None:
+        """Tell Inductor which strides the ops are to get, and check the graph."""
+        for node in self.graph.nodes:
+            if is_ours(node):
+                node.meta["eager_input_vals"] = _values(node)
+        self.graph.lint()
+
+
+def _values(node: fx.Node) -> tuple:
+    return fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def same_strides(value: torch.Tensor, strides) -> bool:
+    return all(
+        statically_known_true(size == 1) or statically_known_true(a == b)
+        for size, a, b in zip(value.shape, value.stride(), strides, strict=True)
+    )
+
+
+def is_channels_last(value: torch.Tensor) -> bool:
+    """Dense in channels_last_3d; of one channel or one pixel, a contiguous tensor is that too."""
+    return value.dim() == 5 and _is_dense(value, _CHANNELS_LAST)
+
+
+def is_contiguous(value: torch.Tensor) -> bool:
+    return _is_dense(value, range(value.dim())[::-1])
+
+
+def _is_dense(value: torch.Tensor, order: Iterable[int]) -> bool:
+    expected = 1
+    for dim in order:
+        size = value.shape[dim]
+        if not (statically_known_true(size == 1) or statically_known_true(value.stride(dim) == expected)):
+            return False
+        expected = expected * size
+    return True
+
+
+def is_symbolic(graph: fx.Graph) -> bool:
+    """Some size is not known before the call."""
+    return any(
+        isinstance(value, torch.SymInt)
+        or (isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape))
+        for value in (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
+    )
