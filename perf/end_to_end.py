@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from triton_conv3d import convert_conv3d
+from triton_conv3d import compile_backend, convert_conv3d
 from triton_conv3d.tuning.faults import is_illegal_access, is_out_of_memory
 from triton_conv3d.workload import DTYPES
 
@@ -38,6 +38,7 @@ LOST = "lost"  # counted beside the statuses where the device was lost, see :fun
 STEPS = 20  # training steps that are compared, which warm up as well
 WARM_UP = 3  # calls of inference
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
+COMPILE_MODE = "max-autotune-no-cudagraphs"  # a CUDA graph's output would be overwritten by the next step
 LOSS_SCALE = 2.0**14  # of float16, fixed: a scale that is searched for would skip steps, and others for each provider
 ROUNDINGS = 4  # of the convolutions' type, that results may differ by where torch's own providers agree
 FACTOR = 2.0  # times what torch's own providers differ by, as in rule T3
@@ -46,7 +47,7 @@ _EPS = {"fp16": 2.0**-10, "bf16": 2.0**-7, "fp32": 2.0**-10}  # float32 layers m
 
 @dataclass(frozen=True)
 class Provider:
-    """How a network is run. ours: its convolutions by this package; compiled: by ``torch.compile``."""
+    """How a network is run. ours: its convolutions by this package; compiled: by ``torch.compile``, ours by its backend."""
 
     layout: torch.memory_format = torch.channels_last_3d
     benchmark: bool = False
@@ -113,7 +114,7 @@ class Candidate:
     def __init__(self, network: Network, mode: str, provider: Provider, device: torch.device):
         self.network, self.mode, self.provider, self.device = network, mode, provider, device
         module = network.module(device=device).train(mode == TRAIN)
-        if provider.ours:
+        if provider.ours and not provider.compiled:  # the backend of torch.compile finds the convolutions itself
             convert_conv3d(module)
         for parameter in module.parameters():
             if parameter.dim() == 5:
@@ -123,7 +124,7 @@ class Candidate:
         self.scale = LOSS_SCALE if network.dtype == "fp16" else 1.0
         input, self.target = network.batch(mode, device)
         self.input = input.contiguous(memory_format=provider.layout)
-        self.module = torch.compile(module) if provider.compiled else module
+        self.module = _compiled(module, provider.ours) if provider.compiled else module
 
     def call(self) -> torch.Tensor:
         """The loss of a training step, or the output."""
@@ -154,6 +155,10 @@ class Candidate:
         dtype = DTYPES[self.network.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             return self.module(self.input)
+
+
+def _compiled(module: torch.nn.Module, ours: bool) -> torch.nn.Module:
+    return torch.compile(module, backend=compile_backend.backend if ours else "inductor", mode=COMPILE_MODE)
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor, mode: str) -> float:

@@ -61,7 +61,7 @@ def test_without_a_convolution_one_notice(inner, caplog):
 def test_a_pass_that_fails_leaves_the_graph(broken, monkeypatch, caplog):
     module, name = broken.split(".")
 
-    def fail(rewriter, *_):
+    def fail(rewriter, *_, **options):
         rewriter.graph.erase_node(rewriter.graph.output_node())
         raise RuntimeError("planted")
 

@@ -281,7 +281,7 @@ def test_the_table_holds_what_was_measured_here(where):
 @pytest.fixture
 def few_samples(monkeypatch):
     monkeypatch.setattr(timing, "SAMPLES", 1)
-    monkeypatch.setattr(torch, "compile", lambda module: module)
+    monkeypatch.setattr(torch, "compile", lambda module, **how: module)
 
 
 def test_benchmarks_and_their_report(where, monkeypatch, few_samples):
@@ -339,6 +339,7 @@ def test_a_device_lost_to_a_network(where, monkeypatch, few_samples):
 
     with monkeypatch.context() as patch:
         patch.setattr(end_to_end, "convert_conv3d", illegal)
+        patch.setattr(end_to_end, "_compiled", lambda module, ours: illegal(module) if ours else module)
         for _ in range(2):  # ours, and ours compiled: each ends a process
             with pytest.raises(DeviceLost):
                 networks._measure(where, network, INFER, 60.0)

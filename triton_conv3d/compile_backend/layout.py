@@ -57,21 +57,24 @@ _FOLLOWING = {
 }  # fmt: skip
 
 
-def channels_last(rewriter: Rewriter, report: Report, visible: set[int], inputs: Sequence | None) -> None:
+def channels_last(
+    rewriter: Rewriter, report: Report, visible: set[int], inputs: Sequence | None, convert: bool = True
+) -> None:
     """Propagate over the whole graph.
 
     Args:
+        convert: the inputs of convolutions; else only what the strides of their results have become.
         visible: indices of the outputs whose strides somebody else relies on; the others are kept for a backward graph
             that is told their strides.
         inputs: fake values of the graph's inputs, if their strides may differ from those in the graph.
     """
-    _Propagation(rewriter, report).run(visible, inputs)
+    _Propagation(rewriter, report, convert).run(visible, inputs)
 
 
 class _Propagation:
-    def __init__(self, rewriter: Rewriter, report: Report):
-        self.rewriter, self.report = rewriter, report
-        self.before: dict[fx.Node, object] = {}  # values of the nodes whose strides have changed
+    def __init__(self, rewriter: Rewriter, report: Report, convert: bool):
+        self.rewriter, self.report, self.convert = rewriter, report, convert
+        self.before: dict[fx.Node, object] = dict(rewriter.stale)  # values of the nodes whose strides have changed
         self.copies: dict[tuple, fx.Node] = {}  # (source, strides) -> copy
 
     def run(self, visible: set[int], inputs: Sequence | None) -> None:
@@ -93,17 +96,17 @@ class _Propagation:
 
     def _convolution(self, node: fx.Node) -> None:
         tensors = [i for i, arg in enumerate(node.args[:4]) if isinstance(arg, fx.Node)]
-        for i in tensors:
+        for i in tensors if self.convert else ():
             source = node.args[i]
             value = source.meta["val"]
             if not isinstance(value, torch.Tensor) or value.dim() != 5 or _readable(value, is_weight := _is_weight(node, i)):
                 continue
             where = "weight" if is_weight else "inside" if self._from_convolution(source) else "entering"
             node.update_arg(i, self._copy(source, node, where))
-        if node.target is DGRAD:
+        if node.target is DGRAD and self.convert:
             node.args = (*node.args[:-1], True)
         self._revalue(node)
-        if node.target in (ops.conv3d, FUSED) and not is_channels_last(node.meta["val"]):
+        if self.convert and node.target in (ops.conv3d, FUSED) and not is_channels_last(node.meta["val"]):
             self._disambiguate(node)
 
     def _disambiguate(self, node: fx.Node) -> None:
@@ -197,7 +200,7 @@ class _Propagation:
 
     def _revalue(self, node: fx.Node) -> None:
         """Update the node's value, and remember the old one if strides differ."""
-        old = node.meta["val"]
+        old = self.before.pop(node, node.meta["val"])
         self.rewriter.update(node)
         pairs = zip(tree_leaves(old), tree_leaves(node.meta["val"]), strict=True)
         if any(isinstance(a, torch.Tensor) and not same_strides(b, a.stride()) for a, b in pairs):

@@ -48,11 +48,11 @@ def _run(graph: fx.Graph, options: Options, kind: str, visible: set[int], inputs
         return report if report.left else None
     if options.fuse:
         fusion.fuse(rewriter, report)
-    if options.layout:
-        if kind == "forward" and is_symbolic(graph):
-            report.left.append("layout: what is kept for backward needs fixed strides where sizes are symbolic")
-        else:
-            layout.channels_last(rewriter, report, visible, inputs)
+    fixed = kind != "forward" or not is_symbolic(graph)
+    if options.layout and not fixed:
+        report.left.append("layout: what is kept for backward needs fixed strides where sizes are symbolic")
+    if fixed and (options.layout or rewriter.stale):
+        layout.channels_last(rewriter, report, visible, inputs, convert=options.layout)
     rewriter.finish()
     return report
 

@@ -22,12 +22,18 @@ def is_ours(node: fx.Node) -> bool:
 
 
 class Rewriter:
-    """One graph under change. Every node that it makes or updates has the fake value torch gives it, strides included."""
+    """One graph under change. Every node that it makes or updates has the fake value torch gives it, strides included.
+
+    Attributes:
+        stale: nodes whose strides are others than those of the node they stand for, with its value: what follows them in
+            the graph was traced with that one. torch's fake convolution on CPUs forgets that weights are channels-last.
+    """
 
     def __init__(self, graph: fx.Graph):
         self.graph = graph
         values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
         self.mode = detect_fake_mode(values)
+        self.stale: dict[fx.Node, torch.Tensor] = {}
 
     def call(self, before: fx.Node, target, *args, **kwargs) -> fx.Node:
         """A new node in front of ``before``, whose place in the source it takes over."""
@@ -56,6 +62,9 @@ class Rewriter:
 
     def take_over(self, node: fx.Node, result: fx.Node) -> None:
         """``result`` stands for ``node`` everywhere; what was there for ``node`` alone goes."""
+        assumed, value = self.stale.pop(node, node.meta.get("val")), result.meta.get("val")
+        if isinstance(assumed, torch.Tensor) and not same_strides(value, assumed.stride()):
+            self.stale[result] = assumed
         node.replace_all_uses_with(result)
         unused = [node]
         while unused:
