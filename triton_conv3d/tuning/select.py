@@ -225,9 +225,9 @@ def remembered(problem: Problem) -> Plan | None:
         return None
     current = settings.current()
     names, here = _environment(problem)
-    entry, source = PlanCache(current.cache_dir).load(problem, _key(names)) if here else None, "cache"
-    if entry is None:
-        entry, source = _unstored.get((current.engine, problem)), "memory"
+    entry, source = _unstored.get((current.engine, problem)), "memory"  # newer than what the cache may still hold
+    if entry is None and here:
+        entry, source = PlanCache(current.cache_dir).load(problem, _key(names)), "cache"
     if entry is not None and current.autotune == "full" and entry.policy.get("mode") != "full":
         entry = None
     found = [(entry, source)] if entry is not None else []
@@ -279,9 +279,47 @@ def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
         problem.to_dict(), _key(environment(device)), result.policy, result.engine, result.config.to_dict(),
         result.time_us, result.aten_us, result.candidates,
     )  # fmt: skip
-    if not PlanCache(current.cache_dir).store(entry):
-        _unstored[current.engine, problem] = entry
+    _keep(problem, entry)
     return Plan(result.engine, result.config, "measured", result.time_us)
+
+
+def _keep(problem: Problem, entry: Entry) -> None:
+    key = entry.environment.get("only"), problem
+    _unstored.pop(key, None)
+    if not PlanCache(settings.current().cache_dir).store(entry):
+        _unstored[key] = entry
+
+
+def _measured_here(problem: Problem, entry: Entry) -> bool:
+    names, here = _environment(problem)
+    return here and names == {name: value for name, value in entry.environment.items() if name != "only"}
+
+
+def known() -> list[Entry]:
+    """Every plan that was measured for a GPU like one of this process: of its memory, and of the user cache."""
+    entries = {}
+    for entry in (*(e for _, e in PlanCache(settings.current().cache_dir).entries()), *_unstored.values()):
+        problem = Problem.from_dict(entry.problem)
+        if _measured_here(problem, entry):
+            entries[problem, entry.environment.get("only")] = entry
+    return list(entries.values())
+
+
+def adopt(entry: Entry) -> str | None:
+    """Take over a plan that another process measured, in place of what is known here; or the reason why not."""
+    problem = Problem.from_dict(entry.problem)
+    if not _measured_here(problem, entry):
+        return "measured for another GPU or with other versions"
+    config = offered(problem, entry.engine, entry.config)
+    if config is None or config not in _usable(problem, engines.get(entry.engine)):
+        return "its config is not offered here"
+    if PlanCache(settings.current().cache_dir).load(problem, entry.environment) != entry:
+        _keep(problem, entry)
+    if entry.environment.get("only") == settings.current().engine:
+        for plans in _memory:
+            plans.pop(problem, None)
+        select(problem)  # now, and not under a capture, which reads no file
+    return None
 
 
 def _log(problem: Problem, plan: Plan) -> None:
