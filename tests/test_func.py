@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from triton_conv3d import Conv3d, configure, conv3d, ops
 
@@ -71,6 +71,18 @@ def test_gradients_of_each_sample(mapped):
             return convolution(*a).pow(3).sum()
 
         return vmap(grad(loss, (0, 1, 2)), places(mapped))(*operands(mapped))
+
+    for result, expected in zip(each(ours), each(torchs), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("mapped", ("x", "w"))
+def test_gradients_of_one_cotangent(mapped):
+    """Which is not mapped, as only a call of vjp can have it."""
+    cotangent = draw(2, 6, 5, 2, 3, seed=8)
+
+    def each(convolution):
+        return vmap(lambda *a: vjp(convolution, *a)[1](cotangent), places(mapped))(*operands(mapped))
 
     for result, expected in zip(each(ours), each(torchs), strict=True):
         torch.testing.assert_close(result, expected)
