@@ -3,28 +3,80 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from triton_conv3d import Conv3d, LazyConv3d, convert_conv3d
+from triton_conv3d import Conv3d, LazyConv3d, configure, convert_conv3d, ops
 
 X = torch.randn(1, 4, 5, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Causal(nn.Conv3d):
+    """Pads in time at the front, as the convolutions of video autoencoders do; may be given earlier frames."""
+
+    def forward(self, x, earlier=None):
+        x = nn.functional.pad(x, (0, 0, 0, 0, 2, 0)) if earlier is None else torch.cat([earlier, x], dim=2)
+        return super().forward(x)
+
+
+class InChunks(nn.Conv3d):
+    """Long inputs go through in parts."""
+
     def forward(self, x):
-        return super().forward(nn.functional.pad(x, (0, 0, 0, 0, 2, 0)))
+        return torch.cat([self._conv_forward(part, self.weight, self.bias) for part in x.split(1)])
+
+
+class Simple(nn.Conv3d):
+    """Only the constructor is its own, as in torchvision's video networks."""
+
+    def __init__(self, in_planes, out_planes, midplanes=None, stride=1, padding=1):
+        super().__init__(in_planes, out_planes, kernel_size=3, stride=stride, padding=padding, bias=False)
+
+    @staticmethod
+    def get_downsample_stride(stride):
+        return stride, stride, stride
+
+
+class Derived(Causal):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class ByHand(nn.Conv3d):
+    def forward(self, x):
+        return nn.functional.conv3d(x, self.weight.square(), self.bias)
+
+
+class Partly(nn.Conv3d):
+    def forward(self, x):
+        return super().forward(x) + nn.functional.conv3d(x, self.weight)
+
+
+class OnByHand(ByHand):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Standardised(nn.Conv3d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class LazySubclass(nn.LazyConv3d):
+    pass
 
 
 def test_convert_keeps_everything_but_the_class():
-    model = nn.Sequential(nn.Conv3d(4, 4, 3), nn.LazyConv3d(2, 1), Causal(2, 2, 3), nn.ConvTranspose3d(2, 2, 2))
+    model = nn.Sequential(nn.Conv3d(4, 4, 3), nn.LazyConv3d(2, 1), ByHand(2, 2, 1), nn.ConvTranspose3d(2, 2, 2))
     calls = []
     model[0].register_forward_hook(lambda *_: calls.append(1))
     parameters = list(model[0].parameters())
     report = convert_conv3d(model)
-    assert report.converted == ["0", "1"] and set(report.skipped) == {"2", "3"} and "Causal" in str(report)
+    assert report.converted == ["0", "1"] and set(report.skipped) == {"2", "3"} and "ByHand" in str(report)
     assert all(a is b for a, b in zip(parameters, model[0].parameters(), strict=True))
     assert model(X).shape[1] == 2 and calls and type(model[1]) is Conv3d
     assert convert_conv3d(model).converted == []
@@ -49,16 +101,126 @@ def test_convert_refuses():
         convert_conv3d(nn.Conv3d(1, 1, 1), "0")
 
 
-def test_convert_leaves_what_could_compute_something_else():
-    class Named(nn.Conv3d):
-        pass
+LEFT = {
+    "by-hand": (lambda: ByHand(4, 6, 3), "ByHand is a subclass .* does not end in"),
+    "partly": (lambda: Partly(4, 6, 3), "also convolves by itself"),
+    "on-by-hand": (lambda: OnByHand(4, 6, 3), "does not end in"),
+    "inner": (lambda: Standardised(4, 6, 3), "with its own _conv_forward"),
+    "lazy": (lambda: LazySubclass(6, 3), "derive it from triton_conv3d.LazyConv3d"),
+    "transposed": (lambda: nn.ConvTranspose3d(4, 6, 3), "a transposed convolution"),
+    "patched": (lambda: patched(), "replaced on the instance"),
+}
 
-    patched = nn.Conv3d(4, 6, 3)
-    patched.forward = lambda x: x
-    model = nn.Sequential(Named(4, 6, 3), patched, nn.Conv2d(4, 6, 3), Conv3d(4, 6, 3), LazyConv3d(2, 1))
-    report = convert_conv3d(model)
-    assert not report.converted and set(report.skipped) == {"0", "1"} and type(model[0]) is Named
-    assert "derive it" in report.skipped["0"] and "instance" in report.skipped["1"]
+
+def patched():
+    layer = Causal(4, 6, 3)
+    layer.forward = lambda x: x
+    return layer
+
+
+@pytest.mark.parametrize("make, reason", LEFT.values(), ids=LEFT)
+def test_convert_leaves_what_could_compute_something_else(make, reason):
+    layer = make()
+    kind, report = type(layer), convert_conv3d(layer)
+    assert not report.converted and re.search(reason, report.skipped[""]) and type(layer) is kind
+
+
+def test_convert_passes_over_what_is_no_conv3d_of_torch():
+    report = convert_conv3d(nn.Sequential(nn.Conv2d(4, 6, 3), Conv3d(4, 6, 3), LazyConv3d(2, 1)))
+    assert not report.converted and not report.skipped
+
+
+def used(layer: nn.Module, *inputs) -> tuple[torch.Tensor, int]:
+    """What a layer gives, and how many of our convolutions that took."""
+    problems, run = [], ops.tuning.run
+    with pytest.MonkeyPatch.context() as patch, configure(engine="aten"):
+        patch.setattr(ops.tuning, "run", lambda *a: problems.append(a[0]) or run(*a))
+        return layer(*inputs), len(problems)
+
+
+SUBCLASSES = {
+    "causal": (lambda: Causal(4, 6, 3, padding=(0, 1, 1)), 1),
+    "causal-reflect": (lambda: Causal(4, 6, 3, padding=(0, 1, 1), padding_mode="reflect"), 1),
+    "chunks": (lambda: InChunks(4, 6, 3), 2),
+    "simple": (lambda: Simple(4, 6, stride=2), 1),
+    "derived": (lambda: Derived(4, 6, 3), 1),
+    "causal-weight-norm": (lambda: nn.utils.parametrizations.weight_norm(Causal(4, 6, 3)), 1),
+}
+
+
+@pytest.mark.parametrize("make, convolutions", SUBCLASSES.values(), ids=SUBCLASSES)
+def test_convert_subclasses_that_leave_the_convolution_to_torch(make, convolutions):
+    layer = make()
+    x = torch.cat([X, 2 * X])
+    (expected, before), kind, state = used(layer, x), type(layer), list(layer.state_dict())
+    assert before == 0 and convert_conv3d(layer).converted == [""] and convert_conv3d(layer).converted == []
+    assert isinstance(layer, nn.Conv3d) and type(layer).__name__ == kind.__name__ and list(layer.state_dict()) == state
+    result, count = used(layer, x)
+    assert count == convolutions
+    torch.testing.assert_close(result, expected)
+    assert used(copy.deepcopy(layer), x)[1] == convolutions
+    if not nn.utils.parametrize.is_parametrized(layer):  # torch does not pickle those
+        again = pickle.loads(pickle.dumps(layer))
+        result, count = used(again, x)
+        torch.testing.assert_close(result, expected)
+        assert isinstance(again, kind) and count == convolutions
+
+
+def test_convert_keeps_further_arguments():
+    layer, earlier = Causal(4, 6, 3), torch.randn(1, 4, 2, 5, 6)
+    expected = layer(X, earlier)
+    convert_conv3d(layer)
+    torch.testing.assert_close(used(layer, X, earlier)[0], expected)
+
+
+class Residual(nn.Module):
+    """A block in the style of segmentation networks: (convolution, norm, dropout, activation) twice, and a shortcut."""
+
+    def __init__(self, channels, filters, stride):
+        super().__init__()
+        self.unit0 = self.unit(channels, filters, stride)
+        self.unit1 = self.unit(filters, filters, 1)
+        self.residual = nn.Conv3d(channels, filters, 3, stride, padding=1)
+
+    def unit(self, channels, filters, stride):
+        adn = nn.Sequential(nn.InstanceNorm3d(filters), nn.Dropout(0.0), nn.PReLU())
+        return nn.Sequential(nn.Conv3d(channels, filters, 3, stride, padding=1), adn)
+
+    def forward(self, x):
+        return self.unit1(self.unit0(x)) + self.residual(x)
+
+
+def segmentation():
+    down, up = Residual(4, 6, 2), nn.ConvTranspose3d(6, 4, 2, 2, output_padding=(1, 1, 0))
+    return nn.Sequential(down, up, nn.InstanceNorm3d(4), nn.PReLU(), nn.Conv3d(4, 2, 1)), 4, ["1"]
+
+
+def video():
+    stem = nn.Sequential(nn.Conv3d(4, 6, (3, 5, 5), (1, 2, 2), (1, 2, 2), bias=False), nn.BatchNorm3d(6), nn.ReLU())
+    block = nn.Sequential(Simple(6, 8, stride=2), nn.BatchNorm3d(8), nn.ReLU(), Simple(8, 8), nn.BatchNorm3d(8))
+    return nn.Sequential(stem, block, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 3)), 3, []
+
+
+def decoder():
+    layers = (Causal(4, 6, 3, padding=(0, 1, 1)), nn.GroupNorm(2, 6), nn.SiLU(), nn.Upsample(scale_factor=(1, 2, 2)))
+    return nn.Sequential(*layers, Causal(6, 6, (3, 1, 1)), nn.Conv3d(6, 2, 1)), 3, []
+
+
+@pytest.mark.parametrize("make", (segmentation, video, decoder), ids=lambda f: f.__name__)
+def test_convert_networks(make):
+    torchs, convolutions, left = make()
+    ours = copy.deepcopy(torchs)
+    report = convert_conv3d(ours)
+    assert len(report.converted) == convolutions and list(report.skipped) == left
+    x = torch.cat([X, X.flip(2)])
+    result, count = used(ours, x)
+    assert count == convolutions
+    expected = torchs(x)
+    torch.testing.assert_close(result, expected)
+    for y in (result, expected):
+        y.square().sum().backward()
+    for parameter, want in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, want.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_convert_a_shared_layer_once():

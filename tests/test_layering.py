@@ -19,7 +19,7 @@ LAYERS = (
     ("problem", "settings"),
     ("reference",),
     ("engines",),
-    ("tuning",),
+    ("tuning", "batching"),
     ("ops",),
     ("functional",),
     ("modules", "explain", "compile_backend", "workload"),

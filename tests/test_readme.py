@@ -85,7 +85,8 @@ def test_no_speed_without_a_result_file():
 
 
 def test_names_in_the_text_exist():
-    for name in ("Conv3d", "LazyConv3d", "conv3d", "convert_conv3d", "materialize", "explain", "configure"):
+    for name in ("Conv3d", "LazyConv3d", "conv3d", "convert_conv3d", "materialize", "explain", "configure",
+                 "broadcast_plans"):
         assert f"`{name}" in README or f"import {name}" in README
         assert hasattr(triton_conv3d, name)
     arguments = inspect.signature(triton_conv3d.conv3d).parameters.values()

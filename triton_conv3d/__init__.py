@@ -6,6 +6,7 @@ from .explain import Explanation, explain
 from .functional import conv3d
 from .modules import Conv3d, LazyConv3d, materialize
 from .settings import configure
+from .tuning.ranks import broadcast_plans
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Conversion",
     "Explanation",
     "LazyConv3d",
+    "broadcast_plans",
     "configure",
     "conv3d",
     "convert_conv3d",

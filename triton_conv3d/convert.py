@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
+import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from .modules import Conv3d, LazyConv3d, become_eager
@@ -35,7 +39,9 @@ def convert_conv3d(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]
     """Let every 3-D convolution of a model run through this package, in place.
 
     Only the class of a layer changes: parameters, buffers, hooks, parametrizations, state_dict and training flag stay.
-    Layers of exactly :class:`torch.nn.Conv3d` or :class:`torch.nn.LazyConv3d` are converted; subclasses, which may
+    Converted are layers of :class:`torch.nn.Conv3d`, of :class:`torch.nn.LazyConv3d`, and of subclasses of the first whose
+    own ``forward``, if they have one, ends in ``super().forward`` or ``self._conv_forward``, as that of a causal
+    convolution does: all that they do themselves stays, only the convolution below is ours. Other subclasses, which may
     compute something else, and transposed convolutions are left and reported. A second call changes nothing.
 
     Args:
@@ -51,7 +57,7 @@ def convert_conv3d(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]
         raise TypeError(f"convert_conv3d: filter_fn must be callable, got {type(filter_fn).__name__}")
     result = Conversion()
     for name, module in model.named_modules():
-        if isinstance(module, Conv3d) or not isinstance(module, (nn.Conv3d, *_TRANSPOSED)):
+        if not isinstance(module, (nn.Conv3d, *_TRANSPOSED)) or isinstance(module, (Conv3d, _Marked)):
             continue
         reason = _why_not(module)
         if reason is None and filter_fn is not None and not filter_fn(module, name):
@@ -73,18 +79,63 @@ def _why_not(module: nn.Module) -> str | None:
     kind = _plain_class(module)
     if isinstance(module, _TRANSPOSED):
         return "a transposed convolution"
-    if kind not in _CLASSES:
-        methods = ("forward", "_conv_forward")
-        own = [method for method in methods if getattr(kind, method) is not getattr(nn.Conv3d, method)]
-        what = f"with its own {' and '.join(own)}" if own else "derive it from triton_conv3d.Conv3d instead"
-        return f"{kind.__name__} is a subclass of torch.nn.Conv3d: {what}"
     if "forward" in vars(module) or "_conv_forward" in vars(module):
         return "its forward was replaced on the instance"
+    if kind in _CLASSES:
+        return None
+    what = _own_convolution(kind)
+    return None if what is None else f"{kind.__name__} is a subclass of torch.nn.Conv3d: {what}"
+
+
+def _own_convolution(kind: type) -> str | None:
+    """Why a subclass may not take its convolution from Conv3d._conv_forward, which alone is replaced; None if it does."""
+    if issubclass(kind, LazyModuleMixin):
+        return "a lazy one, which becomes another class; derive it from triton_conv3d.LazyConv3d instead"
+    if kind._conv_forward is not nn.Conv3d._conv_forward:
+        return "with its own _conv_forward"
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Conv3d)]:
+        forward = vars(owner).get("forward")
+        if forward is None:
+            continue
+        names = _names(forward.__code__) if isinstance(forward, types.FunctionType) else set()
+        if not ("_conv_forward" in names or "forward" in names and names & {"super", "Conv3d"}):
+            return "with its own forward, which does not end in that of torch.nn.Conv3d"
+        if names & {"conv3d", "convolution"}:
+            return "with its own forward, which also convolves by itself"
     return None
 
 
+def _names(code: types.CodeType) -> set[str]:
+    """The globals and attributes that a function names, in inner functions and comprehensions too."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*inner)
+
+
+class _Marked:
+    """What a converted subclass derives from, beside the class that it was; it is saved as that class, and made anew."""
+
+    _conv_forward = Conv3d._conv_forward
+
+    def __reduce_ex__(self, protocol):
+        make, arguments, *state = super().__reduce_ex__(protocol)
+        if make is not copyreg.__newobj__ or is_parametrized(self):
+            return (make, arguments, *state)
+        return (_blank, type(self).__bases__[1:], *state)
+
+
+@functools.cache
+def _marked(kind: type) -> type:
+    return type(kind.__name__, (_Marked, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _blank(kind: type) -> nn.Module:
+    marked = _marked(kind)
+    return marked.__new__(marked)
+
+
 def _convert(module: nn.Module) -> None:
-    kind = _CLASSES[_plain_class(module)]
+    kind = _plain_class(module)
+    kind = _CLASSES.get(kind) or _marked(kind)
     if is_parametrized(module):  # the class is made by torch and may be shared with copies: make one more
         inherited = ("__dict__", "__weakref__")
         body = {name: value for name, value in vars(type(module)).items() if name not in inherited}

@@ -15,9 +15,11 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.library import Library
 
-from . import settings, tuning
+from . import batching, settings, tuning
 from .engines.base import activate
 from .problem import ACTIVATIONS, NO_ACTIVATION, Operands, Problem, describe
 
@@ -217,7 +219,7 @@ _BACKENDS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
 def _autograd(op, kernel, setup, backward):
-    """The op's kernel for the dispatcher's autograd keys.
+    """The op's kernel for the dispatcher's autograd keys. Each op is linear in its first and in its second tensor.
 
     Args:
         setup: ``setup(ctx, inputs, output)`` saves what ``backward(ctx, grad)`` needs.
@@ -230,22 +232,62 @@ def _autograd(op, kernel, setup, backward):
             return op.redispatch(keys & _AFTER_AUTOGRAD, *inputs)
 
     def forward(ctx, keys, *inputs):
-        output = below(keys, inputs)
+        if torch._C._are_functorch_transforms_active():  # off for this level only: the outer ones decide for themselves
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below(keys, inputs)
+        else:
+            output = below(keys, inputs)
         setup(ctx, inputs, output)
         return output
 
-    methods = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(lambda ctx, grad: (None, *backward(ctx, grad))),
-    }
-    recorded = type(f"Recorded_{op._opname}", (torch.autograd.Function,), methods)
+    def forward_with_tangents(ctx, *inputs):
+        ctx.inputs = inputs
+        return forward(ctx, *inputs)
+
+    # Not autograd.Function, which is for calls from outside of torch.func's levels: in the dispatcher one level is left.
+    function = torch.autograd.function._SingleLevelFunction
+    backward_ = staticmethod(lambda ctx, grad: (None, *backward(ctx, grad)))
+    recorded = type(f"Recorded_{op._opname}", (function,), {"forward": staticmethod(forward), "backward": backward_})
+    methods = {"forward": staticmethod(forward_with_tangents), "jvp": staticmethod(functools.partial(_tangent, op))}
+    followed = type(f"Followed_{op._opname}", (recorded,), methods)
 
     def autograd(keys, *inputs):
-        if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return recorded.apply(keys, *inputs)
+        kind = None
+        if forward_ad._current_level >= 0 and _has_tangent(inputs):
+            kind = followed
+        elif torch._C.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            kind = recorded
+        if kind is not None:
+            if torch._C._are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    return kind.apply(keys, *inputs)
+            return kind.apply(keys, *inputs)
         return below(keys, inputs)
 
     return autograd
+
+
+def _has_tangent(inputs) -> bool:
+    """Whether forward-mode differentiation follows one of these."""
+    tensors = (value for value in inputs if isinstance(value, torch.Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _tangent(op, ctx, *_):
+    """The derivative in forward mode: the product rule, of calls that can be differentiated again, either way."""
+    count = 3 if op is conv3d else 2
+    _, *inputs = ctx.__dict__.pop("inputs")
+    rest = inputs[count:]
+    with forward_ad._set_fwd_grad_enabled(True):  # torch turns it off, for the outer levels of torch.func as well
+        # what has no tangent costs no call; among those that torch passes it would be zeros
+        (a, da), (b, db), *biases = [(t, None) if t is None else forward_ad.unpack_dual(t) for t in inputs[:count]]
+        none = (None,) * len(biases)
+        terms = [op(*pair, *none, *rest) for pair in ((da, b), (a, db)) if pair[0] is not None and pair[1] is not None]
+        for _, tangent in biases:
+            if tangent is not None:
+                shape = output_shape(a.shape, b.shape, *rest[:3])
+                terms.append(tangent[:, None, None, None].expand(shape))
+        return sum(terms[1:], terms[0])
 
 
 def _sum_bias(grad):
@@ -299,12 +341,17 @@ def _backward_fused(ctx, grad):
 def _autograd_fused():
     """As :func:`_autograd`, but what is to be differentiated and does not tell its derivative is an op and its activation.
 
-    torch differentiates the activation by its input, which a fused kernel does not keep.
+    torch differentiates the activation by its input, which a fused kernel does not keep. Forward mode needs that input
+    always.
     """
     from_output = _autograd(conv3d_fused, _fused, _setup_fused, _backward_fused)
 
     def autograd(keys, *inputs):
         activation, negative_slope = inputs[-2:]
+        if forward_ad._current_level >= 0 and _has_tangent(inputs):
+            input, weight, bias, residual, *geometry = inputs[:-2]
+            sums = conv3d(input, weight, bias, *geometry)
+            return activate(sums if residual is None else sums + residual, activation, negative_slope)
         told = activation in _FROM_OUTPUT and (activation != "leaky_relu" or negative_slope > 0)
         if not told and torch._C.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             sums = conv3d_fused(*inputs[:-2], NO_ACTIVATION, negative_slope)
@@ -374,6 +421,15 @@ def _register() -> None:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
         _library.impl(name, autograd, "Autograd", with_keyset=True)
         torch.library.register_fake(name, fake, lib=_library)
+    batching.register(
+        _library,
+        {
+            conv3d: batching.conv3d_rule(conv3d),
+            conv3d_fused: batching.fused_rule(conv3d, conv3d_fused, activate),
+            conv3d_dgrad: batching.gradient_rule(conv3d_dgrad, "ywx"),
+            conv3d_wgrad: batching.gradient_rule(conv3d_wgrad, "yxw"),
+        },
+    )
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl("conv3d", _autocast(conv3d, 3, device_type, key), key)
         _library.impl("conv3d_fused", _autocast(conv3d_fused, 4, device_type, key), key)

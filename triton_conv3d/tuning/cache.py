@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,6 +129,30 @@ def decode(data: bytes) -> Entry:
         raise ValueError("nested too deeply") from None
 
 
+def pack(entries: Iterable[Entry]) -> bytes:
+    """Many entries as one content, for :func:`unpack`."""
+    sealed = [canonical(_sealed(entry)) for entry in entries]
+    return f'{{"schema":{SCHEMA},"plans":[\n'.encode() + ",\n".join(sealed).encode() + b"\n]}\n"
+
+
+def unpack(data: bytes) -> tuple[list[Entry], Counter]:
+    """The entries, and how many were left out for which reason. Raises ValueError, and nothing else, for other bytes."""
+    content = storage.parse(data)
+    if not isinstance(content, dict) or set(content) != {"schema", "plans"}:
+        raise ValueError("not an export of the plan cache")
+    if canonical(content["schema"]) != canonical(SCHEMA):
+        raise ValueError("another schema")
+    if not isinstance(content["plans"], list):
+        raise ValueError("not an export of the plan cache")
+    entries, skipped = [], Counter()
+    for values in content["plans"]:
+        try:
+            entries.append(_unsealed(values))
+        except (ValueError, RecursionError) as error:
+            skipped[str(error)] += 1
+    return entries, skipped
+
+
 def file_name(problem: dict, environment: dict) -> str:
     """A hash of the whole key, nothing else."""
     return hashlib.sha256(canonical([SCHEMA, problem, environment]).encode()).hexdigest() + ".json"
@@ -136,7 +160,7 @@ def file_name(problem: dict, environment: dict) -> str:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of an exported file: entries added, and how many were skipped for which reason."""
+    """What became of plans from elsewhere: entries added, and how many were skipped for which reason."""
 
     added: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -192,30 +216,19 @@ class PlanCache:
         path = Path(path)
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is not a regular file")
-        sealed = [canonical(_sealed(entry)) for _, entry in self.entries()]
-        storage.write(path, f'{{"schema":{SCHEMA},"plans":[\n'.encode() + ",\n".join(sealed).encode() + b"\n]}\n")
-        return len(sealed)
+        entries = [entry for _, entry in self.entries()]
+        storage.write(path, pack(entries))
+        return len(entries)
 
     def import_(self, path: str | os.PathLike) -> ImportReport:
         """Add the plans of an exported file. One that is already here stays, unless it was the best of fewer candidates,
         or of as many and slower."""
         try:
-            content = storage.parse(storage.read(path, MAX_EXPORT_BYTES, private=False))
-            if not isinstance(content, dict) or set(content) != {"schema", "plans"}:
-                raise ValueError("not an export of the plan cache")
-            if canonical(content["schema"]) != canonical(SCHEMA):
-                raise ValueError("another schema")
-            if not isinstance(content["plans"], list):
-                raise ValueError("not an export of the plan cache")
+            entries, skipped = unpack(storage.read(path, MAX_EXPORT_BYTES, private=False))
         except (OSError, ValueError) as error:
             return ImportReport(skipped={f"the file: {error}": 1})
-        added, skipped = 0, Counter()
-        for values in content["plans"]:
-            try:
-                entry = _unsealed(values)
-            except (ValueError, RecursionError) as error:
-                skipped[str(error)] += 1
-                continue
+        added = 0
+        for entry in entries:
             known = self.load(Problem.from_dict(entry.problem), entry.environment)
             if known is not None and (known.candidates, -known.time_us) >= (entry.candidates, -entry.time_us):
                 skipped["already in the cache"] += 1

@@ -227,9 +227,9 @@ def remembered(problem: Problem) -> Plan | None:
         return None
     current = settings.current()
     names, here = _environment(problem)
-    entry, source = PlanCache(current.cache_dir).load(problem, _key(names)) if here else None, "cache"
-    if entry is None:
-        entry, source = _unstored.get((current.engine, problem)), "memory"
+    entry, source = _unstored.get((current.engine, problem)), "memory"  # newer than what the cache may still hold
+    if entry is None and here:
+        entry, source = PlanCache(current.cache_dir).load(problem, _key(names)), "cache"
     if entry is not None and current.autotune == "full" and entry.policy.get("mode") != "full":
         entry = None
     if entry is not None and (plan := _exact(problem, entry, source)):
@@ -287,8 +287,8 @@ def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
         ranked = variants.kept(problem, ranked)
     device = next(t for t in operands[:3] if t is not None).device
     key, cache = _key(environment(device)), PlanCache(current.cache_dir)
-    known = _known(cache, key)
-    similar = [*transfer.nearest(problem, known), *lookup(problem, key, current.tables)]
+    measured = _measured(cache, key)
+    similar = [*transfer.nearest(problem, measured), *lookup(problem, key, current.tables)]
     hints = transfer.hints(problem, sorted(similar, key=lambda pair: pair[1]), ranked)
     hints += [(e, config) for _, e, config in ranked if (e.NAME, config) == (hint.engine, hint.config)]
     result = measure.best(problem, operands, ranked, current.autotune, hints=hints)
@@ -298,18 +298,56 @@ def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
         problem.to_dict(), key, result.policy, result.engine, result.config.to_dict(),
         result.time_us, result.aten_us, result.candidates,
     )  # fmt: skip
-    known.append(entry)
-    if not cache.store(entry):
-        _unstored[current.engine, problem] = entry
+    measured.append(entry)
+    _keep(problem, entry)
     return Plan(result.engine, result.config, "measured", result.time_us)
 
 
-def _known(cache: PlanCache, key: dict[str, str]) -> list[Entry]:
+def _measured(cache: PlanCache, key: dict[str, str]) -> list[Entry]:
     """What was measured in this environment: read once, and kept up by :func:`_tune`."""
     where = (cache.directory, *sorted(key.items()))
     if where not in _stored:
         _stored[where] = [entry for _, entry in cache.entries() if entry.environment == key]
     return _stored[where]
+
+
+def _keep(problem: Problem, entry: Entry) -> None:
+    key = entry.environment.get("only"), problem
+    _unstored.pop(key, None)
+    if not PlanCache(settings.current().cache_dir).store(entry):
+        _unstored[key] = entry
+
+
+def _measured_here(problem: Problem, entry: Entry) -> bool:
+    names, here = _environment(problem)
+    return here and names == {name: value for name, value in entry.environment.items() if name != "only"}
+
+
+def known() -> list[Entry]:
+    """Every plan that was measured for a GPU like one of this process: of its memory, and of the user cache."""
+    entries = {}
+    for entry in (*(e for _, e in PlanCache(settings.current().cache_dir).entries()), *_unstored.values()):
+        problem = Problem.from_dict(entry.problem)
+        if _measured_here(problem, entry):
+            entries[problem, entry.environment.get("only")] = entry
+    return list(entries.values())
+
+
+def adopt(entry: Entry) -> str | None:
+    """Take over a plan that another process measured, in place of what is known here; or the reason why not."""
+    problem = Problem.from_dict(entry.problem)
+    if not _measured_here(problem, entry):
+        return "measured for another GPU or with other versions"
+    config = offered(problem, entry.engine, entry.config)
+    if config is None or config not in _usable(problem, engines.get(entry.engine)):
+        return "its config is not offered here"
+    if PlanCache(settings.current().cache_dir).load(problem, entry.environment) != entry:
+        _keep(problem, entry)
+    if entry.environment.get("only") == settings.current().engine:
+        for plans in _memory:
+            plans.pop(problem, None)
+        select(problem)  # now, and not under a capture, which reads no file
+    return None
 
 
 def _log(problem: Problem, plan: Plan) -> None:
