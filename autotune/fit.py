@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,10 +49,11 @@ def fit(found: Sequence[Measured], defaults: Rates) -> Fit:
     if not samples:
         raise ValueError("nothing was measured in this sweep: no coefficient to fit")
     chosen = random.Random(_SEED).sample(samples, min(_SAMPLES, len(samples)))
+    counts = Counter(engine.NAME for _, engine, _, _ in chosen)  # engines count alike, however many configs they have
 
     def error(rates: Rates) -> float:
-        total = sum(_huber(math.log(cost_model.predict(p, e, c, rates) / seconds)) for p, e, c, seconds in chosen)
-        return total / len(chosen)
+        errors = ((e, math.log(cost_model.predict(p, e, c, rates) / seconds)) for p, e, c, seconds in chosen)
+        return sum(_huber(off) / counts[e.NAME] for e, off in errors) / len(counts)
 
     def cost(rates: Rates) -> float:
         pull = sum(math.log(getattr(rates, n) / getattr(defaults, n)) ** 2 for n in coefficients.FITTED)

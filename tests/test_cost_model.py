@@ -158,8 +158,8 @@ def compiled() -> dict[tuple, list[tuple[Problem, Work, dict]]]:
     """Every config of the report, by kind of GPU, kind of kernel and bytes of an element."""
     found = {}
     for kernel in json.loads(MACHINE_CODE.read_text())["kernels"]:
-        if kernel["kernel"] != "reduce_splits":
-            channels, item = kernel["channels"], {"bfloat16": 2, "float32": 4}[kernel["dtype"]]
+        if kernel["engine"] == "implicit_gemm" and kernel["kernel"] != "reduce_splits":
+            channels, item = int(kernel["layer"].split()[0]), {"bfloat16": 2, "float32": 4}[kernel["dtype"]]
             problem = PROBLEM.replace(
                 pass_=kernel["pass_"], in_channels=channels, out_channels=channels, input_size=(32,) * 3, arch=kernel["arch"],
                 dtype=kernel["dtype"], precision=kernel["precision"], alignment=math.gcd(16, channels * item),

@@ -15,7 +15,7 @@ from triton_conv3d import configure, conv3d, engines
 from triton_conv3d.problem import PASSES, Problem, device_name
 from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.search import search
-from triton_conv3d.tuning.select import ranking
+from triton_conv3d.tuning.select import ranking, refusals
 
 pytest.importorskip("triton")
 ENGINE = engines.get("tma")
@@ -183,10 +183,14 @@ def test_what_is_taken(changes: dict) -> None:
 
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_quick_tuning_measures_it_beside_the_portable_kernel(stride: int, pass_: str) -> None:
+def test_tuning_in_full_measures_it_beside_the_portable_kernel_and_else_it_is_on_trial(stride: int, pass_: str) -> None:
     problem = Problem(**{**BASE, "pass_": pass_, "input_size": (16, 30, 52), "stride": (stride,) * 3})
-    names = {name for name, _ in search(ranking(problem), lambda candidate, repetitions: 1e-3, QUICK_CANDIDATES)}
-    assert names >= {"tma", "implicit_gemm", "aten"}
+    for mode in ("full", "quick"):
+        with configure(autotune=mode):
+            ranked = ranking(problem)
+            assert ("tma" in refusals(problem)) == (mode == "quick")
+        names = {name for name, _ in search(ranked, lambda candidate, repetitions: 1e-3, QUICK_CANDIDATES)}
+        assert names >= {"implicit_gemm", "aten"} and ("tma" in names) == (mode == "full")
 
 
 @pytest.mark.parametrize("which", ["input", "weight"])

@@ -39,10 +39,10 @@ def chosen(offers: tuple, few: bool) -> list:
 
 def reports(arch: str, channels: int, stride: int, few: bool) -> Iterator[dict]:
     """What the first kernel became that each chosen config of this layer launches: the others differ in numbers."""
-    from perf.machine_code import compiled, compiling_for, launches, problems
+    from perf.machine_code import Layer, compiled, compiling_for, launches, problems
     from triton_conv3d.engines import tma
 
-    for problem, operands in problems(arch, "bfloat16", "ieee", channels, stride):
+    for problem, operands in problems(arch, "bfloat16", "ieee", Layer("tma", channels, channels, stride)):
         if few and stride > 1 and problem.pass_ != "forward":
             continue
         for config in chosen(tma.configs(problem), few):

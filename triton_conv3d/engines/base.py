@@ -7,6 +7,7 @@
                                            pass ends with the residual and the activation: in the kernel (epilogue.py,
                                            :func:`residual_and_slope`), or by :func:`finish`
     memory(problem, config) -> Memory      bytes that it needs beyond operands and result
+    TRIAL = True                           if it is a candidate only where it is asked for, or in the mode ``full``
 """
 
 from __future__ import annotations

@@ -169,6 +169,8 @@ def refusals(problem: Problem) -> dict[str, str]:
     reasons = {}
     for name, engine in engines.available().items():
         reason = engine.supports(problem)
+        if reason is None and _on_trial(engine):
+            reason = "on trial: a candidate in the mode full, or where it is asked for"
         if reason is None and not _usable(problem, engine):
             reason = "every config failed to launch or gave a wrong result"
         if reason is not None:
@@ -186,6 +188,12 @@ def _usable(problem: Problem, engine: ModuleType) -> list[Config]:
         and not measure.quarantined(engine.NAME, config, problem.arch)
         and not (deterministic and _searches(config))
     ]
+
+
+def _on_trial(engine: ModuleType) -> bool:
+    """Whether an engine has still to prove itself on GPUs, and nobody has asked for it."""
+    current = settings.current()
+    return getattr(engine, "TRIAL", False) and current.autotune != "full" and current.engine != engine.NAME
 
 
 def _searches(config: Config) -> bool:
@@ -207,7 +215,7 @@ def ranking(problem: Problem, measuring: bool = False) -> list[tuple[float, Modu
     candidates = [
         (engine, config)
         for engine in (engines.available().values() if forced is None else (engines.get(forced),))
-        if engine.supports(problem) is None
+        if engine.supports(problem) is None and not _on_trial(engine)
         for config in _usable(problem, engine)
     ]
     searching = {engine.NAME for engine, config in candidates if measuring and _searches(config)}

@@ -33,6 +33,7 @@ from .kernels import gather_bricks, wgrad_bricks
 __all__ = ["NAME", "BrickConfig", "configs", "launch", "memory", "supports", "work"]
 
 NAME = "tma"
+TRIAL = True  # it has not run on a GPU yet
 _ARCHITECTURES = ("sm_90", "sm_100", "interpreter")  # elsewhere descriptors become pointers, and spill
 _CHANNELS = 8  # of a 16-bit type are the 16 bytes that divide every stride of a descriptor
 _COORDINATES = 2**31  # of a descriptor
