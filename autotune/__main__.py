@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from triton_conv3d import settings
 from triton_conv3d.problem import PASSES
 from triton_conv3d.tuning import coefficients, cost_model, table
 from triton_conv3d.tuning import variants as tuned_variants
@@ -117,7 +118,9 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _ranking(problem):
-    return ranking(problem, measuring=True)
+    """Of every engine, those on trial too."""
+    with settings.configure(autotune="full"):
+        return ranking(problem, measuring=True)
 
 
 def _plan(cases: list[suites.Case], options: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ import torch
 import triton_conv3d
 from triton_conv3d import engines, ops, settings
 from triton_conv3d.engines.base import Config
-from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, Problem
+from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, Operands, Problem
 from triton_conv3d.tuning import Plan, cost_model, select
 
 from .calls import Results, arguments, as_module, outside, single, torch_module, torch_pass, training
@@ -43,7 +43,7 @@ from .workloads import TRAIN, Case
 
 _NO_TF32X3 = "torch has no tf32x3"
 _TILES = ":tiles"
-_MOST_TILES = 24  # of one engine for one problem
+_MOST_TILES = 48  # of one engine for one problem: what tma offers, three bricks for each of 13 tiles, and room
 
 
 @dataclass(frozen=True)
@@ -143,45 +143,36 @@ class Engine:
     thread = Ours.thread
 
     def __init__(self, name: str):
-        self.name = name
+        self.name = self.engine = name
 
     def prepare(self, case: Case, tensors: Tensors) -> Prepared | str:
         if case.pass_ == TRAIN:
             return "an engine alone computes single passes; a module chooses its engines itself"
         (problem,) = tensors.problems
-        engine = engines.get(self.name)
-        reason = engine.supports(problem)
-        if reason is not None:
-            return reason
-        operands = tensors.operands(problem)
-        with settings.configure(engine=self.name):
-            plan = select(problem, operands)
-        if plan.engine != self.name:
-            return "every config failed to launch or gave a wrong result"
+        engine, operands = engines.get(self.engine), tensors.operands(problem)
+        plan = engine.supports(problem) or self.plan(problem, operands)
+        if isinstance(plan, str):
+            return plan
         return Prepared(single(engine.launch, problem, operands, plan.config), lambda: (plan,))
 
+    def plan(self, problem: Problem, operands: Operands) -> Plan | str:
+        """What is launched, or why nothing can be."""
+        with settings.configure(engine=self.engine):
+            plan = select(problem, operands)
+        return plan if plan.engine == self.engine else "every config failed to launch or gave a wrong result"
 
-class Tile:
+
+class Tile(Engine):
     """The index-th config of an engine, as :func:`tiles` counts them, whatever the tuner thinks of it."""
 
-    thread = Ours.thread
-
     def __init__(self, engine: str, index: int):
-        self.name, self._engine, self._index = f"{engine}:{index}", engine, index
+        self.name, self.engine, self.index = f"{engine}:{index}", engine, index
 
-    def prepare(self, case: Case, tensors: Tensors) -> Prepared | str:
-        if case.pass_ == TRAIN:
-            return "a config computes single passes; a module chooses its configs itself"
-        (problem,) = tensors.problems
-        engine = engines.get(self._engine)
-        reason = engine.supports(problem)
-        if reason is not None:
-            return reason
-        offered = tiles(problem, engine)
-        if self._index >= len(offered):
-            return f"{self._engine} has {len(offered)} tiles for it"
-        plan = Plan(self._engine, offered[self._index], "forced")
-        return Prepared(single(engine.launch, problem, tensors.operands(problem), plan.config), lambda: (plan,))
+    def plan(self, problem: Problem, operands: Operands) -> Plan | str:
+        offered = tiles(problem, engines.get(self.engine))
+        if self.index >= len(offered):
+            return f"{self.engine} has {len(offered)} tiles for it"
+        return Plan(self.engine, offered[self.index], "forced")
 
 
 def tiles(problem: Problem, engine: ModuleType) -> list[Config]:

@@ -6,17 +6,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
+import ahead_of_time
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # (pass, dtype, layout, kernel, whether architectures beside sm_90 compile it too); the first config of that kernel.
 SET = (
@@ -98,15 +95,7 @@ def _nvidia(compiled) -> dict:
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict]:
-    """From a process of its own: the interpreter of the other tests cannot compile."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as cache:
-        environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, "-W", "ignore", __file__, *ARCHITECTURES]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return list(map(json.loads, done.stdout.splitlines()))
+    return ahead_of_time.reports(__file__, *ARCHITECTURES)
 
 
 def test_nothing_spills(reports: list[dict]) -> None:

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+import ahead_of_time
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent
 # engine, input channels, output channels, groups; on which architectures
 SET = (
     ("implicit_gemm", 128, 128, 1, ("sm_80", "sm_90", "gfx942")),
@@ -52,15 +47,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict]:
-    """From a process of its own: the interpreter of the other tests cannot compile."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as cache:
-        environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, "-W", "ignore", __file__]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return list(map(json.loads, done.stdout.splitlines()))
+    return ahead_of_time.reports(__file__)
 
 
 def test_nothing_spills(reports: list[dict]) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import DEVICE
 
-from perf import calls, providers
+from perf import calls, providers, workloads
 from perf.checking import Reference
 from perf.providers import PROVIDERS, FlagGems, alike, cudnn_benchmark
 from perf.tensors import Tensors
@@ -79,6 +79,17 @@ class TestTiles:
         whole = {dataclasses.replace(config, splits=1) for config in engines.get("implicit_gemm").configs(problem)}
         assert len(found) == len(whole) and {dataclasses.replace(config, splits=1) for config in found} == whole
         assert all(judged.judge(one.call()[0])[0] for one in (ready[0], ready[-1]))
+
+    def test_there_are_providers_for_all_of_them(self):
+        cases = workloads.cases(workloads.suite("nnunet3d"), PASSES, ["bf16"])
+        problems = [problem for case in cases for problem in case.problems("NVIDIA H200", "sm_90")]
+        most = max(
+            len(providers.tiles(problem, engine))
+            for problem in problems
+            for engine in engines.available().values()
+            if engine.supports(problem) is None
+        )
+        assert 14 <= most <= providers._MOST_TILES
 
     def test_what_they_cannot_do(self):
         (tile, *_) = providers.get(["folded:tiles"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,10 +15,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import ahead_of_time
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_90", "sm_100")
 LAYERS = ((256, 1), (128, 2), (48, 1))  # (channels of both sides, stride of all dimensions) of kernel 3x3x3
 SHARED_BYTES = 232_448  # of one block, from NVIDIA's documentation
@@ -98,15 +97,7 @@ def faults(row: dict) -> list[str]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    """From a process of its own: the interpreter of the other tests cannot compile."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as cache:
-        environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, "-W", "ignore", __file__, "--few", *ARCHITECTURES]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return list(map(json.loads, done.stdout.splitlines()))
+    return ahead_of_time.reports(__file__, "--few", *ARCHITECTURES)
 
 
 def test_copies_products_and_registers(rows: list[dict]) -> None:

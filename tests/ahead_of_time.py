@@ -1,0 +1,24 @@
+"""Test files that compile with no GPU, run as programs: the interpreter of the other tests cannot compile."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def reports(file: str, *arguments: str) -> list[dict]:
+    """What ``python FILE ARGUMENTS`` prints, a JSON object a line, with a kernel cache of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    with tempfile.TemporaryDirectory() as cache:
+        environment["TRITON_CACHE_DIR"] = cache
+        command = [sys.executable, "-W", "ignore", file, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(map(json.loads, done.stdout.splitlines()))
