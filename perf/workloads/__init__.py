@@ -11,6 +11,7 @@ in it and the source of its shape.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, PASSES, Operands, Problem, describe
+from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, PASSES, Problem
 from triton_conv3d.workload import DTYPES, Layer, layer
 
 from . import sweeps
@@ -93,21 +94,9 @@ class Case:
         return tuple(self._problem(_ADJOINT[p] if adjoint else p).replace(device=device, arch=arch) for p in asked)
 
     def _problem(self, pass_: str) -> Problem:
-        layer = self.workload.layer
-
-        def empty(shape: tuple[int, ...]) -> torch.Tensor:
-            return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta", memory_format=LAYOUTS[self.layout])
-
-        bias = empty((layer.out_channels, 1, 1, 1, 1)).flatten() if layer.bias and pass_ == "forward" else None
-        operands = {
-            "forward": lambda: Operands(empty(layer.input_shape), empty(layer.weight_shape), None, bias),
-            "dgrad": lambda: Operands(None, empty(layer.weight_shape), empty(layer.output_shape)),
-            "wgrad": lambda: Operands(empty(layer.input_shape), None, empty(layer.output_shape)),
-        }[pass_]()
-        return describe(
-            pass_, operands, layer.input_shape, layer.weight_shape, layer.stride, layer.padding_both, layer.dilation,
-            layer.groups, self.layout == CHANNELS_LAST, self.precision,
-        )  # fmt: skip
+        layer, memory_format = dataclasses.replace(self.workload.layer, dtype=self.dtype), LAYOUTS[self.layout]
+        operands = layer.operands(pass_, "meta", memory_format)
+        return layer.problem(pass_, operands, self.precision, memory_format)
 
 
 def _workload(entry: dict) -> Workload:
