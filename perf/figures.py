@@ -261,7 +261,7 @@ def step_times(networks: Mapping[tuple[str, str, str], Mapping[str, EndToEnd]], 
     lines = [line for name in names for line in (name, *providers)]
     figure, panels = new_figure(title, 1.2 + 0.165 * len(lines), columns=len(modes), sharey=True)
     for axes, mode in zip(panels, modes, strict=True):
-        axes.set(title=mode, xlabel="time of a step over that of the fastest torch provider")
+        axes.set(title=mode, xlabel="step time over fastest torch provider")
         axes.set_xlim(0, _CUT * 1.35)
         axes.set_xticks(range(math.ceil(_CUT) + 1))
         axes.grid(axis="x")

@@ -119,6 +119,8 @@ def test_labels_of_lines_do_not_touch(drawn):
         labels = [t for t in figure.axes[0].get_yticklabels() if t.get_text()]
         boxes = sorted((t.get_window_extent() for t in labels), key=lambda box: box.y0)
         assert all(low.y1 < high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False)), name
+        labels = [axes.xaxis.label.get_window_extent() for axes in figure.axes if axes.xaxis.label.get_text()]
+        assert not any(one.overlaps(other) for i, one in enumerate(labels) for other in labels[:i]), name
 
 
 def test_colours_are_okabe_and_itos(drawn):
