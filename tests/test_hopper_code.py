@@ -30,7 +30,8 @@ BESIDES = {
     "contiguous": {"bias": True, "residual": True, "layouts": ("channels_last",) * 2 + ("contiguous",)},
     "index64": {"index64": True},
 }
-LAYERS = [(c, s, "plain") for c, s in ((256, 1), (128, 2), (48, 1), (24, 1))] + [(256, 1, name) for name in BESIDES][1:]
+LAYERS = [(c, s, "plain") for c, s in ((256, 1), (128, 2), (48, 1), (24, 1))]
+LAYERS += [(channels, 1, name) for channels in (256, 48) for name in BESIDES if name != "plain"]
 FEW = [(256, 1, "gelu"), (256, 1, "plain")]  # of which the former is forward
 MOST_PER_PRODUCT = 14  # instructions of a consumer's thread in its loop for one matrix instruction, in steps of 64
 
