@@ -18,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_conv3d import engines
 from triton_conv3d.engines.base import Config
@@ -66,7 +65,7 @@ def _kind(argument) -> object:
         return tuple(map(_kind, argument))
     if isinstance(argument, int):
         return "i32" if -_INT32_LIMIT <= argument < _INT32_LIMIT else "i64"
-    if isinstance(argument, TensorDescriptor):
+    if hasattr(argument, "block_shape"):  # a descriptor, Triton's or Gluon's
         return str(argument.base.dtype), tuple(argument.block_shape)
     return str(argument.dtype) if isinstance(argument, torch.Tensor) else argument
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import triton.language as tl
@@ -93,14 +94,21 @@ def work(problem: Problem, config: BrickConfig) -> Work:
 
 
 def launch(problem: Problem, operands: Operands, config: BrickConfig) -> torch.Tensor:
+    return launched(problem, operands, config, _gather, _wgrad)
+
+
+def launched(
+    problem: Problem, operands: Operands, config: BrickConfig, gather: Callable, wgrad: Callable
+) -> torch.Tensor:
+    """The result by these two launches, of whole or of partial sums."""
     y = problem.empty_result(next(t for t in operands.tensors if t is not None).device)
     end = residual_and_slope(problem, operands)
     split = config.splits > 1
     target = y.new_empty((config.splits, y.numel()), dtype=torch.float32) if split else y
     if problem.pass_ == "wgrad":
-        _wgrad(problem, operands, config, target)
+        wgrad(problem, operands, config, target)
     else:
-        _gather(problem, operands, config, target, NO_EPILOGUE if split else end)
+        gather(problem, operands, config, target, NO_EPILOGUE if split else end)
     if split:
         reduce(problem, target, operands.bias, y, end)
     return y

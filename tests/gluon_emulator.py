@@ -1,0 +1,434 @@
+"""The kernels of engine hopper in plain Python and NumPy: Gluon has no interpreter, so this runs their very source.
+
+Producer, consumers and the copy engine take turns at random, as a seed has it, at everything that synchronises. Copies
+arrive late and in any order, products read their operands as late as they may, and shared memory is NaN until a copy has
+arrived: what a stage is overwritten or read too early for shows in the result or raises. If nobody can go on, it raises.
+Layouts, registers and the limits of the hardware are not modelled; test_hopper_code.py looks at those.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import random
+import threading
+from collections.abc import Callable
+from types import FunctionType, SimpleNamespace
+
+import numpy as np
+import torch
+import triton.language as tl
+
+from triton_conv3d.engines import launching
+
+_ABORTED = object()
+
+
+class Value(np.ndarray):
+    """A tensor or scalar of a kernel. Integers divide as in C."""
+
+    def __array_wrap__(self, array, context=None, return_scalar=False):
+        return np.asarray(array).view(Value)
+
+    def to(self, dtype) -> Value:
+        return self.astype(np.float32 if dtype in (tl.float32, tl.float16, tl.bfloat16) else np.int64)
+
+    def __floordiv__(self, other):
+        a, b = np.asarray(self), np.asarray(other)
+        return value(np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b))
+
+    def __rfloordiv__(self, other):
+        return value(other) // self
+
+    def __mod__(self, other):
+        return self - (self // other) * other
+
+    def __rmod__(self, other):
+        return value(other) % self
+
+
+def value(x) -> Value:
+    return np.asarray(x).view(Value)
+
+
+def _wrapped(argument):
+    """A kernel's argument as its source expects it; constants stay as they are."""
+    if isinstance(argument, tuple):
+        return tuple(map(_wrapped, argument))
+    if isinstance(argument, bool) or argument is None:
+        return argument
+    if isinstance(argument, (int, float)):
+        return value(argument)
+    return Pointer(argument) if isinstance(argument, torch.Tensor) else Descriptor(argument)
+
+
+class Pointer:
+    def __init__(self, tensor: torch.Tensor):
+        # From the tensor's first element to the end of its own elements, as the kernel addresses it.
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        self.memory = tensor.as_strided((extent,), (1,))
+        self.written = torch.zeros(extent, dtype=torch.bool)
+        self.dtype = SimpleNamespace(element_ty=getattr(tl, str(tensor.dtype).removeprefix("torch.")))
+
+    def __add__(self, offsets) -> Address:
+        return Address(self, value(offsets))
+
+
+class Address:
+    def __init__(self, pointer: Pointer, offsets: Value):
+        self.pointer, self.offsets, self.dtype = pointer, offsets, pointer.dtype
+
+    def __add__(self, offsets) -> Address:
+        return Address(self.pointer, self.offsets + offsets)
+
+    def chosen(self, mask) -> tuple[torch.Tensor, np.ndarray]:
+        """(the addresses under the mask, the mask in full)."""
+        offsets, mask = np.broadcast_arrays(self.offsets, mask)
+        found = torch.from_numpy(np.ascontiguousarray(offsets[mask]).astype(np.int64))
+        extent = self.pointer.memory.numel()
+        assert not found.numel() or (0 <= found.min() and found.max() < extent), "an address outside of the tensor"
+        return found, mask
+
+
+def _load(address: Address, mask, other: float) -> Value:
+    found, mask = address.chosen(mask)
+    result = np.full(mask.shape, other, np.float32)
+    result[mask] = address.pointer.memory[found].float().numpy()
+    return value(result)
+
+
+def _store(address: Address, values: Value, mask) -> None:
+    found, mask = address.chosen(mask)
+    pointer = address.pointer
+    assert not pointer.written[found].any() and found.unique().numel() == found.numel(), "an element written twice"
+    pointer.written[found] = True
+    pointer.memory[found] = torch.from_numpy(np.broadcast_to(values, mask.shape)[mask].astype(np.float32)).to(
+        pointer.memory
+    )
+
+
+class Descriptor:
+    """What the copy engine reads; zeros lie outside."""
+
+    def __init__(self, described):
+        self.shape, self.block, self.dtype = described.shape, tuple(described.block_shape), described.base.dtype
+        self.block_type = SimpleNamespace(nbytes=math.prod(self.block) * described.base.element_size())
+        assert described.layout.rank == len(self.block) and described.base.data_ptr() % 16 == 0
+        assert all(stride * described.base.element_size() % 16 == 0 for stride in described.strides[:-1])
+        self.elements = described.base.as_strided(described.shape, described.strides)
+
+    def read(self, at: tuple[int, ...]) -> np.ndarray:
+        found = np.zeros(self.block, np.float32)
+        ranges = [
+            (max(0, start), max(0, min(size, start + extent)))
+            for start, size, extent in zip(at, self.shape, self.block, strict=True)
+        ]
+        if all(low < high for low, high in ranges):
+            inside = tuple(slice(low - start, high - start) for (low, high), start in zip(ranges, at, strict=True))
+            found[inside] = self.elements[tuple(slice(*r) for r in ranges)].float().numpy()
+        return found.reshape(-1, self.block[-1])
+
+
+class Barrier:
+    def init(self, count: int) -> None:
+        self.count = self.pending = count
+        self.bytes, self.phase = 0, 0
+
+    def change(self, arrivals: int, bytes_: int) -> None:
+        self.pending -= arrivals
+        self.bytes += bytes_
+        assert self.pending >= 0, "more arrivals than the barrier counts"
+        if self.pending == 0 and self.bytes == 0:
+            self.pending, self.phase = self.count, self.phase ^ 1
+
+
+class Buffer:
+    """A stage of a ring, or a turned view of it."""
+
+    def __init__(self, data: np.ndarray, state: SimpleNamespace | None = None):
+        self.data, self.state = data, state or SimpleNamespace(arriving=0, read=0)
+
+    def permute(self, order) -> Buffer:
+        return Buffer(self.data.transpose(order), self.state)
+
+
+class Memory:
+    def __init__(self, dtype, shape, layout):
+        barriers = dtype is tl.int64
+        self.parts = [
+            Barrier() if barriers else Buffer(np.full(shape[1:], np.nan, np.float32)) for _ in range(shape[0])
+        ]
+
+    def index(self, i):
+        assert 0 <= int(i) < len(self.parts)
+        return self.parts[int(i)]
+
+
+class Products:
+    """Sums with products that may not be done yet."""
+
+    def __init__(self, sums: Value, left: list[tuple[Buffer, Buffer]]):
+        self.sums, self.left = sums, left
+
+    def wait(self, outstanding: int) -> Products | Value:
+        while len(self.left) > outstanding:
+            a, b = self.left.pop(0)
+            self.sums = value(self.sums + a.data.astype(np.float64) @ b.data)
+            a.state.read -= 1
+            b.state.read -= 1
+        return self if self.left else self.sums
+
+
+class Program:
+    """One program of a grid: its warps, its copies, and whose turn it is."""
+
+    def __init__(self, number: int, programs: int, seed: object):
+        self.number, self.programs, self.random = number, programs, random.Random(f"{seed} {number}")
+        self.weights = [self.random.choice((1, 1, 10)) for _ in range(3)]  # of the two sides, and of any copy
+        self.copies: list[Callable[[], None]] = []
+        self.turn = threading.local()
+        self.traces: list[list[tuple]] = [[], []]  # what each side did: its name, barrier or buffers, and numbers
+
+    def specialise(self, sides, warps, registers) -> None:
+        """Run all sides to their end."""
+        assert len(sides) == 2 and list(warps) == [1]
+        self.ready: list[Callable[[], bool] | None] = [lambda: True] * len(sides)
+        self.mine = [threading.Semaphore(0) for _ in sides]
+        self.back, self.failed = threading.Semaphore(0), None
+        threads = [threading.Thread(target=self._side, args=(i, *side)) for i, side in enumerate(sides)]
+        for thread in threads:
+            thread.start()
+        try:
+            self._take_turns()
+        finally:
+            self.failed = self.failed or _ABORTED
+            for semaphore in self.mine:
+                semaphore.release()
+            for thread in threads:
+                thread.join()
+        assert not self.copies, "a copy that nobody waited for"
+
+    def _take_turns(self) -> None:
+        while any(self.ready):
+            able = [i for i, ready in enumerate(self.ready) if ready and ready()] + [2] * bool(self.copies)
+            assert able, "deadlock"
+            chosen = self.random.choices(able, [self.weights[i] for i in able])[0]
+            if chosen == 2:
+                self.copies.pop(self.random.randrange(len(self.copies)))()
+                continue
+            self.mine[chosen].release()
+            self.back.acquire()
+            if self.failed:
+                raise self.failed
+
+    def _side(self, number: int, function: Callable, arguments: tuple) -> None:
+        self.turn.number = number
+        self.mine[number].acquire()
+        try:
+            if self.failed is None:
+                function(*arguments)
+        except BaseException as error:  # handed to the thread that takes turns
+            self.failed = self.failed or error
+        self.ready[number] = None
+        self.back.release()
+
+    def others(self, until: Callable[[], bool] = lambda: True) -> None:
+        """Let others take their turns, at least until this holds."""
+        number = self.turn.number
+        self.ready[number] = until
+        self.back.release()
+        self.mine[number].acquire()
+        if self.failed:
+            raise SystemExit
+
+    def _note(self, *what) -> None:
+        self.traces[self.turn.number].append(what)
+
+    # What kernels call.
+
+    def wait(self, barrier: Barrier, parity) -> None:
+        parity = int(parity)
+        self._note("wait", barrier, parity)
+        self.others(lambda: barrier.phase != parity)
+
+    def expect(self, barrier: Barrier, count: int) -> None:
+        self._note("expect", barrier, count)
+        self.others()
+        barrier.change(1, count)
+
+    def arrive(self, barrier: Barrier, pred=True) -> None:
+        self.others()
+        if pred:
+            self._note("arrive", barrier)
+            barrier.change(1, 0)
+
+    def load(self, descriptor: Descriptor, at, barrier: Barrier, buffer: Buffer) -> None:
+        self.others()
+        where = tuple(map(int, at))
+        self._note("load", buffer.state, barrier, descriptor.block_type.nbytes)
+        assert not buffer.state.read, "a copy into what is being multiplied"
+        assert not buffer.state.arriving, "a copy into what is being copied"
+        buffer.state.arriving = 1
+        buffer.data[:] = np.nan
+
+        def arrived() -> None:
+            buffer.data[:] = descriptor.read(where)
+            buffer.state.arriving = 0
+            barrier.change(0, -descriptor.block_type.nbytes)
+
+        self.copies.append(arrived)
+
+    def multiply(self, a: Buffer, b: Buffer, acc, is_async: bool) -> Products:
+        self.others()
+        self._note("multiply", a.state, b.state)
+        assert is_async and a.data.shape[1] == b.data.shape[0]
+        a.state.read += 1
+        b.state.read += 1
+        before = acc if isinstance(acc, Products) else Products(acc, [])
+        return Products(before.sums, [*before.left, (a, b)])
+
+    def waited(self, outstanding: int, deps) -> Products | Value:
+        self.others()
+        self._note("waited", outstanding)
+        (acc,) = deps
+        return acc.wait(outstanding) if isinstance(acc, Products) else acc
+
+
+def _static_assert(condition: bool, message: str) -> None:
+    assert condition, message
+
+
+def _namespace(program: Program) -> dict:
+    """Names that kernels use, their own functions left out."""
+    language = SimpleNamespace(
+        where=lambda c, a, b: value(np.where(c, a, b)), minimum=lambda a, b: value(np.minimum(a, b)),
+        maximum=lambda a, b: value(np.maximum(a, b)), cdiv=lambda a, b: (value(a) + b - 1) // b,
+        exp=lambda x: value(np.exp(x)), abs=lambda x: value(np.abs(x)), static_range=builtins.range,
+        program_id=lambda axis: value(program.number), num_programs=lambda axis: value(program.programs),
+        zeros=lambda shape, dtype, layout: value(np.zeros(shape)), load=_load, store=_store,
+        arange=lambda begin, end, layout: value(np.arange(begin, end)), SliceLayout=lambda *_: None,
+        reshape=lambda x, shape: x.reshape(shape), permute=lambda x, order: x.transpose(order),
+        split=lambda x: (x[..., 0], x[..., 1]), static_assert=_static_assert,
+        expand_dims=lambda x, axis: value(np.expand_dims(x, axis)), convert_layout=lambda x, layout: x,
+        allocate_shared_memory=Memory, warp_specialize=program.specialise,
+        **{name: getattr(tl, name) for name in ("int32", "int64", "float32", "float16", "bfloat16", "constexpr")},
+    )  # fmt: skip
+    barrier = SimpleNamespace(
+        init=lambda barrier, count: barrier.init(count), wait=program.wait, expect=program.expect, arrive=program.arrive,
+        MBarrierLayout=lambda: None,
+    )  # fmt: skip
+    return {
+        "tl": language, "gl": language, "mbarrier": barrier, "load": program.load, "warpgroup_mma": program.multiply,
+        "warpgroup_mma_wait": program.waited, "range": lambda *limits: map(value, builtins.range(*map(int, limits))),
+        "__builtins__": builtins,
+    }  # fmt: skip
+
+
+def _bound(function, known: dict, functions: dict) -> FunctionType:
+    """A kernel's function over these names, and with it all jitted functions that it calls."""
+    plain = function.fn
+    if plain not in functions:
+        names = dict(known)
+        functions[plain] = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__)
+        for name in plain.__code__.co_names:
+            if name in plain.__globals__ and name not in known:
+                other = plain.__globals__[name]
+                names[name] = (
+                    _bound(other, known, functions) if hasattr(other, "fn") else getattr(other, "value", other)
+                )
+    return functions[plain]
+
+
+def launched(kernel, grid: tuple[int, int], args: tuple, options: dict, seed: object = 0) -> list[Program]:
+    """Run a kernel of engine hopper over its grid, in place of :func:`launching._run`."""
+    programs = []
+    arguments = tuple(map(_wrapped, args))
+    constants = {name: x for name, x in options.items() if name not in ("num_warps", "enable_fp_fusion")}
+    for number in range(grid[0]):
+        program = Program(number, grid[0], seed)
+        _bound(kernel, _namespace(program), {})(*arguments, **constants)
+        programs.append(program)
+    return programs
+
+
+def emulating(seed: object = 0, programs: list[Program] | None = None):
+    """Within the block, kernels in Gluon are emulated, each program joining the list, and all others launched as ever."""
+    usual = launching._runner
+
+    def run(kernel, grid, args, options) -> None:
+        if getattr(kernel, "is_gluon", lambda: False)():
+            found = launched(kernel, grid, args, options, seed)
+            if programs is not None:
+                programs.extend(found)
+        else:
+            usual(kernel, grid, args, options)
+
+    return launching.replaced(run)
+
+
+def explore(traces: list[list[tuple]]) -> int:
+    """Try every order in which two sides can do what they did, and copies arrive; the number of states that this meets.
+
+    What a side does depends on no turn, so one run tells all of it. A state is how far each side is, which copies are on
+    their way, the products that are not done, and what barriers and buffers hold.
+
+    Raises:
+        AssertionError: in some order nobody can go on, a stage is overwritten, or read before it is filled.
+    """
+    numbers: dict[int, int] = {}  # of barriers and buffers, in the order of their first use
+    steps = [[tuple(_number(x, numbers) for x in step) for step in trace] for trace in traces]
+    start = ((0, 0), (), (), tuple((1, 0, 0) for _ in numbers), tuple("empty" for _ in numbers))
+    seen, left = {start}, [start]
+    while left:
+        state = left.pop()
+        following = list(_following(steps, *state))
+        finished = all(at == len(side) for at, side in zip(state[0], steps, strict=True))
+        assert following or (finished and not state[1] and not state[2]), "deadlock"
+        fresh = [other for other in dict.fromkeys(following) if other not in seen]
+        seen.update(fresh)
+        left += fresh
+    return len(seen)
+
+
+def _number(x: object, numbers: dict[int, int]) -> object:
+    return numbers.setdefault(id(x), len(numbers)) if isinstance(x, (Barrier, SimpleNamespace)) else x
+
+
+def _following(steps, at, copies, products, barriers, buffers):
+    """All states that one more action can lead to."""
+
+    def changed(items: tuple, where: int, what: object) -> tuple:
+        return (*items[:where], what, *items[where + 1 :])
+
+    def completed(barrier: int, arrivals: int, count: int) -> tuple:
+        pending, missing, phase = barriers[barrier]
+        pending, missing = pending - arrivals, missing + count
+        assert pending >= 0, "more arrivals than the barrier counts"
+        done = pending == 0 and missing == 0
+        return changed(barriers, barrier, (1, 0, phase ^ 1) if done else (pending, missing, phase))
+
+    for i, (buffer, barrier, count) in enumerate(copies):
+        filled = changed(buffers, buffer, "full")
+        yield at, copies[:i] + copies[i + 1 :], products, completed(barrier, 0, -count), filled
+    for side in range(2):
+        if at[side] == len(steps[side]):
+            continue
+        name, *what = steps[side][at[side]]
+        after = changed(at, side, at[side] + 1)
+        if name == "wait":
+            if barriers[what[0]][2] != what[1]:
+                yield after, copies, products, barriers, buffers
+        elif name in ("expect", "arrive"):
+            yield after, copies, products, completed(what[0], 1, *what[1:] or (0,)), buffers
+        elif name == "load":
+            assert buffers[what[0]] == "empty", f"a copy into a stage that is {buffers[what[0]]}"
+            started = tuple(sorted((*copies, tuple(what))))
+            yield after, started, products, barriers, changed(buffers, what[0], "arriving")
+        elif name == "multiply":
+            assert all(buffers[buffer] == "full" for buffer in what), "a product of what is not there"
+            yield after, copies, (*products, tuple(what)), barriers, buffers
+        else:
+            done = len(products) - min(len(products), what[0])
+            emptied = {buffer for product in products[:done] for buffer in product}
+            held = tuple("empty" if i in emptied else buffer for i, buffer in enumerate(buffers))
+            yield after, copies, products[done:], barriers, held

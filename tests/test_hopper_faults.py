@@ -1,0 +1,125 @@
+"""Faults planted in the hopper engine, one at a time, must all be caught by a small battery in the emulator.
+
+``python tests/test_hopper_faults.py`` prints how each of them ended; :mod:`planting` says how it is done.
+"""
+
+# ruff: noqa: E501 - a table of source lines
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import planting
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.long
+
+# name: (file, what stands there once, what is planted); the battery tries only the pass that a name begins with, if any.
+FAULTS = {
+    # the ring
+    "full_not_waited_for": ("ring.py", "mbarrier.wait(full.index(stage), parity)", "pass"),
+    "full_of_another_round": ("ring.py", "mbarrier.wait(full.index(stage), parity)", "mbarrier.wait(full.index(stage), parity ^ 1)"),
+    "freed_too_early": ("ring.py", "mbarrier.arrive(empty.index(before), pred=i > 0)", "mbarrier.arrive(empty.index(stage))"),
+    "freed_before_the_product": ("ring.py", "acc = warpgroup_mma_wait(1, deps=(acc,))", "acc = warpgroup_mma_wait(2, deps=(acc,))"),
+    "last_stage_not_freed": ("ring.py", "mbarrier.arrive(empty.index(before), pred=steps > 0)", "pass"),
+    "freed_without_a_step": ("ring.py", "mbarrier.arrive(empty.index(before), pred=steps > 0)", "mbarrier.arrive(empty.index(before))"),
+    "products_not_waited_for": ("ring.py", "acc = warpgroup_mma_wait(0, deps=(acc,))", "pass"),
+    "parity_stays": ("ring.py", "tl.where(last, parity ^ 1, parity)", "parity"),
+    "ring_too_short": ("ring.py", "last = stage == STAGES - 1", "last = stage == STAGES - 2"),
+    "parts_overlap": ("ring.py", "tl.minimum(split * share + share, steps)", "tl.minimum(split * share + share + 1, steps)"),
+    "forward_empty_not_waited_for": ("gather.py", "mbarrier.wait(empty.index(stage), parity ^ 1)", "pass"),
+    "forward_empty_of_this_round": ("gather.py", "mbarrier.wait(empty.index(stage), parity ^ 1)", "mbarrier.wait(empty.index(stage), parity)"),
+    "forward_fewer_bytes": ("gather.py", "w.block_type.nbytes + xs[0].block_type.nbytes", "xs[0].block_type.nbytes"),
+    "wgrad_empty_not_waited_for": ("wgrad.py", "mbarrier.wait(empty.index(stage), parity ^ 1)", "pass"),
+    # what both sides have to agree about
+    "forward_splits_and_groups": ("gather.py", "rest // splits % groups", "rest % groups"),
+    "forward_brick_of_a_tile": ("gather.py", "_digits(index // tiles_n % all_bricks, bricks)", "_digits(index % all_bricks, bricks)"),
+    "dgrad_class_of_steps": ("gather.py", "rest // (splits * groups)", "rest // splits % 1"),
+    "dgrad_class_of_pixels": ("gather.py", "in_w = (in_w + at[3]) * by[2] + first[2]", "in_w = (in_w + at[3]) * by[2]"),
+    "dgrad_weight_not_turned": ("gather.py", "stage, parity, DGRAD, True, STAGES", "stage, parity, False, True, STAGES"),
+    "forward_views": ("gather.py", "x = xs[view]", "x = xs[0]"),
+    "forward_taps_not_carried": ("gather.py", "td += carry", "td += 0"),
+    "forward_halves_exchanged": ("gather.py", "left, right = gl.split(", "right, left = gl.split("),
+    "forward_residual_before_the_mask": ("gather.py", "inside = (in_n < y_size[0]) & (in_d < y_size[1])", "inside = in_n < y_size[0]"),
+    "forward_split_stride": ("gather.py", "y_tile = y_ptr + split.to(INDEX) * split_stride", "y_tile = y_ptr"),
+    "wgrad_tap_of_a_tile": ("wgrad.py", "tap // taps[2] % taps[1]", "tap % taps[1]"),
+    "wgrad_chains_forgotten": ("wgrad.py", "total += acc", "total = acc"),
+    "wgrad_group_of_gradient": ("wgrad.py", "filters = group * group_out + tile_m * BLOCK_M", "filters = tile_m * BLOCK_M"),
+    # the host
+    "wgrad_skipped_taps_not_zeroed": ("host.py", "target.zero_()", "pass"),
+    "dgrad_block_of_the_weight": ("host.py", 'return sides[::-1] if problem.pass_ == "dgrad" else sides', "return sides"),
+}  # fmt: skip
+
+
+def battery(engine: ModuleType, fault: str) -> None:
+    """Raises if the engine is wrong."""
+    from dataclasses import replace
+    from importlib import import_module
+
+    from cases import Case, run
+    from gluon_emulator import emulating
+
+    from triton_conv3d.engines import tma
+    from triton_conv3d.problem import PASSES
+
+    host = import_module(f"{engine.__name__}.host")
+    host._multiprocessors = lambda device: 2
+
+    def launch(*arguments):
+        with emulating(fault):
+            return engine.launch(*arguments)
+
+    emulated = SimpleNamespace(NAME="hopper", supports=tma.supports, configs=engine.configs, launch=launch)
+    geometries = (
+        dict(input_size=(2, 3, 5), kernel_size=(2, 2, 2), padding=(1, 0, 0, 1, 1, 0), channels_last=False, batch=2, out_channels=72),
+        dict(in_channels=8, input_size=(2, 5, 6), kernel_size=(1, 3, 3), stride=(1, 2, 3), padding=(0, 0, 1, 0, 1, 2)),
+        dict(in_channels=8, out_channels=8, input_size=(1, 1, 4), kernel_size=(3, 1, 3), stride=(2, 1, 1), padding=(2, 2, 0, 0, 0, 0)),
+        dict(in_channels=32, out_channels=32, groups=2, input_size=(1, 2, 5), kernel_size=(1, 1, 2), stride=(1, 1, 3), padding=(0, 0, 0, 0, 2, 0)),
+    )  # fmt: skip
+    for pass_ in [fault.split("_")[0]] if fault.split("_")[0] in PASSES else PASSES:
+        for i, geometry in enumerate(geometries):
+            case = Case(
+                pass_,
+                **{"in_channels": 24, "out_channels": 24, "dtype": "float16", **geometry},
+                bias=pass_ == "forward",
+            )
+            if pass_ == "forward":
+                case = case.replace(residual="channels_last", activation="relu")
+            small = replace(
+                engine.configs(case.geometry())[-1], brick_n=1, brick_d=1 + (i == 2), brick_h=4 >> (i == 3), brick_w=4
+            )
+            run(case, emulated, replace(small, num_stages=2 + i % 2))
+            wide = {"block_n": 128, "brick_h": 4, "brick_w": 32, "brick_d": 1} if pass_ == "forward" and i == 0 else {}
+            run(case, emulated, replace(small, splits=2, **wide))
+        if fault in ("wgrad_chains_forgotten", planting.SOUND) and pass_ == "wgrad":
+            import_module(f"{engine.__name__}.configs").CHAIN = 64
+            tma.CHAIN = 64
+            tma._wgrad_launch.cache_clear()
+            host._wgrad_arguments.cache_clear()
+            case = Case(
+                pass_, in_channels=8, out_channels=8, input_size=(2, 4, 32), kernel_size=(1, 1, 1), dtype="float16"
+            )
+            run(
+                case, emulated, replace(engine.configs(case.geometry())[-1], brick_n=1, brick_d=1, brick_h=4, brick_w=8)
+            )
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    return planting.outcomes(Path(__file__).name)
+
+
+def test_the_sound_engine_passes(outcomes: dict[str, str]) -> None:
+    assert outcomes[planting.SOUND] == "survived"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught(outcomes: dict[str, str], name: str) -> None:
+    planting.check(outcomes[name])
+
+
+if __name__ == "__main__":
+    planting.try_all("hopper", FAULTS, battery, sys.argv[1:])

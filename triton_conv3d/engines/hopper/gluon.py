@@ -1,0 +1,43 @@
+"""Gluon under one set of names: what is called differently, or is missing, from Triton 3.6 to the newest.
+
+What exists is asked for by its name, never by a version. :data:`MISSING` says what this Triton lacks; then the kernels
+cannot be imported, and nothing else of this module is to be used.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MISSING", "TensorDescriptor", "gl", "gluon", "load", "mbarrier", "warpgroup_mma", "warpgroup_mma_wait"]
+
+MISSING: str | None = None
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    _ASKED_FOR = (
+        gl.allocate_shared_memory, gl.BlockedLayout, gl.convert_layout, gl.NVMMADistributedLayout, gl.NVMMASharedLayout,
+        gl.SliceLayout, gl.split, gl.static_assert, gl.warp_specialize, mbarrier.MBarrierLayout, mbarrier.arrive,
+        mbarrier.expect, mbarrier.init, mbarrier.wait,
+    )  # fmt: skip
+    _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+        @gluon.jit
+        def _seen_as(buffer, descriptor):
+            return buffer.reinterpret(buffer.dtype, descriptor.block_type.shape, descriptor.layout)
+
+    else:
+        _ASKED_FOR += (gl.shared_memory_descriptor._reinterpret,)
+
+        @gluon.jit
+        def _seen_as(buffer, descriptor):
+            return buffer._reinterpret(buffer.dtype, descriptor.block_type.shape, descriptor.layout)
+
+    @gluon.jit
+    def load(descriptor, at, barrier, buffer):
+        """Have the copy engine fill a buffer of (pixels, channels) with the block at these coordinates."""
+        _copy(descriptor, at, barrier, _seen_as(buffer, descriptor))
+
+except (ImportError, AttributeError) as error:
+    MISSING = f"the Gluon of this Triton lacks what the kernels are written in: {error}"

@@ -1,0 +1,138 @@
+"""The host's side of the kernels: descriptors, layouts, grids. To be imported only where Gluon is as they need it."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from ...problem import CHANNELS_LAST, Operands, Problem
+from ..implicit_gemm import dense
+from ..launching import GRID_LIMIT, launch_kernel
+from ..tma import _KNOWN_LAUNCHES, _descriptor, _gather_launch, _readable, _wgrad_launch
+from ..tma.geometry import MOST_VIEWS, View, Views, views
+from .configs import BrickConfig, one_chain
+from .gather import gather_ring
+from .gluon import TensorDescriptor, gl
+from .wgrad import wgrad_ring
+
+_MULTIPROCESSORS = 132  # of an H100 SXM and an H200: for launches that are only compiled
+_SWIZZLED = 64  # 16-bit elements of a row of shared memory that are swizzled together, the most
+_COLUMNS = 256  # of one matrix instruction, the most
+_ROWS = 128  # of two warpgroups, one above the other
+_AT_ONCE = 128 * 64  # elements of a wide tile that are written at once: more spill with a residual and gelu
+_VECTOR = 8  # 16-bit elements of one store
+
+
+def gather(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor, end: tuple) -> None:
+    """forward and dgrad: every brick of the result gathers from its taps."""
+    dgrad = problem.pass_ == "dgrad"
+    x = _readable(operands.grad if dgrad else operands.input)
+    read = views(problem, config.brick)
+    block = (*config.brick, config.block_k)
+    xs = [_swizzled(_descriptor(x, view, read.stride, block)) for view in read.views]
+    xs += [None] * (MOST_VIEWS - len(xs))
+    taps, filters, channels = problem.taps, problem.out_channels, problem.group_in
+    w_block = (1, *_weight_block(problem, config))
+    w_shape, w_strides = [taps, filters, channels], [channels, taps * channels, 1]
+    w = TensorDescriptor(dense(operands.weight), w_shape, w_strides, list(w_block), _shared(w_block))
+    tiles, arguments, options = _gather_arguments(problem, config)
+    launch_kernel(gather_ring, _grid(target, tiles), (target, operands.bias, w, *xs, *arguments, tiles, *end), options)
+
+
+def wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor) -> None:
+    """wgrad: for each tap, filters x pixels times pixels x channels; the bricks are shared out among the splits."""
+    x, grad = _readable(operands.input), _readable(operands.grad)
+    read = views(problem, config.brick)
+    if sum(math.prod(view.taps) for view in read.views) < problem.taps:  # what meets only padding has no gradient
+        target.zero_()
+    whole = View((0, 0, 0), problem.output_size, (), (), ())
+    grad = _swizzled(_descriptor(grad, whole, (1, 1, 1), (*config.brick, config.block_k)))
+    for view in read.views:
+        x_view = _swizzled(_descriptor(x, view, read.stride, (*config.brick, config.block_n)))
+        tiles, arguments, options = _wgrad_arguments(problem, config, view, read)
+        launch_kernel(wgrad_ring, _grid(target, tiles), (target, grad, x_view, *arguments, tiles), options)
+
+
+def _weight_block(problem: Problem, config: BrickConfig) -> tuple[int, int]:
+    sides = config.block_n, config.block_k
+    return sides[::-1] if problem.pass_ == "dgrad" else sides
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _gather_arguments(problem: Problem, config: BrickConfig) -> tuple[int, tuple, dict]:
+    """(tiles, arguments behind the descriptors, options)."""
+    (programs, classes), arguments, options = _gather_launch(problem, config)
+    pixels = math.prod(config.brick)
+    last = config.splits > 1 or problem.result_layout == CHANNELS_LAST
+    at_once = _AT_ONCE if last else _AT_ONCE // 2  # where every channel has an address of its own
+    layouts = dict(
+        W_RING=_shared(_weight_block(problem, config)),
+        X_RING=_shared((pixels, config.block_k)),
+        SUMS=_sums(config.block_n, pixels),
+        WRITTEN=_written(config.block_n, last),
+        WIDTH=at_once // config.block_n if config.block_n >= _ROWS else pixels,
+    )
+    return programs * classes, (*arguments, problem.groups), _ring(gather_ring, options, config) | layouts
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _wgrad_arguments(problem: Problem, config: BrickConfig, view: View, read: Views) -> tuple[int, tuple, dict]:
+    """The same, of the taps of one view."""
+    (tiles, _), arguments, options = _wgrad_launch(problem, config, view, read)
+    pixels = math.prod(config.brick)
+    layouts = dict(
+        GRAD_RING=_shared((pixels, config.block_k)),
+        X_RING=_shared((pixels, config.block_n)),
+        SUMS=_sums(config.block_k, config.block_n),
+    )
+    options = _ring(wgrad_ring, options, config) | layouts
+    return tiles, arguments, options | {"CHAIN": 0 if one_chain(problem, config) else options["CHAIN"]}
+
+
+def _ring(kernel, options: dict, config: BrickConfig) -> dict:
+    """Options of engine tma's kernel as those of this engine's: what both take, and the stages of the ring."""
+    kept = {name: value for name, value in options.items() if name in kernel.arg_names}
+    return kept | {"STAGES": config.num_stages, "num_warps": config.num_warps}
+
+
+def _grid(target: torch.Tensor, tiles: int) -> tuple[int, int]:
+    """A program for each multiprocessor, and for no more than there are tiles."""
+    if tiles > GRID_LIMIT[0]:
+        raise ValueError(f"{tiles} tiles: more than {GRID_LIMIT[0]}")
+    return min(tiles, _multiprocessors(target.device)), 1
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _MULTIPROCESSORS
+
+
+@functools.cache
+def _shared(block: tuple[int, ...]):
+    """Layout of a block in shared memory as the copy engine writes and the matrix instructions read it."""
+    return gl.NVMMASharedLayout(2 * min(block[-1], _SWIZZLED), element_bitwidth=16, rank=len(block))
+
+
+def _swizzled(described) -> TensorDescriptor:
+    """Triton's descriptor as Gluon's."""
+    block = described.block_shape
+    return TensorDescriptor(described.base, described.shape, described.strides, block, _shared(tuple(block)))
+
+
+@functools.cache
+def _sums(rows: int, columns: int):
+    """Layout of float32 sums: two warpgroups one above the other, or side by side where the rows are too few."""
+    beside = 2 if rows < _ROWS else 1
+    shape = [16, min(columns // beside, _COLUMNS), 16]
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8 // beside, beside], instr_shape=shape)
+
+
+@functools.cache
+def _written(channels: int, last: bool):
+    """Layout in which a tile of (channels, pixels) is written: along its channels if they are last, else its pixels."""
+    if last:
+        lanes = min(32, channels // _VECTOR)
+        return gl.BlockedLayout([_VECTOR, 1], [lanes, 32 // lanes], [1, 8], [0, 1])
+    return gl.BlockedLayout([1, 1], [4, 8], [8, 1], [1, 0])
