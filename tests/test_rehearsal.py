@@ -46,7 +46,11 @@ print(json.dumps(made_up_gpu.launched))
 """
 
 
-@pytest.mark.parametrize("engine, kernels", [("implicit_gemm", ("gather_gemm", "wgrad_gemm"))])
+@pytest.mark.parametrize("engine, kernels", [
+    ("implicit_gemm", ("gather_gemm", "wgrad_gemm")),
+    pytest.param("tma", ("gather_bricks", "wgrad_bricks"), marks=pytest.mark.long),
+    pytest.param("hopper", ("gather_ring", "wgrad_ring"), marks=pytest.mark.long),
+], ids=["implicit_gemm", "tma", "hopper"])  # fmt: skip
 def test_a_layer_is_tuned_once_and_its_plans_are_read_by_the_next_process(tmp_path, engine, kernels):
     file = tmp_path / "layer.py"
     file.write_text(f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n{LAYER}")
