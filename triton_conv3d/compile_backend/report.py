@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .. import settings
@@ -58,6 +60,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 _reports: deque[Report] = deque(maxlen=_KEPT)
+_collect: Callable[[Report], None] = _reports.append
 _noticed: set = set()
 
 
@@ -66,9 +69,21 @@ def reports() -> list[Report]:
     return list(_reports)
 
 
+@contextmanager
+def collected() -> Iterator[list[Report]]:
+    """The reports made inside of the block, which are not among :func:`reports` then."""
+    global _collect
+    found: list[Report] = []
+    outer, _collect = _collect, found.append
+    try:
+        yield found
+    finally:
+        _collect = outer
+
+
 def keep(report: Report) -> None:
     """Remember a report, and show it where the setting ``log`` asks for plans."""
-    _reports.append(report)
+    _collect(report)
     if settings.current().log == "plan":
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
