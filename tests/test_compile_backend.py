@@ -79,12 +79,13 @@ class Joined(nn.Module):
         return self.out(torch.cat([F.interpolate(F.max_pool3d(y, 2), scale_factor=2), x], 1))
 
 
+JOINED = "pool, interpolate, cat, add"
 CHAINS = {
     "instance norm": lambda: chain(lambda: nn.InstanceNorm3d(WIDTH, affine=True), lambda: nn.LeakyReLU(0.1, True), 3),
     "twenty instance norms": lambda: chain(lambda: nn.InstanceNorm3d(WIDTH, affine=True), lambda: nn.LeakyReLU(0.1, True)),
     "batch norm": lambda: chain(lambda: nn.BatchNorm3d(WIDTH), nn.ReLU, 3),
     "group norm": lambda: chain(lambda: nn.GroupNorm(2, WIDTH), nn.GELU, 3),
-    "pool, interpolate, cat, add": Joined,
+    JOINED: Joined,
 }
 LAYOUTS = [  # name, training, channels_last
     (name, training, last)
@@ -293,23 +294,32 @@ def test_converted_models_are_improved_too():
 # Dynamo.
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_dynamic_shapes_compile_once(training):
-    model = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.ReLU(), nn.ConvTranspose3d(4, 2, 2, 2))
+def upsampling() -> nn.Sequential:
+    return nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.ReLU(), nn.ConvTranspose3d(4, 2, 2, 2))
+
+
+DYNAMIC = {"transposed": upsampling, **{name: CHAINS[name] for name in ("instance norm", "batch norm", JOINED)}}
+
+
+_LONG = [pytest.param(name, True, marks=pytest.mark.long) for name in DYNAMIC if name != "transposed"]
+
+
+@pytest.mark.parametrize("name, training", [("transposed", True), ("transposed", False), *_LONG])
+def test_dynamic_shapes_compile_once_and_keep_the_layout(name, training):
+    model = DYNAMIC[name]().train(training)
     torch._dynamo.reset()
-    before = len(reports())
     function = torch.compile(model, backend=backend, options={"inner": "aot_eager"}, dynamic=True)
-    for size in ((4, 5, 6), (5, 6, 7), (8, 5, 9)):
-        x = torch.randn(2, 2, *size, requires_grad=training)
+    for size in ((6, 8, 10), (8, 6, 12)) if name == JOINED else ((3, 5, 6), (5, 6, 7), (8, 5, 9)):  # none is a channel count
+        x = torch.randn(2, next(model.parameters()).shape[1], *size, requires_grad=training)
         with torch.set_grad_enabled(training):
             y, expected = function(x), model(x)
         assert error(y, expected) <= COMPILED and significant(y) == significant(expected)
         if training:
-            a, b = (torch.autograd.grad(z.square().sum(), x)[0] for z in (y, expected))
-            assert error(a, b) <= COMPILED
-    made = reports()[before:]
-    assert [r.kind for r in made] == (["forward", "backward"] if training else ["inference"])
-    assert training or "inside" not in made[0].inserted
+            given, wanted = (torch.autograd.grad(z.square().sum(), (x, *model.parameters())) for z in (y, expected))
+            assert error(*(torch.cat([t.flatten() for t in each]) for each in (given, wanted))) <= COMPILED
+    assert [r.kind for r in reports()] == (["forward", "backward"] if training else ["inference"])
+    assert [node for g in graphs for node in conversions_between_convolutions(g.graph)] == []
+    assert all("inside" not in r.inserted and not r.left for r in reports())
 
 
 def test_graph_breaks_and_checkpoints():
@@ -350,6 +360,21 @@ def test_inductor_trains():
         off, made = compare(small(), torch.randn(2, 2, 4, 4, 6), True, inner="inductor")
     assert off <= COMPILED and [r.kind for r in made] == ["forward", "backward"]
     assert all("inside" not in r.inserted for r in made) and made[0].fused == ["bias + relu"]
+
+
+@pytest.mark.long
+@needs_compiler
+def test_inductor_trains_at_any_size():
+    model = upsampling()
+    torch._dynamo.reset()
+    with torch._inductor.utils.fresh_cache():
+        function = torch.compile(model, backend=backend, dynamic=True)
+        for size in ((3, 5, 6), (5, 6, 7)):
+            x = torch.randn(2, 2, *size, requires_grad=True)
+            given, wanted = (torch.autograd.grad(f(x).square().sum(), (x, *model.parameters())) for f in (function, model))
+            assert error(*(torch.cat([t.flatten() for t in each]) for each in (given, wanted))) <= COMPILED
+    assert reports()[0].kind == "forward" and {r.kind for r in reports()[1:]} == {"backward"}
+    assert all("inside" not in r.inserted and not r.left for r in reports())
 
 
 @needs_compiler

@@ -52,7 +52,7 @@ _FOLLOWING = {
     # pointwise, though not every torch says so
     "convert_element_type leaky_relu leaky_relu_backward hardswish hardswish_backward elu_backward hardtanh_backward "
     "hardsigmoid_backward softplus_backward mish_backward _prelu_kernel "
-    "sym_size "
+    "sym_size sym_numel "
     "_low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices".split(),
 }  # fmt: skip
 
