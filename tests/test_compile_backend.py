@@ -289,6 +289,7 @@ def test_converted_models_are_improved_too():
     triton_conv3d.convert_conv3d(model)
     off, made = compare(model, torch.randn(1, 2, 6, 6, 6), True)
     assert off <= COMPILED and made[0].fused == ["bias + relu"] and made[0].inserted["entering"] == 1
+    assert str(made[0]).startswith("forward: replaced 0 beside 2 that were ours; fused bias + relu 1")
 
 
 # Dynamo.

@@ -45,6 +45,7 @@ def _run(
     graph: fx.Graph, options: Options, kind: str, visible: set[int], inputs: Sequence | None, free: bool
 ) -> Report | None:
     report = Report(kind)
+    report.found = sum(map(is_ours, graph.nodes))
     rewriter = Rewriter(graph)
     convolutions.replace(rewriter, report)
     if not any(is_ours(node) for node in graph.nodes):

@@ -23,6 +23,7 @@ class Report:
     Attributes:
         kind: ``inference``, ``forward`` (of a training step) or ``backward``.
         replaced: convolution nodes that became ops of this package, counted by kind of op.
+        found: nodes that were ops of this package before, as those of a converted model.
         fused: what went into each fused convolution, as ``bias + relu``.
         removed, inserted: layout conversions taken out of the graph and put into it; ``inserted`` says where:
             ``weight``, ``entering`` (of graph inputs and what other ops return contiguous), ``leaving`` (graph outputs),
@@ -33,6 +34,7 @@ class Report:
 
     kind: str
     replaced: dict[str, int] = field(default_factory=dict)
+    found: int = 0
     fused: list[str] = field(default_factory=list)
     removed: int = 0
     inserted: dict[str, int] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class Report:
     def __str__(self) -> str:
         """One line: ``forward: conv3d 20; fused bias + relu 20; conversions removed 3, inserted entering 1``."""
         fused = {what: self.fused.count(what) for what in self.fused}
-        parts = [f"replaced {_listed(self.replaced)}"]
+        parts = [f"replaced {_listed(self.replaced)}" + (f" beside {self.found} that were ours" if self.found else "")]
         if fused:
             parts.append(f"fused {_listed(fused)}")
         parts.append(f"conversions removed {self.removed}, inserted {_listed(self.inserted)}")
