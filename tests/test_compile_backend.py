@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +23,8 @@ from torch import nn
 
 import triton_conv3d
 from perf.networks import mednext, nnunet, qwen2_vl, r3d, wan_vae, x3d
-from triton_conv3d import settings
-from triton_conv3d.compile_backend import backend, reports
+from triton_conv3d import ops, settings
+from triton_conv3d.compile_backend import backend, fusion, inductor, reports
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -47,7 +49,12 @@ def test_networks_give_what_eager_mode_gives(name, training, monkeypatch):
     module, numbers, build, shape = NETWORKS[name]
     for constant, value in numbers.items():
         monkeypatch.setattr(module, constant, value)
-    off, made = compare(build().train(training), torch.randn(shape), training)
+    model, x = build().train(training), torch.randn(shape)
+    converted = copy.deepcopy(model)
+    triton_conv3d.convert_conv3d(converted)
+    with torch.no_grad():
+        assert error(copy.deepcopy(converted)(x), copy.deepcopy(model)(x)) <= COMPILED
+    off, made = compare(model, x, training)
     assert off <= COMPILED
     assert [r.kind for r in made] == (["forward", "backward"] if training else ["inference"])
     assert not [why for r in made for why in r.left if "fused" not in why]
@@ -105,6 +112,7 @@ def test_no_conversion_lies_between_two_convolutions(name, training, channels_la
     assert off <= COMPILED
     assert [node for g in graphs for node in conversions_between_convolutions(g.graph)] == []
     assert all("inside" not in r.inserted for r in made)
+    assert all(n.args[2] is not None for n in graphs[0].graph.nodes if n.target in (ops.conv3d, ops.conv3d_fused))  # bias
     if channels_last:  # what instance normalisation returns is contiguous, in eager mode too
         assert all(set(r.inserted) <= {"leaving"} for r in made)
 
@@ -397,3 +405,12 @@ def test_the_identity_of_the_pass_follows_its_options():
 
     assert identity() == identity()
     assert len({identity(), identity(layout=False), identity(fuse=False), identity(layout=False, fuse=False)}) == 4
+
+
+def test_the_identity_of_the_pass_follows_its_source(tmp_path, monkeypatch):
+    before, copied = triton_conv3d.inductor_pass().uuid(), tmp_path / "fusion.py"
+    others = [path for path in inductor._SOURCES if not path.endswith("fusion.py")]
+    assert len(others) == len(inductor._SOURCES) - 1
+    copied.write_text(Path(fusion.__file__).read_text() + "# another\n")
+    monkeypatch.setattr(inductor, "_SOURCES", (*others, str(copied)))
+    assert triton_conv3d.inductor_pass().uuid() != before

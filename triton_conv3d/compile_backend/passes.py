@@ -9,7 +9,7 @@ from torch import fx
 
 from . import convolutions, fusion, layout
 from .options import Options
-from .report import Report, keep, logger
+from .report import Report, failed, keep
 from .rewriting import Rewriter, is_ours
 
 
@@ -37,7 +37,7 @@ def improve(
             keep(report)
         return report
     except Exception as error:  # whatever it is, the graph is still whole
-        logger.warning("%s graph left as it is: %s: %s", kind, type(error).__name__, str(error).split("\n")[0])
+        failed(f"{kind} graph", error)
         return None
 
 

@@ -99,3 +99,9 @@ def notice(key: object, message: str, *args: object) -> None:
     if key not in _noticed:
         _noticed.add(key)
         logger.warning(message, *args)
+
+
+def failed(what: str, error: Exception) -> None:
+    """One warning line for each kind of failure of a pass, behind which a graph runs as it was."""
+    why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    notice((what, why), "%s left as it is: %s", what, why)
