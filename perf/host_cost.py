@@ -62,7 +62,8 @@ def costs(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
 def in_graphs(calls: int = _CALLS // 10, rounds: int = 3 * _ROUNDS, inner: str = "aot_eager") -> dict[str, float]:
     """By name: what one more convolution costs in a row of calls of the op, and in a compiled graph of such a row.
 
-    The difference of a long and a short row, the two kinds measured in turns.
+    The difference of a long and a short row, the two kinds measured in turns; of one layer again and again, since torch
+    takes time for every parameter that a graph is given.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     last = {"memory_format": torch.channels_last_3d}
@@ -70,14 +71,13 @@ def in_graphs(calls: int = _CALLS // 10, rounds: int = 3 * _ROUNDS, inner: str =
     geometry = ((1, 1, 1), (1,) * 6, (1, 1, 1), 1)
     functions: dict[tuple[str, int], Callable[[], object]] = {}
     for length in _ROWS:
-        row = torch.nn.Sequential(*(torch.nn.Conv3d(32, 32, 3, padding=1) for _ in range(length)))
-        row = row.to(device, torch.float16, **last)
-        operands = [(layer.weight, layer.bias) for layer in row]
+        layer = torch.nn.Conv3d(32, 32, 3, padding=1).to(device, torch.float16, **last)
+        row = torch.nn.Sequential(*[layer] * length)
 
-        def call_ops(operands=operands) -> torch.Tensor:
+        def call_ops(layer=layer, length=length) -> torch.Tensor:
             y = x
-            for weight, bias in operands:
-                y = torch.ops.triton_conv3d.conv3d.default(y, weight, bias, *geometry)
+            for _ in range(length):
+                y = torch.ops.triton_conv3d.conv3d.default(y, layer.weight, layer.bias, *geometry)
             return y
 
         compiled = torch.compile(row, backend=backend, options={"inner": inner}, dynamic=False)
