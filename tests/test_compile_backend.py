@@ -58,6 +58,7 @@ def test_networks_give_what_eager_mode_gives(name, training, monkeypatch):
     assert off <= COMPILED
     assert [r.kind for r in made] == (["forward", "backward"] if training else ["inference"])
     assert not [why for r in made for why in r.left if "fused" not in why]
+    assert "inside" not in made[0].inserted  # of a mean and a norm over channels, backward expands contiguous tensors
 
 
 # Layout.
