@@ -24,14 +24,19 @@ def explain_graphs(model: nn.Module, args: Sequence, options: dict | None = None
         options: of the backend; ``inner`` is ``aot_eager`` if not given, for Inductor would compile what nobody runs.
 
     Raises:
-        ValueError: an option that does not exist. What the model raises for such an input.
+        ValueError: an option that does not exist. RuntimeError: a model that cannot be copied, such as one of
+            FSDP's. What the model raises for such an input.
     """
     options = {"inner": "aot_eager", **(options or {})}
     Options.parse(options)  # here, and not wrapped in an error of Dynamo's
     model = getattr(model, "_orig_mod", model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo = {id(tensor): mode.from_tensor(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
-    double = copy.deepcopy(model, memo)
+    try:
+        double = copy.deepcopy(model, memo)
+    except Exception as error:
+        name = type(model).__name__
+        raise RuntimeError(f"{name} cannot be copied ({error}): explain it before it is sharded or run") from error
     args = tree_map_only(torch.Tensor, mode.from_tensor, tuple(args))
     with collected() as reports, mode:
         results = torch.compile(_caller(double), backend=backend, options=options, dynamic=False)(*args)
