@@ -108,7 +108,8 @@ def explain(
         pass_: ``forward``, ``dgrad`` or ``wgrad``, of a call or layer; all three if None.
 
     Returns:
-        Of a model the graphs as the inner backend ``aot_eager`` gets them; Inductor's are taken apart differently.
+        Of a model the graphs as ``inner="aot_eager"`` gets them, with the other options as they are by default; Inductor's
+        are taken apart differently.
 
     Raises:
         ValueError: an unknown ``pass_``, or one of a model. RuntimeError: a model with lazy layers. What ``conv3d`` or the

@@ -13,22 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import backend
-from .options import Options
 from .report import Report, collected
 
 
-def explain_graphs(model: nn.Module, args: Sequence, options: dict | None = None) -> list[Report]:
+def explain_graphs(model: nn.Module, args: Sequence) -> list[Report]:
     """Reports of the graphs that ``model(*args)`` becomes, those of its backward pass last, if gradients are on.
 
-    Args:
-        options: of the backend; ``inner`` is ``aot_eager`` if not given, for Inductor would compile what nobody runs.
+    With ``aot_eager`` as the inner backend, for Inductor would compile what nobody runs.
 
     Raises:
-        ValueError: an option that does not exist. RuntimeError: a model that cannot be copied, such as one of
-            FSDP's. What the model raises for such an input.
+        RuntimeError: a model that cannot be copied, such as one of FSDP's. What the model raises for such an input.
     """
-    options = {"inner": "aot_eager", **(options or {})}
-    Options.parse(options)  # here, and not wrapped in an error of Dynamo's
     model = getattr(model, "_orig_mod", model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo = {id(tensor): mode.from_tensor(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
@@ -39,7 +34,8 @@ def explain_graphs(model: nn.Module, args: Sequence, options: dict | None = None
         raise RuntimeError(f"{name} cannot be copied ({error}): explain it before it is sharded or run") from error
     args = tree_map_only(torch.Tensor, mode.from_tensor, tuple(args))
     with collected() as reports, mode:
-        results = torch.compile(_caller(double), backend=backend, options=options, dynamic=False)(*args)
+        function = torch.compile(_caller(double), backend=backend, options={"inner": "aot_eager"}, dynamic=False)
+        results = function(*args)
         results = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.requires_grad]
         sources = [t for t in (*tree_leaves(args), *double.parameters()) if getattr(t, "requires_grad", False)]
         if results and sources:
