@@ -319,7 +319,7 @@ def test_dynamic_shapes_compile_once_and_keep_the_layout(name, training):
     model = DYNAMIC[name]().train(training)
     torch._dynamo.reset()
     function = torch.compile(model, backend=backend, options={"inner": "aot_eager"}, dynamic=True)
-    for size in ((6, 8, 10), (8, 6, 12)) if name == JOINED else ((3, 5, 6), (5, 6, 7), (8, 5, 9)):  # none is a channel count
+    for size in ((6, 8, 10), (8, 6, 12)) if name == JOINED else ((3, 5, 6), (5, 6, 7)):  # none is a number of channels
         x = torch.randn(2, next(model.parameters()).shape[1], *size, requires_grad=training)
         with torch.set_grad_enabled(training):
             y, expected = function(x), model(x)

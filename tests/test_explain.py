@@ -158,8 +158,9 @@ def test_a_model_without_a_convolution():
         (torch.nn.Sequential(triton_conv3d.LazyConv3d(2, 1)), {}, RuntimeError, "parameters of 0 do not exist.*materialize"),
         (Counted(), {"pass_": "dgrad"}, ValueError, "pass_='dgrad'.*Counted is a model"),
         (torch.nn.Sequential(Sealed()), {}, RuntimeError, "Sequential cannot be copied .*sealed.*before it is sharded"),
+        (torch.relu, {}, TypeError, "input must be a tensor, or a module.*builtin_function"),
     ),
-    ids=("lazy", "pass", "sealed"),
+    ids=("lazy", "pass", "sealed", "function"),
 )
 def test_models_that_cannot_be_explained(model, further, error, message):
     with pytest.raises(error, match=message):

@@ -112,8 +112,8 @@ def explain(
         are taken apart differently.
 
     Raises:
-        ValueError: an unknown ``pass_``, or one of a model. RuntimeError: a model with lazy layers. What ``conv3d`` or the
-            model would raise for the same call.
+        ValueError: an unknown ``pass_``, or one of a model. TypeError: neither tensor nor module. RuntimeError: a model
+            with lazy layers. What ``conv3d`` or the model would raise for the same call.
     """
     if pass_ is not None and pass_ not in PASSES:
         raise ValueError(f"pass_={pass_!r} is not known: expected one of {', '.join(PASSES)}")
@@ -128,6 +128,8 @@ def explain(
         if layer.padding_mode != "zeros":
             sides = layer._reversed_padding_repeated_twice
             input, padding = nn.functional.pad(input, sides, mode=layer.padding_mode), 0
+    if not isinstance(input, Tensor):
+        raise TypeError(f"explain: input must be a tensor, or a module and then its input, got {type(input).__name__}")
     if input.dim() == 4:
         input = input.unsqueeze(0)
     activation = NO_ACTIVATION if activation is None else activation
