@@ -377,12 +377,14 @@ def test_inductor_trains():
 def test_inductor_trains_at_any_size():
     model = upsampling()
     torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch._inductor.utils.fresh_cache():
         function = torch.compile(model, backend=backend, dynamic=True)
         for size in ((3, 5, 6), (5, 6, 7)):
             x = torch.randn(2, 2, *size, requires_grad=True)
             given, wanted = (torch.autograd.grad(f(x).square().sum(), (x, *model.parameters())) for f in (function, model))
             assert error(*(torch.cat([t.flatten() for t in each]) for each in (given, wanted))) <= COMPILED
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1  # not one for every size
     assert reports()[0].kind == "forward" and {r.kind for r in reports()[1:]} == {"backward"}
     assert all("inside" not in r.inserted and not r.left for r in reports())
 

@@ -71,8 +71,8 @@ def compile_with_pass(gm: fx.GraphModule, example_inputs: Sequence, options: Opt
 
 
 def _tell_symbolic_strides(code: object, inputs: Sequence) -> None:
-    """Inductor evaluates the strides of a forward graph's outputs for the sizes at hand before it tells AOTAutograd; the
-    backward graph must be right for all sizes."""
+    """Inductor evaluates the strides of a forward graph's outputs for the sizes at hand before it tells AOTAutograd, which
+    would make both graphs for these sizes only."""
     context = TracingContext.try_get()
     shape_env = next((size.node.shape_env for size in inputs if isinstance(size, torch.SymInt)), None)
     strides = getattr(code, "output_strides", None)
