@@ -17,11 +17,13 @@ from collections.abc import Callable
 import torch
 
 from triton_conv3d import Conv3d
+from triton_conv3d.compile_backend import backend
 from triton_conv3d.engines import launching
 from triton_conv3d.ops import problems
 from triton_conv3d.tuning import select
 
 _CALLS, _ROUNDS = 2000, 7
+_ROWS = 2, 12  # convolutions of a short and of a long row
 LIMITS_US = {"select": 3.0, "module forward": 25.0}  # of one call; the project's own bars
 
 
@@ -57,9 +59,42 @@ def costs(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
     return found
 
 
+def in_graphs(calls: int = _CALLS // 10, rounds: int = 3 * _ROUNDS, inner: str = "aot_eager") -> dict[str, float]:
+    """By name: what one more convolution costs in a row of calls of the op, and in a compiled graph of such a row.
+
+    The difference of a long and a short row, the two kinds measured in turns; of one layer again and again, since torch
+    takes time for every parameter that a graph is given.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    last = {"memory_format": torch.channels_last_3d}
+    x = torch.empty(1, 32, 4, 4, 4, dtype=torch.float16, device=device).to(**last)
+    geometry = ((1, 1, 1), (1,) * 6, (1, 1, 1), 1)
+    functions: dict[tuple[str, int], Callable[[], object]] = {}
+    for length in _ROWS:
+        layer = torch.nn.Conv3d(32, 32, 3, padding=1).to(device, torch.float16, **last)
+        row = torch.nn.Sequential(*[layer] * length)
+
+        def call_ops(layer=layer, length=length) -> torch.Tensor:
+            y = x
+            for _ in range(length):
+                y = torch.ops.triton_conv3d.conv3d.default(y, layer.weight, layer.bias, *geometry)
+            return y
+
+        compiled = torch.compile(row, backend=backend, options={"inner": inner}, dynamic=False)
+        functions["op in a row", length] = call_ops
+        functions[f"op in a graph, {inner}", length] = lambda compiled=compiled: compiled(x)
+    with launching.replaced(lambda *launch: None), torch.no_grad():
+        for function in functions.values():
+            function()
+        turns = [{key: measure(f, calls, 1) for key, f in functions.items()} for _ in range(rounds)]
+    least = {key: min(turn[key] for turn in turns) for key in functions}
+    short, long = _ROWS
+    return {name: (least[name, long] - least[name, short]) / (long - short) for name, length in functions if length == long}
+
+
 def main() -> int:
     over = []
-    for name, microseconds in costs().items():
+    for name, microseconds in {**costs(), **in_graphs()}.items():
         limit = LIMITS_US.get(name)
         print(f"{name:40} {microseconds:7.2f} us" + (f"  at most {limit:g}" if limit else ""))
         if limit and microseconds > limit:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +23,8 @@ from torch import nn
 
 import triton_conv3d
 from perf.networks import mednext, nnunet, qwen2_vl, r3d, wan_vae, x3d
-from triton_conv3d import settings
-from triton_conv3d.compile_backend import backend, reports
+from triton_conv3d import ops, settings
+from triton_conv3d.compile_backend import backend, fusion, inductor, reports
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -47,10 +49,16 @@ def test_networks_give_what_eager_mode_gives(name, training, monkeypatch):
     module, numbers, build, shape = NETWORKS[name]
     for constant, value in numbers.items():
         monkeypatch.setattr(module, constant, value)
-    off, made = compare(build().train(training), torch.randn(shape), training)
+    model, x = build().train(training), torch.randn(shape)
+    converted = copy.deepcopy(model)
+    triton_conv3d.convert_conv3d(converted)
+    with torch.no_grad():
+        assert error(copy.deepcopy(converted)(x), copy.deepcopy(model)(x)) <= COMPILED
+    off, made = compare(model, x, training)
     assert off <= COMPILED
     assert [r.kind for r in made] == (["forward", "backward"] if training else ["inference"])
     assert not [why for r in made for why in r.left if "fused" not in why]
+    assert "inside" not in made[0].inserted  # of a mean and a norm over channels, backward expands contiguous tensors
 
 
 # Layout.
@@ -79,12 +87,13 @@ class Joined(nn.Module):
         return self.out(torch.cat([F.interpolate(F.max_pool3d(y, 2), scale_factor=2), x], 1))
 
 
+JOINED = "pool, interpolate, cat, add"
 CHAINS = {
     "instance norm": lambda: chain(lambda: nn.InstanceNorm3d(WIDTH, affine=True), lambda: nn.LeakyReLU(0.1, True), 3),
     "twenty instance norms": lambda: chain(lambda: nn.InstanceNorm3d(WIDTH, affine=True), lambda: nn.LeakyReLU(0.1, True)),
     "batch norm": lambda: chain(lambda: nn.BatchNorm3d(WIDTH), nn.ReLU, 3),
     "group norm": lambda: chain(lambda: nn.GroupNorm(2, WIDTH), nn.GELU, 3),
-    "pool, interpolate, cat, add": Joined,
+    JOINED: Joined,
 }
 LAYOUTS = [  # name, training, channels_last
     (name, training, last)
@@ -104,6 +113,7 @@ def test_no_conversion_lies_between_two_convolutions(name, training, channels_la
     assert off <= COMPILED
     assert [node for g in graphs for node in conversions_between_convolutions(g.graph)] == []
     assert all("inside" not in r.inserted for r in made)
+    assert all(n.args[2] is not None for n in graphs[0].graph.nodes if n.target in (ops.conv3d, ops.conv3d_fused))  # bias
     if channels_last:  # what instance normalisation returns is contiguous, in eager mode too
         assert all(set(r.inserted) <= {"leaving"} for r in made)
 
@@ -288,28 +298,38 @@ def test_converted_models_are_improved_too():
     triton_conv3d.convert_conv3d(model)
     off, made = compare(model, torch.randn(1, 2, 6, 6, 6), True)
     assert off <= COMPILED and made[0].fused == ["bias + relu"] and made[0].inserted["entering"] == 1
+    assert str(made[0]).startswith("forward: replaced 0 beside 2 that were ours; fused bias + relu 1")
 
 
 # Dynamo.
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_dynamic_shapes_compile_once(training):
-    model = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.ReLU(), nn.ConvTranspose3d(4, 2, 2, 2))
+def upsampling() -> nn.Sequential:
+    return nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.ReLU(), nn.ConvTranspose3d(4, 2, 2, 2))
+
+
+DYNAMIC = {"transposed": upsampling, **{name: CHAINS[name] for name in ("instance norm", "batch norm", JOINED)}}
+
+
+_LONG = [pytest.param(name, True, marks=pytest.mark.long) for name in DYNAMIC if name != "transposed"]
+
+
+@pytest.mark.parametrize("name, training", [("transposed", True), ("transposed", False), *_LONG])
+def test_dynamic_shapes_compile_once_and_keep_the_layout(name, training):
+    model = DYNAMIC[name]().train(training)
     torch._dynamo.reset()
-    before = len(reports())
     function = torch.compile(model, backend=backend, options={"inner": "aot_eager"}, dynamic=True)
-    for size in ((4, 5, 6), (5, 6, 7), (8, 5, 9)):
-        x = torch.randn(2, 2, *size, requires_grad=training)
+    for size in ((6, 8, 10), (8, 6, 12)) if name == JOINED else ((3, 5, 6), (5, 6, 7)):  # none is a number of channels
+        x = torch.randn(2, next(model.parameters()).shape[1], *size, requires_grad=training)
         with torch.set_grad_enabled(training):
             y, expected = function(x), model(x)
         assert error(y, expected) <= COMPILED and significant(y) == significant(expected)
         if training:
-            a, b = (torch.autograd.grad(z.square().sum(), x)[0] for z in (y, expected))
-            assert error(a, b) <= COMPILED
-    made = reports()[before:]
-    assert [r.kind for r in made] == (["forward", "backward"] if training else ["inference"])
-    assert training or "inside" not in made[0].inserted
+            given, wanted = (torch.autograd.grad(z.square().sum(), (x, *model.parameters())) for z in (y, expected))
+            assert error(*(torch.cat([t.flatten() for t in each]) for each in (given, wanted))) <= COMPILED
+    assert [r.kind for r in reports()] == (["forward", "backward"] if training else ["inference"])
+    assert [node for g in graphs for node in conversions_between_convolutions(g.graph)] == []
+    assert all("inside" not in r.inserted and not r.left for r in reports())
 
 
 def test_graph_breaks_and_checkpoints():
@@ -352,6 +372,23 @@ def test_inductor_trains():
     assert all("inside" not in r.inserted for r in made) and made[0].fused == ["bias + relu"]
 
 
+@pytest.mark.long
+@needs_compiler
+def test_inductor_trains_at_any_size():
+    model = upsampling()
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._inductor.utils.fresh_cache():
+        function = torch.compile(model, backend=backend, dynamic=True)
+        for size in ((3, 5, 6), (5, 6, 7)):
+            x = torch.randn(2, 2, *size, requires_grad=True)
+            given, wanted = (torch.autograd.grad(f(x).square().sum(), (x, *model.parameters())) for f in (function, model))
+            assert error(*(torch.cat([t.flatten() for t in each]) for each in (given, wanted))) <= COMPILED
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1  # not one for every size
+    assert reports()[0].kind == "forward" and {r.kind for r in reports()[1:]} == {"backward"}
+    assert all("inside" not in r.inserted and not r.left for r in reports())
+
+
 @needs_compiler
 def test_the_pass_serves_inductors_own_backend_and_its_cache():
     options = {"post_grad_custom_pre_pass": triton_conv3d.inductor_pass()}
@@ -371,3 +408,12 @@ def test_the_identity_of_the_pass_follows_its_options():
 
     assert identity() == identity()
     assert len({identity(), identity(layout=False), identity(fuse=False), identity(layout=False, fuse=False)}) == 4
+
+
+def test_the_identity_of_the_pass_follows_its_source(tmp_path, monkeypatch):
+    before, copied = triton_conv3d.inductor_pass().uuid(), tmp_path / "fusion.py"
+    others = [path for path in inductor._SOURCES if not path.endswith("fusion.py")]
+    assert len(others) == len(inductor._SOURCES) - 1
+    copied.write_text(Path(fusion.__file__).read_text() + "# another\n")
+    monkeypatch.setattr(inductor, "_SOURCES", (*others, str(copied)))
+    assert triton_conv3d.inductor_pass().uuid() != before

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import triton_conv3d
-from triton_conv3d import configure, engines, explain
+from triton_conv3d import compile_backend, configure, engines, explain
 from triton_conv3d.explain import explain_problem
 from triton_conv3d.problem import PASSES, Problem
 from triton_conv3d.tuning import forget, measure
@@ -101,3 +101,67 @@ def test_a_plan_that_is_only_explained_is_still_measured_later():
     from triton_conv3d.tuning.select import _memory
 
     assert GPU not in _memory[0]
+
+
+class Counted(torch.nn.Module):
+    """A convolution in a block that has state, and is told apart from its copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 2), torch.nn.BatchNorm3d(4), torch.nn.ReLU())
+
+    def forward(self, x, scale=None):
+        return self.body(torch.nn.functional.pad(x, (0, 0, 0, 0, 1, 0))) * (1 if scale is None else scale)
+
+
+class Sealed(torch.nn.Module):
+    def __deepcopy__(self, memo):
+        raise AssertionError("sealed")
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "inference"))
+def test_a_model_is_told_what_is_fused_and_stays_as_it_is(training):
+    model, kept = Counted().train(training), len(compile_backend.reports())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.set_grad_enabled(training):
+        told = explain(torch.compile(model), (X, torch.tensor(2.0)) if training else X)
+    fused = "padding 1" if training else "padding 1, scale 1, bias + relu 1"
+    kinds = ["forward", "backward"] if training else ["inference"]
+    assert [graph.kind for graph in told.graphs] == kinds and f"replaced conv3d 1; fused {fused};" in str(told)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert len(compile_backend.reports()) == kept
+
+
+def test_models_in_numbers_leave_dynamos_cache_alone():
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    model = Counted()
+    with torch.no_grad():
+        for size in range(9):  # more than Dynamo compiles of one function
+            assert len(explain(model, torch.zeros(1, 4, 2 + size, 2, 2)).graphs) == 1
+    torch.compile(model, backend=count)(X)
+    assert len(compiled) == 1
+
+
+def test_a_model_without_a_convolution():
+    assert str(explain(torch.nn.Identity(), X)) == "no 3-D convolution in any graph: nothing is changed"
+
+
+@pytest.mark.parametrize(
+    "model, further, error, message",
+    (
+        (torch.nn.Sequential(triton_conv3d.LazyConv3d(2, 1)), {}, RuntimeError, "parameters of 0 do not exist.*materialize"),
+        (Counted(), {"pass_": "dgrad"}, ValueError, "pass_='dgrad'.*Counted is a model"),
+        (torch.nn.Sequential(Sealed()), {}, RuntimeError, "Sequential cannot be copied .*sealed.*before it is sharded"),
+        (torch.relu, {}, TypeError, "input must be a tensor, or a module.*builtin_function"),
+    ),
+    ids=("lazy", "pass", "sealed", "function"),
+)
+def test_models_that_cannot_be_explained(model, further, error, message):
+    with pytest.raises(error, match=message):
+        explain(model, X, **further)

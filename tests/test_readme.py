@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,9 @@ def test_example_runs_on_its_own(code, tmp_path, monkeypatch):
         run_to_its_end(code)
     else:
         before = settings.current()
-        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+        module = types.ModuleType("readme")
+        monkeypatch.setitem(sys.modules, "readme", module)  # where torch.compile looks for the globals of its classes
+        exec(compile(code, "README.md", "exec"), vars(module))
         assert settings.current() == before, "an example leaves a setting changed"
     assert list(tmp_path.iterdir()) == []
 

@@ -2,7 +2,7 @@
 
 from . import settings
 from .convert import Conversion, convert_conv3d
-from .explain import Explanation, explain
+from .explain import Explanation, ModelExplanation, explain
 from .functional import conv3d
 from .modules import Conv3d, LazyConv3d, materialize
 from .settings import configure
@@ -14,6 +14,7 @@ __all__ = [
     "Conversion",
     "Explanation",
     "LazyConv3d",
+    "ModelExplanation",
     "broadcast_plans",
     "configure",
     "conv3d",

@@ -1,4 +1,5 @@
-"""explain: the problems of a call, who could compute them, and the plan with its origin. Nothing runs."""
+"""explain: the problems of a call, who could compute them, and the plan with its origin; of a whole model, what the
+backend of torch.compile makes of it. Nothing runs."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import engines, ops
+from . import engines, modules, ops
 from .engines.base import Memory
 from .functional import checked_geometry
 from .problem import NO_ACTIVATION, PASSES, Problem
@@ -74,9 +75,20 @@ def explain_problem(problem: Problem) -> PassExplanation:
     return PassExplanation(problem, candidates, {n: why for n, why in refused.items() if why}, plan, memory)
 
 
+@dataclass(frozen=True)
+class ModelExplanation:
+    """Of a model under torch.compile: one :class:`triton_conv3d.compile_backend.Report` for each graph, those of the
+    backward pass last. ``print`` it."""
+
+    graphs: tuple
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.graphs)) or "no 3-D convolution in any graph: nothing is changed"
+
+
 def explain(
-    input: Tensor | nn.Conv3d,
-    weight: Tensor,
+    input: Tensor | nn.Module,
+    weight: Tensor | tuple,
     bias: Tensor | None = None,
     stride=1,
     padding=0,
@@ -86,18 +98,29 @@ def explain(
     activation: str | None = None,
     residual: Tensor | None = None,
     pass_: str | None = None,
-) -> Explanation:
-    """Explain ``conv3d(input, weight, ...)``, or a layer's call on an example: ``explain(layer, input)``.
+) -> Explanation | ModelExplanation:
+    """Explain ``conv3d(input, weight, ...)``, a layer's call on an example, ``explain(layer, input)``, or what
+    ``torch.compile(model, backend="triton_conv3d")`` makes of a model: ``explain(model, input)``.
 
     Args:
-        input, ..., residual: as :func:`triton_conv3d.conv3d`; or a Conv3d and its input.
-        pass_: ``forward``, ``dgrad`` or ``wgrad``; all three if None.
+        input, ..., residual: as :func:`triton_conv3d.conv3d`; or a Conv3d and its input; or any other module, compiled or
+            not, and its input, a tuple of inputs if there are several. Gradients and autocast are as where it is called.
+        pass_: ``forward``, ``dgrad`` or ``wgrad``, of a call or layer; all three if None.
+
+    Returns:
+        Of a model the graphs as ``inner="aot_eager"`` gets them, with the other options as they are by default; Inductor's
+        are taken apart differently.
 
     Raises:
-        ValueError: an unknown ``pass_``. What ``conv3d`` would raise for the same call.
+        ValueError: an unknown ``pass_``, or one of a model. TypeError: neither tensor nor module. RuntimeError: a model
+            with lazy layers. What ``conv3d`` or the model would raise for the same call.
     """
     if pass_ is not None and pass_ not in PASSES:
         raise ValueError(f"pass_={pass_!r} is not known: expected one of {', '.join(PASSES)}")
+    if isinstance(input, nn.Module) and not isinstance(input, nn.Conv3d):
+        if pass_ is not None:
+            raise ValueError(f"pass_={pass_!r} is of one convolution, and {type(input).__name__} is a model: leave it out")
+        return _explain_model(input, weight if isinstance(weight, tuple) else (weight,))
     if isinstance(input, nn.Conv3d):
         layer, input = input, weight
         weight, bias = layer.weight, layer.bias
@@ -105,6 +128,8 @@ def explain(
         if layer.padding_mode != "zeros":
             sides = layer._reversed_padding_repeated_twice
             input, padding = nn.functional.pad(input, sides, mode=layer.padding_mode), 0
+    if not isinstance(input, Tensor):
+        raise TypeError(f"explain: input must be a tensor, or a module and then its input, got {type(input).__name__}")
     if input.dim() == 4:
         input = input.unsqueeze(0)
     activation = NO_ACTIVATION if activation is None else activation
@@ -112,3 +137,10 @@ def explain(
         geometry = checked_geometry(input, weight, bias, stride, padding, dilation, groups)
         problems = ops.problems(input, weight, bias, *geometry, residual=residual, activation=activation)
     return Explanation({p.pass_: explain_problem(p) for p in problems if pass_ in (None, p.pass_)})
+
+
+def _explain_model(model: nn.Module, args: tuple) -> ModelExplanation:
+    modules.check_materialized(model)
+    from .compile_backend.explaining import explain_graphs  # torch's compiler takes long to import
+
+    return ModelExplanation(tuple(explain_graphs(model, args)))

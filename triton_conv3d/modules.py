@@ -349,6 +349,13 @@ def _lazy_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def check_materialized(model: nn.Module) -> None:
+    """Raises RuntimeError that names what is lazy still."""
+    if waiting := _lazy_modules(model):
+        names = ", ".join(name or type(module).__name__ for name, module in waiting.items())
+        raise RuntimeError(f"the parameters of {names} do not exist yet: {_REMEDY}")
+
+
 def _first_calls(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, tuple[tuple, dict]]:
     """The first call of every lazy module that the example reaches, in order, as tensors on the meta device."""
     calls: dict[str, tuple[tuple, dict]] = {}

@@ -52,7 +52,7 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence, options: Options, kind: str) 
         context.output_strides.extend(map(_strides, gm.graph.output_node().args[0]))
 
 
-def _strides(output: object) -> tuple[int, ...] | None:
+def _strides(output: object) -> tuple | None:
+    """Symbolic ones too: AOTAutograd lays the inputs of the backward graph out by them."""
     value = output.meta.get("val") if isinstance(output, fx.Node) else None
-    fixed = isinstance(value, torch.Tensor) and all(isinstance(stride, int) for stride in value.stride())
-    return tuple(value.stride()) if fixed else None
+    return tuple(value.stride()) if isinstance(value, torch.Tensor) else None

@@ -32,6 +32,7 @@ from .rewriting import (
 _GATHERS = (aten.index.Tensor, aten._unsafe_index.Tensor)
 _SCATTERS = (aten.index_put.default, aten._unsafe_index_put.default)
 _FILLED = {aten.new_zeros.default: 1, aten.full.default: 0, aten.zeros.default: 0}  # where their sizes stand
+_LAST, _FIRST = [0, 2, 3, 4, 1], [0, 4, 1, 2, 3]  # channels moved there, and back
 _FORMATS = (torch.contiguous_format, torch.channels_last_3d)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
@@ -52,7 +53,7 @@ _FOLLOWING = {
     # pointwise, though not every torch says so
     "convert_element_type leaky_relu leaky_relu_backward hardswish hardswish_backward elu_backward hardtanh_backward "
     "hardsigmoid_backward softplus_backward mish_backward _prelu_kernel "
-    "sym_size "
+    "sym_size sym_numel "
     "_low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices".split(),
 }  # fmt: skip
 
@@ -93,6 +94,7 @@ class _Propagation:
                     continue
                 if any(source in self.before for source in node.all_input_nodes):
                     self._propagate(node)
+        self.rewriter.graph.eliminate_dead_code()
 
     def _convolution(self, node: fx.Node) -> None:
         tensors = [i for i, arg in enumerate(node.args[:4]) if isinstance(arg, fx.Node)]
@@ -116,7 +118,7 @@ class _Propagation:
             return
         view = self.rewriter.call(node, aten.squeeze.dim, input, 1)
         view = self.rewriter.call(node, aten.unsqueeze.default, view, -1)
-        node.update_arg(0, self.rewriter.call(node, aten.permute.default, view, [0, 4, 1, 2, 3]))
+        node.update_arg(0, self.rewriter.call(node, aten.permute.default, view, _FIRST))
         self._revalue(node)
 
     def _from_convolution(self, node: fx.Node) -> bool:
@@ -134,9 +136,20 @@ class _Propagation:
     def _copy(self, source: fx.Node, before: fx.Node, where: str) -> fx.Node:
         key = source, "channels_last"
         if key not in self.copies:
-            self.copies[key] = self.rewriter.call(before, aten.clone.default, source, memory_format=torch.channels_last_3d)
-            self.report.count("inserted", where)
+            if source.target in _FILLED and source.meta["val"].dim() == 5:  # filled in that order at once
+                filled = self._filled_last(source, before)
+                self.copies[key] = self.rewriter.call(before, aten.permute.default, filled, _FIRST)
+            else:
+                copied = self.rewriter.call(before, aten.clone.default, source, memory_format=torch.channels_last_3d)
+                self.copies[key] = copied
+                self.report.count("inserted", where)
         return self.copies[key]
+
+    def _filled_last(self, source: fx.Node, before: fx.Node) -> fx.Node:
+        """What a node of ``_FILLED`` makes, with its channels as the last dimension."""
+        at, arguments = _FILLED[source.target], list(source.args)
+        arguments[at] = [arguments[at][dim] for dim in _LAST]
+        return self.rewriter.call(before, source.target, *arguments, **source.kwargs)
 
     def _drop_conversion(self, node: fx.Node) -> None:
         """A copy of a channels-last tensor that makes it contiguous, or channels-last."""
@@ -184,16 +197,13 @@ class _Propagation:
         read = values or (tensor,)  # a scatter goes into zeros, made for it
         if not pixels or not all(_is_channels_inside(n.meta["val"]) for n in read) or (values and tensor.target not in _FILLED):
             return False
-        last, first = [0, 2, 3, 4, 1], [0, 4, 1, 2, 3]
-        values = [self.rewriter.call(node, aten.permute.default, n, last) for n in values]
+        values = [self.rewriter.call(node, aten.permute.default, n, _LAST) for n in values]
         if values:
-            at, arguments = _FILLED[tensor.target], list(tensor.args)
-            arguments[at] = [arguments[at][dim] for dim in last]
-            moved = self.rewriter.call(node, tensor.target, *arguments, **tensor.kwargs)
+            moved = self._filled_last(tensor, node)
         else:
-            moved = self.rewriter.call(node, aten.permute.default, tensor, last)
+            moved = self.rewriter.call(node, aten.permute.default, tensor, _LAST)
         result = self.rewriter.call(node, node.target, moved, [None, *indices[2:]], *values, *node.args[3:])
-        result = self.rewriter.call(node, aten.permute.default, result, first)
+        result = self.rewriter.call(node, aten.permute.default, result, _FIRST)
         self.before[result] = node.meta["val"]
         self.rewriter.take_over(node, result)
         return True

@@ -12,14 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from .report import failed
+
 
 def split_instance_norms(gm: fx.GraphModule) -> None:
     """In Dynamo's graphs, every 3-D instance normalisation by the input's own statistics becomes a group normalisation."""
-    for module in gm.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            if node.target in (F.instance_norm, torch.instance_norm) and _is_plain(node):
-                node.target = _normalise
-                module.recompile()
+    try:
+        for module in gm.modules():
+            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+                if node.target in (F.instance_norm, torch.instance_norm) and _is_plain(node):
+                    node.target = _normalise
+                    module.recompile()
+    except Exception as error:  # each node by itself is a whole step
+        failed("instance normalisation", error)
 
 
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps", "cudnn_enabled")

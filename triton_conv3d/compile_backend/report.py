@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .. import settings
@@ -21,6 +23,7 @@ class Report:
     Attributes:
         kind: ``inference``, ``forward`` (of a training step) or ``backward``.
         replaced: convolution nodes that became ops of this package, counted by kind of op.
+        found: nodes that were ops of this package before, as those of a converted model.
         fused: what went into each fused convolution, as ``bias + relu``.
         removed, inserted: layout conversions taken out of the graph and put into it; ``inserted`` says where:
             ``weight``, ``entering`` (of graph inputs and what other ops return contiguous), ``leaving`` (graph outputs),
@@ -31,6 +34,7 @@ class Report:
 
     kind: str
     replaced: dict[str, int] = field(default_factory=dict)
+    found: int = 0
     fused: list[str] = field(default_factory=list)
     removed: int = 0
     inserted: dict[str, int] = field(default_factory=dict)
@@ -44,7 +48,7 @@ class Report:
     def __str__(self) -> str:
         """One line: ``forward: conv3d 20; fused bias + relu 20; conversions removed 3, inserted entering 1``."""
         fused = {what: self.fused.count(what) for what in self.fused}
-        parts = [f"replaced {_listed(self.replaced)}"]
+        parts = [f"replaced {_listed(self.replaced)}" + (f" beside {self.found} that were ours" if self.found else "")]
         if fused:
             parts.append(f"fused {_listed(fused)}")
         parts.append(f"conversions removed {self.removed}, inserted {_listed(self.inserted)}")
@@ -58,6 +62,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 _reports: deque[Report] = deque(maxlen=_KEPT)
+_collect: Callable[[Report], None] = _reports.append
 _noticed: set = set()
 
 
@@ -66,9 +71,21 @@ def reports() -> list[Report]:
     return list(_reports)
 
 
+@contextmanager
+def collected() -> Iterator[list[Report]]:
+    """The reports made inside of the block, which are not among :func:`reports` then."""
+    global _collect
+    found: list[Report] = []
+    outer, _collect = _collect, found.append
+    try:
+        yield found
+    finally:
+        _collect = outer
+
+
 def keep(report: Report) -> None:
     """Remember a report, and show it where the setting ``log`` asks for plans."""
-    _reports.append(report)
+    _collect(report)
     if settings.current().log == "plan":
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
@@ -82,3 +99,9 @@ def notice(key: object, message: str, *args: object) -> None:
     if key not in _noticed:
         _noticed.add(key)
         logger.warning(message, *args)
+
+
+def failed(what: str, error: Exception) -> None:
+    """One warning line for each kind of failure of a pass, behind which a graph runs as it was."""
+    why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    notice((what, why), "%s left as it is: %s", what, why)
