@@ -16,6 +16,7 @@ from triton_conv3d.problem import PASSES, Problem, device_name
 from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.search import search
 from triton_conv3d.tuning.select import ranking, refusals
+from triton_conv3d.tuning.variants import kept
 
 pytest.importorskip("triton")
 ENGINE = engines.get("tma")
@@ -41,6 +42,7 @@ GEOMETRIES = {
     "stride_3": dict(stride=(3, 3, 3), kernel_size=(3, 2, 2), input_size=(4, 5, 6), out_channels=8),
     "stride_meets_dilation": dict(stride=(2, 2, 6), dilation=(2, 4, 4), kernel_size=(2, 3, 2), input_size=(4, 8, 7)),
     "views_beyond_the_input": dict(stride=(3, 1, 3), input_size=(1, 3, 2), kernel_size=(3, 1, 3), padding=(1, 1, 0, 0, 2, 2)),
+    "lone_view": dict(stride=(2, 1, 1), input_size=(1, 1, 4), kernel_size=(3, 1, 3), padding=(2, 2, 0, 0, 0, 0)),
     "groups": dict(in_channels=32, out_channels=64, groups=2, batch=1),
 }  # fmt: skip
 
@@ -183,14 +185,12 @@ def test_what_is_taken(changes: dict) -> None:
 
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_tuning_in_full_measures_it_beside_the_portable_kernel_and_else_it_is_on_trial(stride: int, pass_: str) -> None:
+def test_tuning_measures_it_beside_the_portable_kernel_and_no_ranking_takes_it(stride: int, pass_: str) -> None:
     problem = Problem(**{**BASE, "pass_": pass_, "input_size": (16, 30, 52), "stride": (stride,) * 3})
-    for mode in ("full", "quick"):
-        with configure(autotune=mode):
-            ranked = ranking(problem)
-            assert ("tma" in refusals(problem)) == (mode == "quick")
-        names = {name for name, _ in search(ranked, lambda candidate, repetitions: 1e-3, QUICK_CANDIDATES)}
-        assert names >= {"implicit_gemm", "aten"} and ("tma" in names) == (mode == "full")
+    ranked = kept(problem, ranking(problem, measuring=True))
+    names = {name for name, _ in search(ranked, lambda candidate, repetitions: 1e-3, QUICK_CANDIDATES)}
+    assert names >= {"implicit_gemm", "aten", "tma"}
+    assert "tma" not in {engine.NAME for _, engine, _ in ranking(problem)} and "on trial" in refusals(problem)["tma"]
 
 
 @pytest.mark.parametrize("which", ["input", "weight"])
@@ -203,6 +203,5 @@ def test_real_tensors_that_are_not_aligned_are_refused(which: str) -> None:
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's ranking")
 @pytest.mark.parametrize("pass_", PASSES)
 def test_the_interpreter_ranks_the_portable_kernel_first(pass_: str) -> None:
-    with configure(autotune="full"):
-        names = [engine.NAME for _, engine, _ in ranking(Case(pass_, **RAGGED).geometry())]
+    names = [engine.NAME for _, engine, _ in ranking(Case(pass_, **RAGGED).geometry(), measuring=True)]
     assert names.index("implicit_gemm") < names.index("tma")

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
-from ..base import NO_EPILOGUE, Memory, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..base import NO_EPILOGUE, Memory, Order, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN
 from ..launching import launch_kernel
@@ -33,7 +33,7 @@ from .kernels import gather_bricks, wgrad_bricks
 __all__ = ["NAME", "BrickConfig", "configs", "launch", "memory", "supports", "work"]
 
 NAME = "tma"
-TRIAL = True  # it has not run on a GPU yet
+MEASURED = ()  # architectures; it has not run on a GPU yet
 _ARCHITECTURES = ("sm_90", "sm_100", "interpreter")  # elsewhere descriptors become pointers, and spill
 _CHANNELS = 8  # of a 16-bit type are the 16 bytes that divide every stride of a descriptor
 _COORDINATES = 2**31  # of a descriptor
@@ -73,11 +73,16 @@ def work(problem: Problem, config: BrickConfig) -> Work:
     """The launch as the cost model sees it."""
     item, split = problem.itemsize, config.splits > 1
     tiles, steps = extent(problem, config)
+    used, result = memory(problem, config), math.prod(problem.result_shape)
+    met = max(1.0, problem.taps / math.prod(problem.stride))  # taps through which a pixel is read
     m, n, k = (math.prod(config.brick), config.block_n, config.block_k)
-    if problem.pass_ == "wgrad":
+    columns = math.ceil(produced(problem) / n)
+    if problem.pass_ == "wgrad":  # filters in rows, taps and channels in columns, which run one after another
         m, k = k, m
-    used = memory(problem, config)
-    result = math.prod(problem.result_shape)
+        rows, columns = math.ceil(problem.group_out / m), columns * problem.taps
+        order = Order(rows, columns, rows, float(item * m * k), item * n * k / met)
+    else:  # bricks in rows, which run one after another, channels in columns
+        order = Order(max(1, tiles // columns), columns, 1, float(item * m * k), float(item * n * k), met)
     return Work(
         programs=tiles * config.splits,
         iterations=math.ceil(steps / config.splits),
@@ -88,6 +93,8 @@ def work(problem: Problem, config: BrickConfig) -> Work:
         shared_bytes=item * (m + n) * k * config.num_stages,
         extra_bytes=2.0 * used.copies + (2.0 * used.workspace + result * item if split else 0.0),
         launches=split + (len(views(problem, config.brick).views) if problem.pass_ == "wgrad" else 1),
+        stages=config.num_stages,
+        order=order,
         operations=_INTERPRETED_OPERATIONS,
     )
 
@@ -156,7 +163,8 @@ def _gather_launch(problem: Problem, config: BrickConfig) -> tuple[tuple[int, in
         reduced(problem), produced(problem) // y_unit, config.splits,
     )  # fmt: skip
     options = dict(
-        VIEWS=len(read.views), DGRAD=dgrad, STRIDED=strided, Y_UNIT=y_unit, BLOCK_K=config.block_k,
+        VIEWS=len(read.views), DGRAD=dgrad, STRIDED=strided, SKIPS=read.tap_step != (1, 1, 1), Y_UNIT=y_unit,
+        BLOCK_K=config.block_k,
         BIAS=problem.bias and not split,  # of splits, the reduction adds it, and what follows it
         ACTIVATION=NO_ACTIVATION if split else problem.activation,
         **_constants(problem, config),

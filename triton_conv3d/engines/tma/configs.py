@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from ...problem import Problem
 from ..base import Config
 from ..implicit_gemm.configs import split_counts
-from .geometry import Brick, bricks, counts, pixels
+from .geometry import Brick, best_first, bricks, counts, covered, pixels
 
 SHARED_BYTES = 232_448  # of one block on sm_90 and sm_100, from NVIDIA's documentation
-_BRICKS = 2  # shapes of brick that are offered for one tile
-_WASTE = 1.25  # times the pixels of the best brick, that others may cover
+_WASTE = 1.25  # times the pixels of the best brick, that a row may cover
 
 
 @dataclass(frozen=True)
@@ -41,32 +40,33 @@ class BrickConfig(Config):
 
 
 # (pixels, block_n, block_k, num_warps, num_stages), the smallest last. Filters or channels of the left operand fill the
-# 64 rows of a matrix instruction for each four warps; pixels, or channels of the input, are its columns.
+# 64 rows of a matrix instruction for each four warps; pixels, or channels of the input, are its columns. A step with eight
+# products, the longest that divides the channels, takes least instructions for each: tests/test_tma_code.py counts them.
 _GATHER = (
-    (256, 128, 64, 8, 3),
     (256, 128, 128, 8, 2),
-    (128, 256, 64, 8, 3),
-    (128, 128, 128, 8, 3),
-    (128, 128, 64, 8, 4),
+    (256, 128, 64, 8, 4),
     (128, 128, 64, 4, 3),
     (256, 64, 64, 4, 4),
-    (128, 64, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (64, 64, 64, 4, 5),
     (256, 64, 32, 4, 4),
-    (128, 64, 32, 4, 5),
+    (64, 64, 64, 4, 5),
     (64, 64, 16, 4, 4),
 )
 _WGRAD = (
+    (128, 128, 128, 8, 3),
     (64, 128, 128, 8, 4),
-    (64, 256, 64, 8, 3),
-    (64, 64, 128, 8, 4),
     (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 4),
     (64, 32, 64, 4, 4),
     (32, 16, 64, 4, 3),
 )
-_SPILLING = {("sm_100", "wgrad"): ((64, 256, 64, 8, 3),)}  # with Triton 3.6.0, as tests/test_tma_code.py finds
+# Which brick a tile has is no choice of the tuner's, for every shape is a kernel to compile. These few, and rows, cover
+# all layers of perf/workloads and what is drawn at random: by 3 to 7 % more pixels than the best of all shapes would.
+_BRICKS = {
+    32: ((1, 1, 4, 8), (1, 4, 2, 4), (4, 2, 2, 2)),
+    64: ((1, 1, 8, 8), (1, 4, 4, 4), (4, 2, 2, 4)),
+    128: ((1, 2, 8, 8), (2, 4, 4, 4)),
+    256: ((1, 1, 16, 16), (1, 4, 8, 8)),
+}
 
 
 def reduced(problem: Problem) -> int:
@@ -86,8 +86,23 @@ def _fits(problem: Problem, tile: tuple[int, ...]) -> bool:
         return False
     if problem.pass_ == "wgrad":
         return block_n < 2 * max(problem.group_in, 16) and block_k < 2 * max(problem.group_out, 64)
-    whole = problem.groups == 1 or reduced(problem) % block_k == 0  # else a step reads the next group's channels
+    divides = reduced(problem) % block_k == 0
+    whole = divides or (problem.groups == 1 and block_k <= 64)  # of another group, a step would read its channels
     return whole and block_n < 2 * max(produced(problem), 64) and block_k < 2 * max(reduced(problem), 16)
+
+
+def _tiles(problem: Problem) -> list[tuple[int, ...]]:
+    """Those that fit; of those that differ in the length of a step, none that is shorter than one without a rest."""
+    if problem.pass_ == "wgrad":
+        return [tile for tile in _WGRAD if _fits(problem, tile)]
+    found, whole = [], set()
+    for tile in _GATHER:
+        size, block_n, block_k, warps, _ = tile
+        if (size, block_n, warps) not in whole and _fits(problem, tile):
+            found.append(tile)
+            if reduced(problem) % block_k == 0:
+                whole.add((size, block_n, warps))
+    return found
 
 
 def _interpreter_tile(problem: Problem) -> tuple[int, ...]:
@@ -104,17 +119,17 @@ def _interpreter_tile(problem: Problem) -> tuple[int, ...]:
     return power(volume, 1024), power(produced(problem), 64), channels, 1, 1
 
 
-def _shapes(problem: Problem, size: int) -> list[Brick]:
-    """Bricks of this many pixels; rows too where only those reach the products of wgrad from shared memory."""
-    found = [*bricks(problem, size)[:_BRICKS]]
-    if problem.pass_ == "wgrad" and problem.arch == "sm_90":  # the longest that fit; one product takes 16 pixels
-        found += sum((bricks(problem, length, rows=True) for length in (size, size // 2, size // 4) if length >= 16), ())
+def brick_of(problem: Problem, size: int) -> Brick:
+    """The brick of so many pixels: of :data:`_BRICKS`, or where strides leave none of those, the best of all.
 
-    def covered(brick: Brick) -> int:
-        return math.prod(counts(problem, brick)) * math.prod(brick)
-
-    fitting = [brick for brick in found if covered(brick) <= _WASTE * covered(found[0])]
-    return list(dict.fromkeys(fitting[: _BRICKS + 1]))
+    In wgrad on sm_90 a row, unless it covers much more: only rows reach the products from shared memory.
+    """
+    found = best_first(problem, _BRICKS.get(size, ())) or bricks(problem, size)
+    if problem.pass_ == "wgrad" and problem.arch == "sm_90":
+        row = (1, 1, 1, size)
+        if row in best_first(problem, (row,)) and covered(problem, row) <= _WASTE * covered(problem, found[0]):
+            return row
+    return found[0]
 
 
 def workspace_bytes(problem: Problem, config: BrickConfig) -> int:
@@ -135,15 +150,14 @@ def extent(problem: Problem, config: BrickConfig) -> tuple[int, int]:
 def configs(problem: Problem) -> tuple[BrickConfig, ...]:
     """Every configuration that this problem can take, the smallest last. All splits above 1 share a compiled kernel."""
     base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
-    spilling = _SPILLING.get((problem.arch, problem.pass_), ())
-    tiles = [tile for tile in base if _fits(problem, tile) and tile not in spilling] or [base[-1]]
+    tiles = _tiles(problem)
     if problem.arch == "interpreter":
         tiles.insert(0, _interpreter_tile(problem))
-    offers = [
-        replace(whole, splits=splits)
-        for size, *tile in tiles
-        for whole in (BrickConfig(*brick, *tile) for brick in _shapes(problem, size))
-        for splits in split_counts(problem, *extent(problem, whole))
-    ]
-    smallest = BrickConfig(*bricks(problem, base[-1][0])[0], *base[-1][1:])
-    return (*(offer for offer in dict.fromkeys(offers) if offer != smallest), smallest)
+    sizes = dict.fromkeys(tile[0] for tile in (*tiles, base[-1]))
+    brick = {size: brick_of(problem, size) for size in sizes}
+    smallest = BrickConfig(*brick[base[-1][0]], *base[-1][1:])
+    offers = []
+    for size, *tile in tiles:
+        whole = BrickConfig(*brick[size], *tile)
+        offers += [replace(whole, splits=n) for n in split_counts(problem, *extent(problem, whole))]
+    return (*(offer for offer in offers if offer != smallest), smallest)

@@ -26,10 +26,11 @@ def _digits(index, sizes):
 
 
 @triton.jit
-def _next_digit(digit, carry, size):
-    """One digit of a number that is counted up, and the carry to the next."""
-    over = (digit + carry == size).to(tl.int32)
-    return tl.where(digit + carry == size, 0, digit + carry), over
+def _next(at, first, last, carry, by):
+    """One coordinate of a walk through a box: a step further if the one before it is through, from ``last`` to ``first``."""
+    at += tl.where(carry, by, 0)
+    through = at == last
+    return tl.where(through, first, at), through
 
 
 @triton.jit
@@ -64,6 +65,7 @@ def gather_bricks(
     VIEWS: tl.constexpr,
     DGRAD: tl.constexpr,
     STRIDED: tl.constexpr,
+    SKIPS: tl.constexpr,  # views, or parity classes, leave out taps: tap_step is not 1 everywhere
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     Y_UNIT: tl.constexpr,
@@ -120,25 +122,36 @@ def gather_bricks(
         share = tl.cdiv(steps, splits)
         begin = split * share
         end = tl.minimum(begin + share, steps)
-        block = begin % blocks
         tap = begin // blocks
         tw = tap % tl.maximum(taps_w, 1)
         th = tap // tl.maximum(taps_w, 1) % tl.maximum(taps_h, 1)
         td = tap // tl.maximum(taps_h * taps_w, 1)
+        w_tap = (first_d + td * tap_step[0]) * kernel[1] + first_h + th * tap_step[1]
+        w_tap = w_tap * kernel[2] + first_w + tw * tap_step[2]
+        # The coordinates are carried from step to step, each by an addition: r, then those of the tap along w, h and d.
+        r = begin % blocks * BLOCK_K
+        at_d, at_h, at_w = x_d + td * step[0], x_h + th * step[1], x_w + tw * step[2]
+        end_h, end_w = x_h + taps_h * step[1], x_w + taps_w * step[2]
+        skip_w = tap_step[1] * kernel[2] - tap_step[2] * taps_w  # taps of other views, after a line of this one's
+        skip_h = (tap_step[0] * kernel[1] - tap_step[1] * taps_h) * kernel[2]  # and after a plane
         for _ in range(begin, end):
-            r = block * BLOCK_K
-            w_tap = (first_d + td * tap_step[0]) * kernel[1] + first_h + th * tap_step[1]
-            w_tap = w_tap * kernel[2] + first_w + tw * tap_step[2]
-            brick = x.load([n, x_d + td * step[0], x_h + th * step[1], x_w + tw * step[2], group * reduced + r])
+            brick = x.load([n, at_d, at_h, at_w, group * reduced + r])
             if DGRAD:
                 filters = w.load([w_tap, group * reduced + r, q]).reshape(BLOCK_K, BLOCK_N).T
             else:
                 filters = w.load([w_tap, group * produced + q, r]).reshape(BLOCK_N, BLOCK_K)
             acc = dot(filters, brick.reshape(BLOCK_M, BLOCK_K).T, acc, "ieee", UPCAST)
-            block, carry = _next_digit(block, 1, blocks)
-            tw, carry = _next_digit(tw, carry, taps_w)
-            th, carry = _next_digit(th, carry, taps_h)
-            td += carry
+            r += BLOCK_K
+            over = r >= reduced
+            r = tl.where(over, 0, r)
+            w_tap += tl.where(over, tap_step[2], 0)
+            at_w, over = _next(at_w, x_w, end_w, over, step[2])
+            if SKIPS:
+                w_tap += tl.where(over, skip_w, 0)
+            at_h, over = _next(at_h, x_h, end_h, over, step[1])
+            if SKIPS:
+                w_tap += tl.where(over, skip_h, 0)
+            at_d += tl.where(over, step[0], 0)
 
     channel = q + tl.arange(0, BLOCK_N)
     in_q = channel < produced
@@ -212,18 +225,19 @@ def wgrad_bricks(
     begin = split * share
     end = tl.minimum(begin + share, all_bricks)
     n, d, h, w = _digits(begin, bricks)
+    n, d, h, w = n * BRICK[0], d * BRICK[1], h * BRICK[2], w * BRICK[3]
+    end_d, end_h, end_w = bricks[1] * BRICK[1], bricks[2] * BRICK[2], bricks[3] * BRICK[3]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for chain in range(begin, end, CHAIN // BLOCK_K):
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for _ in range(chain, tl.minimum(chain + CHAIN // BLOCK_K, end)):
-            at_n, at_d, at_h, at_w = n * BRICK[0], d * BRICK[1], h * BRICK[2], w * BRICK[3]
-            left = grad.load([at_n, at_d, at_h, at_w, filters])
-            right = x.load([at_n, at_d * scale[0] + x_d, at_h * scale[1] + x_h, at_w * scale[2] + x_w, channels])
+            left = grad.load([n, d, h, w, filters])
+            right = x.load([n, d * scale[0] + x_d, h * scale[1] + x_h, w * scale[2] + x_w, channels])
             acc = dot(left.reshape(BLOCK_K, BLOCK_M).T, right.reshape(BLOCK_K, BLOCK_N), acc, "ieee", UPCAST)
-            w, carry = _next_digit(w, 1, bricks[3])
-            h, carry = _next_digit(h, carry, bricks[2])
-            d, carry = _next_digit(d, carry, bricks[1])
-            n += carry
+            w, over = _next(w, 0, end_w, True, BRICK[3])
+            h, over = _next(h, 0, end_h, over, BRICK[2])
+            d, over = _next(d, 0, end_d, over, BRICK[1])
+            n += tl.where(over, BRICK[0], 0)
         total += acc
 
     filter = k + tl.arange(0, BLOCK_M)
