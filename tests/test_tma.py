@@ -12,7 +12,8 @@ import torch
 from cases import DEVICE, Case, check_footprint, make, run
 
 from triton_conv3d import configure, conv3d, engines
-from triton_conv3d.problem import PASSES, Problem, device_name
+from triton_conv3d.engines import launching
+from triton_conv3d.problem import PASSES, Operands, Problem, describe, device_name
 from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.search import search
 from triton_conv3d.tuning.select import ranking, refusals
@@ -72,6 +73,19 @@ def test_every_tile_is_exact(pass_: str, config) -> None:
     """Ragged against all of them; bias where there is one."""
     case = Case(pass_, **{**RAGGED, "batch": 1, "kernel_size": (1, 1, 2), "input_size": (1, 3, 7)})
     run(case.replace(bias=pass_ == "forward"), ENGINE, config)
+
+
+@pytest.mark.parametrize("layout, flat", [("channels_last", True), ("contiguous", True), ("cropped", False)])
+@pytest.mark.parametrize("block_k", [64, 16], ids=["filters_left", "channels_left"])
+def test_wgrad_reads_a_flat_gradient_as_a_matrix(block_k: int, layout: str, flat: bool) -> None:
+    """The last brick hangs over; and where the gradient is a view, it is read as one."""
+    case = Case("wgrad", **{**RAGGED, "batch": 1, "input_size": (3, 3, 5), "kernel_size": (1, 2, 2), "padding": (0,) * 6})
+    case = case.replace(layouts=(layout, layout))
+    problem, _ = make(case)
+    config = dataclasses.replace(ENGINE.configs(problem)[0], brick_n=1, brick_d=2, brick_h=2, brick_w=4, block_k=block_k)
+    config = dataclasses.replace(config, splits=2)
+    assert ENGINE.is_flat(problem, config) == flat
+    run(case, ENGINE, config)
 
 
 @pytest.mark.parametrize("splits", [2, 5])
@@ -160,6 +174,8 @@ BASE = dict(pass_="forward", batch=1, in_channels=32, out_channels=48, input_siz
     (dict(alignment=2), "pixels aligned to 2 bytes: descriptors need 16"),
     (dict(alignment=8), "pixels aligned to 8 bytes"),
     (dict(input_size=(4, 4, 2**31)), "beyond 2147483648"),
+    (dict(stride=(1, 1, 2**31)), "beyond 2147483648"),
+    (dict(dilation=(2**31, 1, 1), kernel_size=(1, 3, 3)), "beyond 2147483648"),
     (dict(input_size=(4, 4, 2**31 - 8), padding=(1, 1, 1, 1, 8, 8)), "beyond 2147483648"),
     (dict(pass_="dgrad", stride=(64, 64, 64)), "parity classes"),
 ], ids=str)  # fmt: skip
@@ -198,6 +214,30 @@ def test_real_tensors_that_are_not_aligned_are_refused(which: str) -> None:
     layouts = ("unaligned", "channels_last") if which == "input" else ("channels_last", "unaligned")
     problem, _ = make(Case("forward", **{**RAGGED, "layouts": layouts}))
     assert "pixels aligned to 2 bytes" in ENGINE.supports(problem)
+
+
+@pytest.mark.parametrize("channels, first, bytes_", [(28, 0, 8), (26, 0, 4), (32, 4, 8), (32, 8, 16)])
+def test_pixels_of_a_slice_of_channels_are_aligned_or_refused(channels: int, first: int, bytes_: int) -> None:
+    """The first two have strides, the third a base, that 16 bytes do not divide."""
+    x = torch.empty(1, channels, 2, 3, 4, dtype=torch.float16, device=DEVICE, memory_format=torch.channels_last_3d)
+    weight = torch.empty(8, 24, 1, 1, 1, dtype=torch.float16, device=DEVICE)
+    operands = Operands(x[:, first : first + 24], weight)
+    problem = describe("forward", operands, operands.input.shape, weight.shape, (1,) * 3, (0,) * 6, (1,) * 3, 1, True, "ieee")
+    refused = ENGINE.supports(problem)
+    assert refused is None if bytes_ == 16 else f"pixels aligned to {bytes_} bytes" in refused
+
+
+@pytest.mark.parametrize("pass_", ["forward", "wgrad"])
+def test_strides_of_descriptors_stay_within_their_limit(pass_: str) -> None:
+    """A view of one position has no stride, however large that of the convolution is."""
+    case = Case(pass_, **{**RAGGED, "batch": 1, "input_size": (2, 64, 64), "stride": (2**31 - 1, 1, 1)})
+    problem, operands = make(case.replace(kernel_size=(1, 1, 1), padding=(0,) * 6))
+    config = dataclasses.replace(ENGINE.configs(problem)[0], brick_d=4)
+    found = []
+    with launching.replaced(lambda kernel, grid, arguments, options: found.extend(arguments)):
+        ENGINE.launch(problem, operands, config)
+    steps = [step * 2 for descriptor in found for step in getattr(descriptor, "strides", ())]
+    assert len(steps) > 5 and max(steps) < 2**40
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's ranking")

@@ -33,10 +33,13 @@ FAULTS = {
     "dgrad_filters_of_the_group": ("kernels.py", "w.load([w_tap, group * reduced + r, q])", "w.load([w_tap, r, q])"),
     "dgrad_step_of_the_class": ("kernels.py", "in_h * stride[1] + index_h", "in_h * stride[1]"),
     "wgrad_chains_forgotten": ("kernels.py", "total += acc", "total = acc"),
-    "wgrad_channels_beyond_the_group": ("kernels.py", "(channel < group_in)[None, :]", "(channel >= 0)[None, :]"),
+    "wgrad_channels_beyond_the_group": ("kernels.py", "filter < group_out, channel < group_in", "filter < group_out, channel >= 0"),
     "wgrad_scale_of_width": ("kernels.py", "w * scale[2] + x_w", "w + x_w"),
     "wgrad_bricks_not_carried": ("kernels.py", "n += tl.where(over, BRICK[0], 0)", "n += 0"),
     "wgrad_group_of_gradient": ("kernels.py", "filters = group * group_out + k", "filters = k"),
+    "wgrad_flat_gradient_of_a_split": ("kernels.py", "pixel = begin * BLOCK_K", "pixel = 0"),
+    "wgrad_swapped_mask": ("kernels.py", "rows, columns, in_k, in_c = columns, rows, in_c, in_k", "rows, columns = columns, rows"),
+    "wgrad_flat_where_it_is_not": ("geometry.py", "sizes[axis] % brick[axis] == 0 or math.prod", "True or math.prod"),
     # views
     "forward_view_beyond_the_input": ("geometry.py", "if offset < size:", "if True:"),
     "forward_padding_of_views": ("geometry.py", "divmod(first * dilation - pad, stride)", "divmod(first * dilation, stride)"),
@@ -80,6 +83,12 @@ def battery(engine: ModuleType, fault: str) -> None:
                 small = replace(offers[0], brick_n=4 if i == 0 else 1, brick_d=1 + (i == 2), brick_h=4 >> (i == 3), brick_w=4)
                 run(case, engine, small, fresh)
                 run(case.replace(exact=False), engine, replace(small, splits=2, brick_w=1 if i == 1 else 2, brick_d=2), fresh)
+        if pass_ == "wgrad":  # flat, and in one case only as far as the first brick
+            for height in (3, 2):
+                case = Case(pass_, **{**base, "in_channels": 40, "input_size": (3, height, 4), "kernel_size": (1, 1, 1)})
+                config = replace(engine.configs(case.geometry())[0], brick_n=1, brick_d=1, brick_h=2, brick_w=4, splits=2)
+                run(case, engine, config, fresh)
+                run(case, engine, replace(config, block_k=16, block_n=64), fresh)
         grouped = Case(pass_, in_channels=96, out_channels=96, groups=2, kernel_size=(1, 1, 1), dtype="float16")
         if pass_ == "dgrad":
             run(grouped, engine, max(engine.configs(grouped.geometry()), key=lambda config: config.block_k))

@@ -8,6 +8,12 @@ that torch returns. Partial sums of split reductions are float32 and added in a 
 Bytes by design: input, weight and output once each from memory, which is the minimum; from L2 each brick once for every
 tap and every tile of the produced channels, each block of the weight once for every brick.
 
+Programs that run at once share what they read: all tiles of the channels of one brick come before the next brick, which is its
+neighbour along W; in wgrad all tiles of the filters and channels of one tap before the next tap, on the same bricks. There is
+no persistent grid, for Triton's pipeline ends with every tile. float32 is refused: products read shared memory as it is,
+which truncates to tf32; that copies round it, not all supported versions of Triton can say (those before the field
+``round_f32_to_tf32`` of descriptors), and only with channels as the reduction could it come from shared memory.
+
 What a brick covers beyond the end of the gradient in wgrad is multiplied by zeros: an infinity or NaN in the input there
 reaches taps that it would not meet by the definition.
 """
@@ -26,7 +32,7 @@ from ..base import NO_EPILOGUE, Memory, Order, Work, format_strides, refused_by_
 from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN
 from ..launching import launch_kernel
-from .configs import BrickConfig, configs, extent, produced, reduced, workspace_bytes
+from .configs import BrickConfig, configs, extent, is_flat, produced, reduced, swapped, workspace_bytes
 from .geometry import MOST_VIEWS, View, Views, counts, views
 from .kernels import gather_bricks, wgrad_bricks
 
@@ -47,7 +53,7 @@ def supports(problem: Problem) -> str | None:
     if problem.arch not in _ARCHITECTURES:
         return f"{problem.arch} has no copy engine that this engine was compiled for: sm_90 and sm_100"
     if problem.dtype == "float32":
-        return "float32: only 16-bit types"
+        return "float32: only 16-bit types, for products would read it truncated to tf32, not rounded, or without tensor cores"
     read = (problem.group_in,) if problem.pass_ == "forward" else (problem.group_in, problem.group_out)
     if any(channels % _CHANNELS for channels in read):
         return f"channels of a group are {' and '.join(map(str, read))}: descriptors need multiples of {_CHANNELS}"
@@ -56,8 +62,9 @@ def supports(problem: Problem) -> str | None:
     if problem.alignment % VECTOR_BYTES:
         return f"pixels aligned to {problem.alignment} bytes: descriptors need {VECTOR_BYTES}"
     sides = zip(problem.input_size, problem.padding[::2], problem.padding[1::2], strict=True)
-    if max(problem.batch, *map(sum, sides), *problem.output_size, *problem.weight_shape) >= _COORDINATES:
-        return f"a dimension is beyond {_COORDINATES}, the coordinates of a descriptor"
+    sizes = (problem.batch, *map(sum, sides), *problem.output_size, *problem.weight_shape)
+    if max(*sizes, *problem.stride, *problem.dilation) >= _COORDINATES:
+        return f"a dimension, stride or dilation is beyond {_COORDINATES}, the coordinates of a descriptor"
     return None
 
 
@@ -124,6 +131,7 @@ def _descriptor(tensor: torch.Tensor, view: View, step: tuple[int, ...], block: 
     canonical = format_strides(tensor.shape, torch.channels_last_3d)
     n, d, h, w = (canonical[dim] if tensor.size(dim) == 1 else tensor.stride(dim) for dim in (0, 2, 3, 4))
     base = tensor[:, :, view.offset[0] :, view.offset[1] :, view.offset[2] :] if any(view.offset) else tensor
+    step = [by if size > 1 else 1 for by, size in zip(step, view.size, strict=True)]  # or it may pass a stride's limit
     shape = [tensor.shape[0], *view.size, tensor.shape[1]]
     return TensorDescriptor(base, shape, [n, d * step[0], h * step[1], w * step[2], 1], list(block))
 
@@ -189,8 +197,12 @@ def _wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: to
     read = views(problem, config.brick)
     if sum(math.prod(view.taps) for view in read.views) < problem.taps:  # what meets only padding has no gradient
         target.zero_()
-    whole = View((0, 0, 0), problem.output_size, (), (), ())
-    grad = _descriptor(grad, whole, (1, 1, 1), (*config.brick, config.block_k))
+    if is_flat(problem, config):
+        grad = dense(grad).permute(0, 2, 3, 4, 1).reshape(-1, problem.out_channels)
+        grad = TensorDescriptor.from_tensor(grad, [math.prod(config.brick), config.block_k])
+    else:
+        whole = View((0, 0, 0), problem.output_size, (), (), ())
+        grad = _descriptor(grad, whole, (1, 1, 1), (*config.brick, config.block_k))
     for view in read.views:
         x_view = _descriptor(x, view, read.stride, (*config.brick, config.block_n))
         grid, arguments, options = _wgrad_launch(problem, config, view, read)
@@ -209,6 +221,9 @@ def _wgrad_launch(
         counts(problem, config.brick), (columns, problem.group_in, 1) if last else (columns, 1, problem.taps),
         math.prod(problem.weight_shape) if split else 0, problem.group_in, problem.group_out, config.splits,
     )  # fmt: skip
-    options = dict(CHAIN=CHAIN, BLOCK_M=config.block_k, **_constants(problem, config))
+    options = dict(
+        CHAIN=CHAIN, FLAT=is_flat(problem, config), SWAP=swapped(config.block_k), BLOCK_M=config.block_k,
+        **_constants(problem, config),
+    )  # fmt: skip
     tiles = -(-problem.group_out // config.block_k) * -(-problem.group_in // config.block_n)
     return (tiles * math.prod(view.taps) * problem.groups * config.splits, 1), arguments, options

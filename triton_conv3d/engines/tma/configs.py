@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
-from ...problem import Problem
+from ...problem import VIEW, Problem
 from ..base import Config
 from ..implicit_gemm.configs import split_counts
-from .geometry import Brick, best_first, bricks, counts, covered, pixels
+from .geometry import Brick, best_first, bricks, counts, covered, flat, pixels
 
+_ROWS = 64  # of one matrix instruction, of the left operand
 SHARED_BYTES = 232_448  # of one block on sm_90 and sm_100, from NVIDIA's documentation
 _WASTE = 1.25  # times the pixels of the best brick, that a row may cover
 
@@ -19,7 +21,7 @@ class BrickConfig(Config):
     """
     brick_n, brick_d, brick_h, brick_w: pixels of a tile; of wgrad those of one step of the reduction.
     block_n: channels of a tile that are computed; of wgrad those of the input.
-    block_k: channels of one step of the reduction; of wgrad the filters of a tile.
+    block_k: channels of one step of the reduction; of wgrad the filters of a tile: below 64 they are its columns.
     num_warps, num_stages: as Triton's launch options.
     splits: parts of the reduction that run in parallel, each with its float32 partial sums.
     """
@@ -53,19 +55,23 @@ _GATHER = (
 )
 _WGRAD = (
     (128, 128, 128, 8, 3),
-    (64, 128, 128, 8, 4),
-    (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 4),
     (64, 32, 64, 4, 4),
+    (64, 64, 32, 4, 4),
     (32, 16, 64, 4, 3),
 )
-# Which brick a tile has is no choice of the tuner's, for every shape is a kernel to compile. These few, and rows, cover
-# all layers of perf/workloads and what is drawn at random: by 3 to 7 % more pixels than the best of all shapes would.
+# Which brick a tile has is no choice of the tuner's, for every shape is a kernel to compile. These few cover all layers of
+# perf/workloads and what is drawn at random by some 10 % more pixels than the best of all shapes would.
 _BRICKS = {
-    32: ((1, 1, 4, 8), (1, 4, 2, 4), (4, 2, 2, 2)),
     64: ((1, 1, 8, 8), (1, 4, 4, 4), (4, 2, 2, 4)),
     128: ((1, 2, 8, 8), (2, 4, 4, 4)),
     256: ((1, 1, 16, 16), (1, 4, 8, 8)),
+}
+# Of wgrad; most are flat where the gradient's width is a power of two.
+_WGRAD_BRICKS = {
+    32: ((1, 1, 1, 32), (1, 2, 4, 4)),
+    64: ((1, 1, 1, 64), (1, 1, 2, 32), (1, 1, 4, 16), (1, 1, 8, 8), (1, 4, 4, 4)),
+    128: ((1, 1, 1, 128), (1, 1, 2, 64), (1, 1, 4, 32), (1, 1, 8, 16), (1, 2, 8, 8), (2, 4, 4, 4)),
 }
 
 
@@ -85,7 +91,8 @@ def _fits(problem: Problem, tile: tuple[int, ...]) -> bool:
     if size >= 2 * max(math.prod(pixels(problem)), 64):
         return False
     if problem.pass_ == "wgrad":
-        return block_n < 2 * max(problem.group_in, 16) and block_k < 2 * max(problem.group_out, 64)
+        least_n, least_k = (_ROWS, 16) if swapped(block_k) else (16, _ROWS)
+        return block_n < 2 * max(problem.group_in, least_n) and block_k < 2 * max(problem.group_out, least_k)
     divides = reduced(problem) % block_k == 0
     whole = divides or (problem.groups == 1 and block_k <= 64)  # of another group, a step would read its channels
     return whole and block_n < 2 * max(produced(problem), 64) and block_k < 2 * max(reduced(problem), 16)
@@ -119,17 +126,31 @@ def _interpreter_tile(problem: Problem) -> tuple[int, ...]:
     return power(volume, 1024), power(produced(problem), 64), channels, 1, 1
 
 
-def brick_of(problem: Problem, size: int) -> Brick:
-    """The brick of so many pixels: of :data:`_BRICKS`, or where strides leave none of those, the best of all.
+@functools.lru_cache(maxsize=4096)
+def brick_of(problem: Problem, size: int, swap: bool = False) -> Brick:
+    """The brick of so many pixels: of those above, or where strides leave none of them, the best of all.
 
-    In wgrad on sm_90 a row, unless it covers much more: only rows reach the products from shared memory.
+    In wgrad on sm_90 one that reaches the left side of products from shared memory, unless it covers much more: a row,
+    or where the left side is the gradient, what is flat.
     """
-    found = best_first(problem, _BRICKS.get(size, ())) or bricks(problem, size)
+    found = best_first(problem, (_WGRAD_BRICKS if problem.pass_ == "wgrad" else _BRICKS).get(size, ()))
+    found = found or bricks(problem, size)
     if problem.pass_ == "wgrad" and problem.arch == "sm_90":
-        row = (1, 1, 1, size)
-        if row in best_first(problem, (row,)) and covered(problem, row) <= _WASTE * covered(problem, found[0]):
-            return row
+        most = _WASTE * covered(problem, found[0])
+        shared = (b for b in found if b[:3] == (1, 1, 1) or (not swap and flat(problem, b)))
+        return next((brick for brick in shared if covered(problem, brick) <= most), found[0])
     return found[0]
+
+
+def swapped(block_k: int) -> bool:
+    """Whether the channels of the input, not the filters, are the rows of wgrad's products: of these a tile has too few."""
+    return block_k < _ROWS
+
+
+def is_flat(problem: Problem, config: BrickConfig) -> bool:
+    """Whether wgrad reads the gradient as a matrix: on sm_90 only that, or a row, reaches a product's left side from
+    shared memory."""
+    return problem.layouts[2] != VIEW and flat(problem, config.brick)
 
 
 def workspace_bytes(problem: Problem, config: BrickConfig) -> int:
@@ -153,11 +174,11 @@ def configs(problem: Problem) -> tuple[BrickConfig, ...]:
     tiles = _tiles(problem)
     if problem.arch == "interpreter":
         tiles.insert(0, _interpreter_tile(problem))
-    sizes = dict.fromkeys(tile[0] for tile in (*tiles, base[-1]))
-    brick = {size: brick_of(problem, size) for size in sizes}
-    smallest = BrickConfig(*brick[base[-1][0]], *base[-1][1:])
+    wgrad = problem.pass_ == "wgrad"
+    size, *tile = base[-1]
+    smallest = BrickConfig(*brick_of(problem, size), *tile)
     offers = []
     for size, *tile in tiles:
-        whole = BrickConfig(*brick[size], *tile)
+        whole = BrickConfig(*brick_of(problem, size, wgrad and swapped(tile[1])), *tile)
         offers += [replace(whole, splits=n) for n in split_counts(problem, *extent(problem, whole))]
     return (*(offer for offer in offers if offer != smallest), smallest)

@@ -130,6 +130,16 @@ def best_first(problem: Problem, shapes: Iterable[Brick]) -> tuple[Brick, ...]:
     return tuple(sorted((brick for brick in number if number[brick] <= MOST_VIEWS), key=cost))
 
 
+def flat(problem: Problem, brick: Brick) -> bool:
+    """Whether the pixels of every brick are neighbours in memory, one brick after the other: of a dense gradient, a brick
+    is then so many rows of the matrix of pixels and channels."""
+    sizes = pixels(problem)
+    for axis in (3, 2, 1, 0):
+        if brick[axis] != sizes[axis]:
+            break
+    return math.prod(brick[:axis]) == 1 and (sizes[axis] % brick[axis] == 0 or math.prod(sizes[:axis]) == 1)
+
+
 def covered(problem: Problem, brick: Brick) -> int:
     """Pixels of all bricks together, those beyond the end too."""
     return math.prod(counts(problem, brick)) * math.prod(brick)

@@ -180,7 +180,7 @@ def gather_bricks(
 @triton.jit
 def wgrad_bricks(
     dw_ptr,
-    grad,  # descriptor of (n, d, h, w, filter)
+    grad,  # descriptor of (n, d, h, w, filter), or of (pixel, filter)
     x,  # descriptor of (n, d, h, w, channel) of one view
     taps,  # of the view, (d, h, w), as every triple
     first,
@@ -198,6 +198,8 @@ def wgrad_bricks(
     INDEX: tl.constexpr,
     UPCAST: tl.constexpr,
     CHAIN: tl.constexpr,  # products of one accumulator before they are added to the total
+    FLAT: tl.constexpr,  # the gradient is a matrix of pixels and filters
+    SWAP: tl.constexpr,  # the channels of the input are the left operand
     BRICK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -227,13 +229,24 @@ def wgrad_bricks(
     n, d, h, w = _digits(begin, bricks)
     n, d, h, w = n * BRICK[0], d * BRICK[1], h * BRICK[2], w * BRICK[3]
     end_d, end_h, end_w = bricks[1] * BRICK[1], bricks[2] * BRICK[2], bricks[3] * BRICK[3]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    pixel = begin * BLOCK_K
+    ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
+    COLUMNS: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for chain in range(begin, end, CHAIN // BLOCK_K):
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         for _ in range(chain, tl.minimum(chain + CHAIN // BLOCK_K, end)):
-            left = grad.load([n, d, h, w, filters])
-            right = x.load([n, d * scale[0] + x_d, h * scale[1] + x_h, w * scale[2] + x_w, channels])
-            acc = dot(left.reshape(BLOCK_K, BLOCK_M).T, right.reshape(BLOCK_K, BLOCK_N), acc, "ieee", UPCAST)
+            if FLAT:
+                of_grad = grad.load([pixel, filters])
+                pixel += BLOCK_K
+            else:
+                of_grad = grad.load([n, d, h, w, filters]).reshape(BLOCK_K, BLOCK_M)
+            of_x = x.load([n, d * scale[0] + x_d, h * scale[1] + x_h, w * scale[2] + x_w, channels])
+            of_x = of_x.reshape(BLOCK_K, BLOCK_N)
+            if SWAP:
+                acc = dot(of_x.T, of_grad, acc, "ieee", UPCAST)
+            else:
+                acc = dot(of_grad.T, of_x, acc, "ieee", UPCAST)
             w, over = _next(w, 0, end_w, True, BRICK[3])
             h, over = _next(h, 0, end_h, over, BRICK[2])
             d, over = _next(d, 0, end_d, over, BRICK[1])
@@ -246,6 +259,9 @@ def wgrad_bricks(
     w_tap = w_tap * kernel[2] + first[2] + tw * tap_step[2]
     rows = (group * group_out + filter).to(INDEX) * dw_strides[0]
     columns = w_tap.to(INDEX) * dw_strides[1] + channel.to(INDEX) * dw_strides[2]
+    in_k, in_c = filter < group_out, channel < group_in
+    if SWAP:
+        rows, columns, in_k, in_c = columns, rows, in_c, in_k
     dw_tile = dw_ptr + split.to(INDEX) * split_stride + (rows[:, None] + columns[None, :])
-    inside = (filter < group_out)[:, None] & (channel < group_in)[None, :]
+    inside = in_k[:, None] & in_c[None, :]
     tl.store(dw_tile, rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=inside)
