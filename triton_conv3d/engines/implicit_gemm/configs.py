@@ -200,7 +200,7 @@ def configs(problem: Problem) -> tuple[GemmConfig, ...]:
     tiles = [tile for tile in base if _fits(problem, tile)] or [base[-1]]
     if problem.arch == "interpreter":
         tiles.insert(0, _interpreter_tile(problem))
-    offers = [dataclasses.replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile)]
+    offers = [t if n == 1 else dataclasses.replace(t, splits=n) for t in tiles for n in _splits(problem, t)]
     offers = [offer for offer in offers if not spills(problem, offer)]
     smallest = base[-1]
     return (*(offer for offer in offers if offer != smallest), smallest)

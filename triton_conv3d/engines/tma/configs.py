@@ -180,5 +180,6 @@ def configs(problem: Problem) -> tuple[BrickConfig, ...]:
     offers = []
     for size, *tile in tiles:
         whole = BrickConfig(*brick_of(problem, size, wgrad and swapped(tile[1])), *tile)
-        offers += [replace(whole, splits=n) for n in split_counts(problem, *extent(problem, whole))]
+        split = split_counts(problem, *extent(problem, whole))
+        offers += [whole if n == 1 else replace(whole, splits=n) for n in split]
     return (*(offer for offer in offers if offer != smallest), smallest)

@@ -6,7 +6,9 @@
 
 A brick is a block of (n, d, h, w) pixels, all sizes powers of two. A descriptor has no steps between elements, so what a
 stride meets is split into views, one for each position modulo the stride (geometry.py). The pixels are the right operand
-of every product, filters the left one: so both are read from shared memory, where the copies put them.
+of every product, filters the left one: so both are read from shared memory, where the copies put them. wgrad has pixels on
+both sides; a row, or a gradient that is read as a matrix, can be on the left in shared memory, any other brick goes through
+registers there.
 """
 
 import triton
