@@ -95,10 +95,10 @@ def test_the_ranking_alone_fails(count, part):
 
 @pytest.mark.parametrize("part", WHOLE)
 def test_where_many_candidates_are_left_unmeasured_the_first_twelve_are_not_enough(part):
-    """On several GPUs, for a surprise is the same for all layers of a kind; the part gives each GPU a share of the layers."""
+    """The part gives each GPU a share of the layers, in which all passes are."""
     chosen = [p for kind in ("real", "random") for p in problems(kind) if len(ranked(p)) > 20]
     assert len(chosen) >= 200
-    shares = [(seed, chosen[seed::3] if part > 1 else chosen) for seed in (1, 2, 3, 4)]
+    shares = [(seed, chosen[seed::4] if part > 1 else chosen) for seed in (1, 2)]
     ours, naive = ([v for seed, of in shares for v in regrets(c, of, seed)[0]] for c in (searched, first_of_ranking(12)))
     assert within_the_bar(ours) and not within_the_bar(naive), (percentile(ours, 0.95), percentile(naive, 0.95))
 

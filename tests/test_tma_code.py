@@ -32,7 +32,7 @@ def chosen(problem, few: bool) -> list:
 
     Of few, the first; on sm_90 without strides the first of each number of warps, in wgrad one through registers.
     """
-    from triton_conv3d.engines.tma.configs import _WGRAD_BRICKS, configs
+    from triton_conv3d.engines.tma.configs import _WGRAD_BRICKS, configs, spills
 
     def through_registers(config):
         brick = _WGRAD_BRICKS[config.brick_n * config.brick_d * config.brick_h * config.brick_w][-1]
@@ -47,7 +47,8 @@ def chosen(problem, few: bool) -> list:
         more = found[1:] if problem.arch == "sm_90" and problem.stride == (1, 1, 1) else []
         return found[:1] + [through_registers(config) if doubled else config for config in more]
     found += [through_registers(config) for config in found] if doubled else []
-    return found + [dataclasses.replace(config, splits=2) for config in found]
+    split = [dataclasses.replace(config, splits=2) for config in found]
+    return found + [config for config in split if not spills(problem, config)]
 
 
 def reports(arch: str, channels: int, stride: int, few: bool) -> Iterator[dict]:

@@ -60,6 +60,9 @@ _WGRAD = (
     (64, 64, 32, 4, 4),
     (32, 16, 64, 4, 3),
 )
+# (block_n, block_k, num_warps, num_stages) that needs more registers than a thread has with partial sums, from Triton 3.9.0 on.
+_SPILLING_SPLIT = {"sm_100": ((128, 64, 4, 3),)}
+
 # Which brick a tile has is no choice of the tuner's, for every shape is a kernel to compile. These few cover all layers of
 # perf/workloads and what is drawn at random by some 10 % more pixels than the best of all shapes would.
 _BRICKS = {
@@ -142,6 +145,12 @@ def brick_of(problem: Problem, size: int, swap: bool = False) -> Brick:
     return found[0]
 
 
+def spills(problem: Problem, config: BrickConfig) -> bool:
+    """Whether the config is known to keep registers in memory, and so is not offered."""
+    tile = (config.block_n, config.block_k, config.num_warps, config.num_stages)
+    return config.splits > 1 and problem.pass_ != "wgrad" and tile in _SPILLING_SPLIT.get(problem.arch, ())
+
+
 def swapped(block_k: int) -> bool:
     """Whether the channels of the input, not the filters, are the rows of wgrad's products: of these a tile has too few."""
     return block_k < _ROWS
@@ -180,6 +189,6 @@ def configs(problem: Problem) -> tuple[BrickConfig, ...]:
     offers = []
     for size, *tile in tiles:
         whole = BrickConfig(*brick_of(problem, size, wgrad and swapped(tile[1])), *tile)
-        split = split_counts(problem, *extent(problem, whole))
-        offers += [whole if n == 1 else replace(whole, splits=n) for n in split]
+        split = [replace(whole, splits=n) for n in split_counts(problem, *extent(problem, whole)) if n > 1]
+        offers += [whole, *(config for config in split if not spills(problem, config))]
     return (*(offer for offer in offers if offer != smallest), smallest)
