@@ -199,6 +199,14 @@ def test_what_is_taken(changes: dict) -> None:
         assert ENGINE.memory(problem, config).workspace <= 64 * 2**20
 
 
+def test_gelu_leaves_out_what_would_keep_its_sums_in_memory() -> None:
+    """perf/machine_code.py finds it: 128 sums of a thread leave no registers for erf, unless the splits' reduction has it."""
+    problem = Problem(**{**BASE, "in_channels": 256, "out_channels": 256, "input_size": (8, 32, 32), "activation": "gelu"})
+    offers = ENGINE.configs(problem)
+    sums = [c.splits == 1 and c.brick_d * c.brick_h * c.brick_w * c.block_n / (32 * c.num_warps) for c in offers]
+    assert 0 < max(sums) <= 64 and max(c.block_n for c in offers if c.splits > 1) == 128
+
+
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_tuning_measures_it_beside_the_portable_kernel_and_no_ranking_takes_it(stride: int, pass_: str) -> None:

@@ -110,12 +110,16 @@ _LARGEST_ELSEWHERE = 128 * 128
 _ERF_SUMS = 64  # of a thread, that leave registers for gelu: with 128 it spills on sm_80 and sm_90, others do not
 
 
+def gelu_spills(problem: Problem, sums: float, splits: int) -> bool:
+    """Whether a thread with so many sums has no registers left for gelu; of splits, the reduction computes it."""
+    return problem.activation == "gelu" and splits == 1 and problem.arch.startswith("sm_") and sums > _ERF_SUMS
+
+
 def spills(problem: Problem, config: GemmConfig) -> bool:
     """Whether the config is known to keep registers in memory, and so is not offered."""
     if problem.arch not in ("sm_90", "interpreter") and config.block_m * config.block_n > _LARGEST_ELSEWHERE:
         return True
-    sums = config.block_m * config.block_n / (32 * config.num_warps)
-    if problem.activation == "gelu" and config.splits == 1 and problem.arch.startswith("sm_") and sums > _ERF_SUMS:
+    if gelu_spills(problem, config.block_m * config.block_n / (32 * config.num_warps), config.splits):
         return True
     strided = problem.pass_ == "dgrad" and problem.stride != (1, 1, 1)
     kind = (problem.arch, "strided dgrad" if strided else problem.pass_)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ...problem import VIEW, Problem
 from ..base import Config
-from ..implicit_gemm.configs import split_counts
+from ..implicit_gemm.configs import gelu_spills, split_counts
 from .geometry import Brick, best_first, bricks, counts, covered, flat, pixels
 
 _ROWS = 64  # of one matrix instruction, of the left operand
@@ -147,6 +147,8 @@ def brick_of(problem: Problem, size: int, swap: bool = False) -> Brick:
 
 def spills(problem: Problem, config: BrickConfig) -> bool:
     """Whether the config is known to keep registers in memory, and so is not offered."""
+    if gelu_spills(problem, math.prod(config.brick) * config.block_n / (32 * config.num_warps), config.splits):
+        return True
     tile = (config.block_n, config.block_k, config.num_warps, config.num_stages)
     return config.splits > 1 and problem.pass_ != "wgrad" and tile in _SPILLING_SPLIT.get(problem.arch, ())
 
@@ -190,5 +192,5 @@ def configs(problem: Problem) -> tuple[BrickConfig, ...]:
     for size, *tile in tiles:
         whole = BrickConfig(*brick_of(problem, size, wgrad and swapped(tile[1])), *tile)
         split = [replace(whole, splits=n) for n in split_counts(problem, *extent(problem, whole)) if n > 1]
-        offers += [whole, *(config for config in split if not spills(problem, config))]
+        offers += [config for config in (whole, *split) if not spills(problem, config)]
     return (*(offer for offer in offers if offer != smallest), smallest)
