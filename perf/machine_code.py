@@ -213,7 +213,8 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
     return Report(
         arch, problem.dtype, problem.precision, problem.pass_, engine.NAME, str(layer), str(config), name,
         main and engine.work(problem, config).tensor_cores, main and filled and engine.NAME == "implicit_gemm",
-        registers, spills, kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow, _loop(instructions),
+        registers, spills, kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow,
+        main_loop(instructions)[0],
     )  # fmt: skip
 
 
@@ -221,8 +222,9 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _loop(lines: list[str]) -> int:
-    """Instructions of the smallest loop with matrix instructions: from a label to the branch back to it."""
+def main_loop(lines: list[str]) -> tuple[int, int]:
+    """Instructions of the smallest loop with matrix instructions, from a label to the branch back to it, and how many of
+    them are such; zeros without one."""
     labels: dict[str, int] = {}
     body: list[str] = []
     loops = []
@@ -235,9 +237,9 @@ def _loop(lines: list[str]) -> int:
             branch = re.search(r"(?:BRA\S*\s.*`\(|s_c?branch\w*\s+)(\.L\w+)", line)
             if branch and branch[1] in labels:
                 inside = body[labels[branch[1]] :]
-                if any(re.search(_MATRIX, instruction) for instruction in inside):
-                    loops.append(len(inside))
-    return min(loops, default=0)
+                if products := sum(re.search(_MATRIX, instruction) is not None for instruction in inside):
+                    loops.append((len(inside), products))
+    return min(loops, default=(0, 0))
 
 
 def configs(problem: Problem, engine: ModuleType, most: int | None = None) -> list[Config]:

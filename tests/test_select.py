@@ -154,6 +154,45 @@ class TestSources:
             assert select(missing).source == "ranking"
 
 
+class TestOnTrial:
+    """An engine that was never measured on an architecture is no plan there but by a measurement, or where asked for."""
+
+    @pytest.fixture(autouse=True)
+    def _new(self, world):
+        world["new"] = self.new = Engine("new", [Knob(3)])
+        self.new.MEASURED = ("sm_100",)
+        self.world = world
+
+    def test_no_prediction_makes_it_a_plan(self, monkeypatch):
+        monkeypatch.setattr(selecting.cost_model, "predict", lambda p, engine, c: 1.0 if engine.NAME == "new" else 2.0)
+        assert select(GPU).engine == "fast" and "on trial, never measured on sm_90" in selecting.refusals(GPU)["new"]
+        with configure(engine="new"):
+            assert select(GPU).engine == "new"
+        self.new.MEASURED = ("sm_90",)
+        selecting.forget()
+        assert "new" in {engine.NAME for _, engine, _ in selecting.ranking(GPU)} and "new" not in selecting.refusals(GPU)
+
+    def test_a_measurement_does(self):
+        assert select(GPU, OPERANDS).engine == "new"
+        selecting.forget()
+        assert (select(GPU).engine, select(GPU).source) == ("new", "cache")
+
+    @pytest.mark.parametrize("measured, expected", [("new", "new"), ("fast", "fast")])
+    def test_of_a_similar_problem_only_what_was_measured_there(self, monkeypatch, measured, expected):
+        seconds = {"new": 1e-9, "fast": 1.0, "aten": 2.0}
+        monkeypatch.setattr(selecting.cost_model, "predict", lambda p, engine, c: seconds[engine.NAME])
+        value = {"new": 3, "fast": 6}[measured]
+        entry = Entry(GPU.to_dict(), ENVIRONMENT, {}, measured, {"value": value}, 6.0, None, 3)
+        monkeypatch.setattr(selecting, "lookup", lambda *a: [(entry, 1.5)])
+        assert (select(GPU).engine, select(GPU).source) == (expected, "nearest")
+
+    @pytest.mark.parametrize("mode", ("quick", "full"))
+    def test_what_declares_a_trial_is_measured_in_full_only(self, mode):
+        self.new.TRIAL = True
+        with configure(autotune=mode):
+            assert select(GPU, OPERANDS).engine == {"quick": "fast", "full": "new"}[mode]
+
+
 class TestForced:
     def test_is_tuned_and_kept_apart(self, world, tmp_path):
         world["aten"].configs = lambda problem: (AtenConfig(),)

@@ -21,7 +21,10 @@ FAULTS = {
     "bricks_decoded_wrongly": ("kernels.py", "h = index // sizes[3] % sizes[2]", "h = index // sizes[3] % sizes[1]"),
     "forward_scale_of_width": ("kernels.py", "x_w = w_ * scale[2] + start_w", "x_w = w_ + start_w"),
     "forward_taps_of_a_view": ("kernels.py", "first_h + th * tap_step[1]", "first_h + th"),
-    "forward_channels_of_the_group": ("kernels.py", "x_w + tw * step[2], group * reduced + r]", "x_w + tw * step[2], r]"),
+    "forward_taps_of_the_next_line": ("kernels.py", "tl.where(over, skip_w, 0)", "0"),
+    "forward_taps_of_a_lone_view": ("__init__.py", "SKIPS=read.tap_step != (1, 1, 1)", "SKIPS=len(read.views) > 1"),
+    "forward_channels_begin_again": ("kernels.py", "r = tl.where(over, 0, r)", "r = r"),
+    "forward_channels_of_the_group": ("kernels.py", "at_w, group * reduced + r]", "at_w, r]"),
     "forward_filters_of_the_group": ("kernels.py", "w.load([w_tap, group * produced + q, r])", "w.load([w_tap, q, r])"),
     "forward_bias_of_the_group": ("kernels.py", "bias_ptr + group * produced + channel", "bias_ptr + channel"),
     "forward_splits_overlap": ("kernels.py", "end = tl.minimum(begin + share, steps)", "end = begin + share + 1"),
@@ -30,15 +33,18 @@ FAULTS = {
     "dgrad_filters_of_the_group": ("kernels.py", "w.load([w_tap, group * reduced + r, q])", "w.load([w_tap, r, q])"),
     "dgrad_step_of_the_class": ("kernels.py", "in_h * stride[1] + index_h", "in_h * stride[1]"),
     "wgrad_chains_forgotten": ("kernels.py", "total += acc", "total = acc"),
-    "wgrad_channels_beyond_the_group": ("kernels.py", "(channel < group_in)[None, :]", "(channel >= 0)[None, :]"),
-    "wgrad_scale_of_width": ("kernels.py", "at_w * scale[2] + x_w", "at_w + x_w"),
-    "wgrad_bricks_not_carried": ("kernels.py", "n += carry", "n += 0"),
+    "wgrad_channels_beyond_the_group": ("kernels.py", "filter < group_out, channel < group_in", "filter < group_out, channel >= 0"),
+    "wgrad_scale_of_width": ("kernels.py", "w * scale[2] + x_w", "w + x_w"),
+    "wgrad_bricks_not_carried": ("kernels.py", "n += tl.where(over, BRICK[0], 0)", "n += 0"),
     "wgrad_group_of_gradient": ("kernels.py", "filters = group * group_out + k", "filters = k"),
+    "wgrad_flat_gradient_of_a_split": ("kernels.py", "pixel = begin * BLOCK_K", "pixel = 0"),
+    "wgrad_swapped_mask": ("kernels.py", "rows, columns, in_k, in_c = columns, rows, in_c, in_k", "rows, columns = columns, rows"),
+    "wgrad_flat_where_it_is_not": ("geometry.py", "sizes[axis] % brick[axis] == 0 or math.prod", "True or math.prod"),
     # views
     "forward_view_beyond_the_input": ("geometry.py", "if offset < size:", "if True:"),
     "forward_padding_of_views": ("geometry.py", "divmod(first * dilation - pad, stride)", "divmod(first * dilation, stride)"),
     "forward_dilation_of_views": ("geometry.py", "(stride, 1, dilation // common, tap_step)", "(stride, 1, dilation, tap_step)"),
-    "forward_padding_at_the_end": ("geometry.py", "dilation, problem.padding[::2], brick[1:]", "dilation, problem.padding[1::2], brick[1:]"),
+    "forward_padding_at_the_end": ("geometry.py", "    low = problem.padding[::2]", "    low = problem.padding[1::2]"),
     "dgrad_taps_not_flipped": ("geometry.py", "tuple(-s for s in step)", "step"),
     # launches
     "forward_offset_of_views": ("__init__.py", " if any(view.offset) else tensor", " if False else tensor"),
@@ -48,7 +54,7 @@ FAULTS = {
     "wgrad_skipped_taps_not_zeroed": ("__init__.py", "target.zero_()", "pass"),
     "wgrad_layout_of_result": ("__init__.py", "if last else (columns, 1, problem.taps)", "if True else (columns, 1, problem.taps)"),
     "forward_alignment_not_asked": ("__init__.py", "if problem.alignment % VECTOR_BYTES:", "if False:"),
-    "dgrad_blocks_across_groups": ("configs.py", "whole = problem.groups == 1 or", "whole = True or"),
+    "dgrad_blocks_across_groups": ("configs.py", "whole = divides or (", "whole = True or ("),
 }  # fmt: skip
 
 
@@ -77,6 +83,12 @@ def battery(engine: ModuleType, fault: str) -> None:
                 small = replace(offers[0], brick_n=4 if i == 0 else 1, brick_d=1 + (i == 2), brick_h=4 >> (i == 3), brick_w=4)
                 run(case, engine, small, fresh)
                 run(case.replace(exact=False), engine, replace(small, splits=2, brick_w=1 if i == 1 else 2, brick_d=2), fresh)
+        if pass_ == "wgrad":  # flat, and in one case only as far as the first brick
+            for height in (3, 2):
+                case = Case(pass_, **{**base, "in_channels": 40, "input_size": (3, height, 4), "kernel_size": (1, 1, 1)})
+                config = replace(engine.configs(case.geometry())[0], brick_n=1, brick_d=1, brick_h=2, brick_w=4, splits=2)
+                run(case, engine, config, fresh)
+                run(case, engine, replace(config, block_k=16, block_n=64), fresh)
         grouped = Case(pass_, in_channels=96, out_channels=96, groups=2, kernel_size=(1, 1, 1), dtype="float16")
         if pass_ == "dgrad":
             run(grouped, engine, max(engine.configs(grouped.geometry()), key=lambda config: config.block_k))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from triton_conv3d.engines.implicit_gemm.kernels import parity_class
-from triton_conv3d.engines.tma.geometry import MOST_VIEWS, bricks, counts, pixels, views
+from triton_conv3d.engines.tma.geometry import MOST_VIEWS, bricks, counts, flat, pixels, views
 from triton_conv3d.engines.tma.kernels import _digits
 from triton_conv3d.problem import Problem, interpreted
 
@@ -86,6 +86,25 @@ def test_bricks_cover_every_pixel_once() -> None:
             ]
             inside = [p for p in covered if all(a < b for a, b in zip(p, pixels(problem), strict=True))]
             assert sorted(inside) == list(itertools.product(*map(range, pixels(problem))))
+
+
+def test_flat_bricks_are_runs_of_memory() -> None:
+    """Brick i is the pixels from i times its size on, and what of it lies outside is beyond the last pixel."""
+    digits, found = getattr(_digits, "fn", _digits), 0
+    for batch, size in itertools.product((1, 3), itertools.product((1, 2), (1, 2, 4, 6), (1, 4, 8, 12, 24))):
+        problem = Problem("wgrad", batch, 8, 8, size, (1, 1, 1))
+        sizes, all_pixels = pixels(problem), batch * math.prod(size)
+        for brick in ((1, 1, 1, 8), (1, 1, 2, 4), (1, 2, 4, 1), (2, 4, 1, 1), (1, 2, 1, 4), (1, 2, 2, 4), (8, 1, 1, 1)):
+            grid, run = counts(problem, brick), True
+            for tile, m in itertools.product(range(math.prod(grid)), range(math.prod(brick))):
+                n, d, h, w = (c * b + i for c, b, i in zip(digits(tile, grid), brick, digits(m, brick), strict=True))
+                at = ((n * sizes[1] + d) * sizes[2] + h) * sizes[3] + w
+                inside = n < sizes[0] and d < sizes[1] and h < sizes[2] and w < sizes[3]
+                index = tile * math.prod(brick) + m
+                run &= at == index if inside else index >= all_pixels
+            assert flat(problem, brick) <= run, (sizes, brick)
+            found += flat(problem, brick)
+    assert found > 50
 
 
 @pytest.mark.parametrize("size, batch, most", [

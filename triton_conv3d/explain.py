@@ -13,7 +13,7 @@ from .engines.base import Memory
 from .functional import checked_geometry
 from .problem import NO_ACTIVATION, PASSES, Problem
 from .tuning import Plan, select
-from .tuning.select import ranking
+from .tuning.select import ranking, refusals
 
 _SHOWN = 5  # candidates of a pass in the printed form
 
@@ -65,14 +65,13 @@ class Explanation:
 
 def explain_problem(problem: Problem) -> PassExplanation:
     """Explain one problem. Nothing is measured, launched or kept."""
-    refused = {name: engine.supports(problem) for name, engine in engines.available().items()}
     candidates = tuple(
         Candidate(engine.NAME, str(config), seconds, engine.memory(problem, config))
         for seconds, engine, config in ranking(problem)
     )
     plan = select(problem)
     memory = engines.get(plan.engine).memory(problem, plan.config)
-    return PassExplanation(problem, candidates, {n: why for n, why in refused.items() if why}, plan, memory)
+    return PassExplanation(problem, candidates, refusals(problem), plan, memory)
 
 
 @dataclass(frozen=True)

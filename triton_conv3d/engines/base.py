@@ -7,7 +7,9 @@
                                            pass ends with the residual and the activation: in the kernel (epilogue.py,
                                            :func:`residual_and_slope`), or by :func:`finish`
     memory(problem, config) -> Memory      bytes that it needs beyond operands and result
-    TRIAL = True                           if it is a candidate only where it is asked for, or in the mode ``full``
+    MEASURED = ("sm_90",)                  architectures whose results are published, if its code is for certain chips:
+                                           on others no prediction makes it a plan, only a measurement there
+    TRIAL = True                           if it is not even measured but where it is asked for, or in the mode ``full``
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Memory:
     copies: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Order:
     """How programs that run at once share what they read: tiles in rows and columns, a group of rows at a time.
 
@@ -58,7 +60,7 @@ class Order:
     reuse: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which doubles what one costs: a ranking makes a hundred
 class Work:
     """One launch as pure geometry: what a cost model needs to predict its time."""
 

@@ -25,7 +25,7 @@ Key = tuple[str, Config]
 Measure = Callable[[Candidate, int], "float | None"]
 
 OWN = "aten"
-OPENING = 6  # candidates, torch's own among them, that are measured before anything is concluded
+OPENING = 7  # candidates, torch's own among them, that are measured before anything is concluded
 _BATCH = 2  # candidates that are compiled together from then on
 _EXPLORING = 0.75  # of the time, for looking at candidates; the rest is for telling the fastest apart
 # (times the fastest, beyond which a candidate leaves; repetitions of those that stay), one round each.
@@ -33,7 +33,7 @@ ROUNDS = ((2.0, 1), (1.25, 2), (1.05, 3))
 
 # Standard deviations of log(measured / predicted): of what all engines have in common, of an engine, of a config, of
 # one measurement; and the distance in knobs at which configs share 1 / e of theirs. Guesses until sweeps tell more.
-_COMMON, _ENGINE, _CONFIG, _NOISE, _RANGE = 0.3, 0.4, 0.5, 0.03, 1.5
+_COMMON, _ENGINE, _CONFIG, _NOISE, _RANGE = 0.3, 0.4, 0.5, 0.03, 1.2
 _WORTH = 0.004  # expected improvement, as a part of the time, below which nothing more is measured
 _LEAST = 1e-9  # seconds: what takes no time has no logarithm
 

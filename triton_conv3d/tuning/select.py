@@ -169,8 +169,8 @@ def refusals(problem: Problem) -> dict[str, str]:
     reasons = {}
     for name, engine in engines.available().items():
         reason = engine.supports(problem)
-        if reason is None and _on_trial(engine):
-            reason = "on trial: a candidate in the mode full, or where it is asked for"
+        if reason is None and _on_trial(problem, engine):
+            reason = f"on trial, never measured on {problem.arch}: a plan only where measured, or asked for"
         if reason is None and not _usable(problem, engine):
             reason = "every config failed to launch or gave a wrong result"
         if reason is not None:
@@ -184,16 +184,24 @@ def _usable(problem: Problem, engine: ModuleType) -> list[Config]:
     return [
         config
         for config in engine.configs(problem)
-        if _specialisation(problem, engine.NAME, config) not in _dropped
+        if not (_dropped and _specialisation(problem, engine.NAME, config) in _dropped)
         and not measure.quarantined(engine.NAME, config, problem.arch)
         and not (deterministic and _searches(config))
     ]
 
 
-def _on_trial(engine: ModuleType) -> bool:
-    """Whether an engine has still to prove itself on GPUs, and nobody has asked for it."""
+def _on_trial(problem: Problem, engine: ModuleType, measuring: bool = False) -> bool:
+    """Whether an engine has still to prove itself here, and nobody has asked for it.
+
+    One that was never measured on this architecture is a candidate only where candidates are measured, which verifies
+    them first: no prediction makes it a plan. With ``TRIAL``, it is one only in the mode ``full`` even then.
+    """
     current = settings.current()
-    return getattr(engine, "TRIAL", False) and current.autotune != "full" and current.engine != engine.NAME
+    if current.engine == engine.NAME:
+        return False
+    if not measuring and problem.arch not in getattr(engine, "MEASURED", (problem.arch,)):
+        return True
+    return getattr(engine, "TRIAL", False) and current.autotune != "full"
 
 
 def _searches(config: Config) -> bool:
@@ -205,8 +213,9 @@ def ranking(problem: Problem, measuring: bool = False) -> list[tuple[float, Modu
     """Every candidate with its predicted seconds, the most promising first; of the forced engine only, if there is one.
 
     Args:
-        measuring: the candidates are to be measured. Only then cuDNN may search, and then it always does: a thread
-            keeps one algorithm for a convolution, however it was found, so that the two cannot be told apart.
+        measuring: the candidates are to be measured. Only then those on trial are among them, and cuDNN may search, and
+            then it always does: a thread keeps one algorithm for a convolution, however it was found, so that the two
+            cannot be told apart.
 
     Raises:
         ValueError: the forced engine does not exist.
@@ -215,7 +224,7 @@ def ranking(problem: Problem, measuring: bool = False) -> list[tuple[float, Modu
     candidates = [
         (engine, config)
         for engine in (engines.available().values() if forced is None else (engines.get(forced),))
-        if engine.supports(problem) is None and not _on_trial(engine)
+        if engine.supports(problem) is None and not _on_trial(problem, engine, measuring)
         for config in _usable(problem, engine)
     ]
     searching = {engine.NAME for engine, config in candidates if measuring and _searches(config)}
@@ -260,7 +269,9 @@ def _exact(problem: Problem, entry: Entry, source: str) -> Plan | None:
 
 
 def _near(problem: Problem, entry: Entry) -> Plan | None:
-    candidate = transfer.transferred(problem, entry, ranking(problem, measuring=True))
+    ranked = ranking(problem, measuring=True)
+    trusted = [item for item in ranked if item[1].NAME == entry.engine or not _on_trial(problem, item[1])]
+    candidate = transfer.transferred(problem, entry, trusted)
     return None if candidate is None else Plan(candidate[0].NAME, candidate[1], "nearest")
 
 

@@ -50,6 +50,7 @@ from .geometry import (
     plan,
     produced,
     read_bytes,
+    unsplit,
 )
 from .kernels import rows, slide
 from .wgrad import reduce_partials, wgrad
@@ -95,19 +96,19 @@ def work(problem: Problem, config: DepthwiseConfig) -> Work:
     at = plan(problem, config)
     outputs = config.rows * config.columns * at.lanes
     steps = at.chunk + (ring_size(axes(problem).depth, False) - 1 if config.kernel == SLIDE else 0)
-    item = problem.itemsize
+    item, whole = problem.itemsize, unsplit(config)
     if problem.pass_ == "wgrad":
         programs = at.tiles[0] * math.prod(at.blocks) * config.splits
         written, steps = 4.0 * at.tile[0] * math.prod(at.block), steps * at.share
-        issued, read = 1 / math.prod(at.blocks), read_bytes(problem, config, at.tile) / math.prod(at.blocks)
+        issued, read = 1 / math.prod(at.blocks), read_bytes(problem, whole, at.tile) / math.prod(at.blocks)
     else:
         programs = math.prod(at.tiles) * at.chunks * problem.batch * math.prod(at.classes)
-        written, issued, read = float(outputs * item * at.chunk), 1.0, read_bytes(problem, config, at.tile)
+        written, issued, read = float(outputs * item * at.chunk), 1.0, read_bytes(problem, whole, at.tile)
     used = memory(problem, config)
     return Work(
         programs=programs,
         iterations=steps,
-        flops=2.0 * outputs * instructions(problem, config) * issued,
+        flops=2.0 * outputs * instructions(problem, whole) * issued,
         bytes_read=read,
         bytes_written=written,
         num_warps=config.num_warps,
@@ -115,7 +116,7 @@ def work(problem: Problem, config: DepthwiseConfig) -> Work:
         extra_bytes=2.0 * used.copies + used.workspace,
         launches=1 + (problem.pass_ == "wgrad" or config.kernel == ROWS),
         tensor_cores=False,
-        operations=config.rows * config.columns * instructions(problem, config),  # unrolled
+        operations=config.rows * config.columns * instructions(problem, whole),  # unrolled
     )
 
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...problem import CONTIGUOUS, VECTOR_BYTES, VIEW, Problem, Triple
@@ -172,7 +172,7 @@ def plan(problem: Problem, config: DepthwiseConfig) -> Plan:
         classes = problem.stride[:2]
         depth, height = -(-depth // classes[0]), -(-height // classes[1])
     strips = (-(-height // config.rows), -(-width // config.columns))
-    tile = _tile(problem, config, lanes, strips)
+    tile = _tile(problem, unsplit(config), lanes, strips)
     tiles = tuple(-(-size // part) for size, part in zip((channels, *strips), tile, strict=True))
     if not wgrad:
         chunk = -(-depth // min(config.splits, depth))
@@ -186,6 +186,12 @@ def plan(problem: Problem, config: DepthwiseConfig) -> Plan:
     return Plan(lanes, tile, tiles, strips, chunk, chunks, classes, block, blocks, share)
 
 
+def unsplit(config: DepthwiseConfig) -> DepthwiseConfig:
+    """What all splits of a config have in common: looked up by it, they are worked out once."""
+    return config if config.splits == 1 else replace(config, splits=1)
+
+
+@functools.lru_cache(maxsize=4096)
 def _tile(problem: Problem, config: DepthwiseConfig, lanes: int, strips: tuple[int, int]) -> Triple:
     """The tile of the fewest cycles per plane: of instructions, idle lanes included, and of reads from L2 with halos."""
     channels, unit = produced(problem)[0], channel_unit(problem)

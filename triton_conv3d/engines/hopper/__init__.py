@@ -24,6 +24,7 @@ __all__ = ["NAME", "BrickConfig", "configs", "launch", "memory", "supports", "wo
 
 NAME = "hopper"
 TRIAL = True  # it has not run on a GPU yet
+MEASURED = ()  # architectures
 _ARCHITECTURE = "sm_90"
 
 

@@ -110,12 +110,16 @@ _LARGEST_ELSEWHERE = 128 * 128
 _ERF_SUMS = 64  # of a thread, that leave registers for gelu: with 128 it spills on sm_80 and sm_90, others do not
 
 
+def gelu_spills(problem: Problem, sums: float, splits: int) -> bool:
+    """Whether a thread with so many sums has no registers left for gelu; of splits, the reduction computes it."""
+    return problem.activation == "gelu" and splits == 1 and problem.arch.startswith("sm_") and sums > _ERF_SUMS
+
+
 def spills(problem: Problem, config: GemmConfig) -> bool:
     """Whether the config is known to keep registers in memory, and so is not offered."""
     if problem.arch not in ("sm_90", "interpreter") and config.block_m * config.block_n > _LARGEST_ELSEWHERE:
         return True
-    sums = config.block_m * config.block_n / (32 * config.num_warps)
-    if problem.activation == "gelu" and config.splits == 1 and problem.arch.startswith("sm_") and sums > _ERF_SUMS:
+    if gelu_spills(problem, config.block_m * config.block_n / (32 * config.num_warps), config.splits):
         return True
     strided = problem.pass_ == "dgrad" and problem.stride != (1, 1, 1)
     kind = (problem.arch, "strided dgrad" if strided else problem.pass_)
@@ -200,7 +204,7 @@ def configs(problem: Problem) -> tuple[GemmConfig, ...]:
     tiles = [tile for tile in base if _fits(problem, tile)] or [base[-1]]
     if problem.arch == "interpreter":
         tiles.insert(0, _interpreter_tile(problem))
-    offers = [dataclasses.replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile)]
+    offers = [t if n == 1 else dataclasses.replace(t, splits=n) for t in tiles for n in _splits(problem, t)]
     offers = [offer for offer in offers if not spills(problem, offer)]
     smallest = base[-1]
     return (*(offer for offer in offers if offer != smallest), smallest)

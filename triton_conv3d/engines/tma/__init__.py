@@ -8,6 +8,12 @@ that torch returns. Partial sums of split reductions are float32 and added in a 
 Bytes by design: input, weight and output once each from memory, which is the minimum; from L2 each brick once for every
 tap and every tile of the produced channels, each block of the weight once for every brick.
 
+Programs that run at once share what they read: all tiles of the channels of one brick come before the next brick, which is its
+neighbour along W; in wgrad all tiles of the filters and channels of one tap before the next tap, on the same bricks. There is
+no persistent grid, for Triton's pipeline ends with every tile. float32 is refused: products read shared memory as it is,
+which truncates to tf32; that copies round it, not all supported versions of Triton can say (those before the field
+``round_f32_to_tf32`` of descriptors), and only with channels as the reduction could it come from shared memory.
+
 What a brick covers beyond the end of the gradient in wgrad is multiplied by zeros: an infinity or NaN in the input there
 reaches taps that it would not meet by the definition.
 """
@@ -23,18 +29,18 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
-from ..base import NO_EPILOGUE, Memory, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..base import NO_EPILOGUE, Memory, Order, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN
 from ..launching import launch_kernel
-from .configs import BrickConfig, configs, extent, produced, reduced, workspace_bytes
+from .configs import BrickConfig, configs, extent, is_flat, produced, reduced, swapped, workspace_bytes
 from .geometry import MOST_VIEWS, View, Views, counts, views
 from .kernels import gather_bricks, wgrad_bricks
 
 __all__ = ["NAME", "BrickConfig", "configs", "launch", "memory", "supports", "work"]
 
 NAME = "tma"
-TRIAL = True  # it has not run on a GPU yet
+MEASURED = ()  # architectures; it has not run on a GPU yet
 _ARCHITECTURES = ("sm_90", "sm_100", "interpreter")  # elsewhere descriptors become pointers, and spill
 _CHANNELS = 8  # of a 16-bit type are the 16 bytes that divide every stride of a descriptor
 _COORDINATES = 2**31  # of a descriptor
@@ -48,7 +54,7 @@ def supports(problem: Problem) -> str | None:
     if problem.arch not in _ARCHITECTURES:
         return f"{problem.arch} has no copy engine that this engine was compiled for: sm_90 and sm_100"
     if problem.dtype == "float32":
-        return "float32: only 16-bit types"
+        return "float32: only 16-bit types, for products would read it truncated to tf32, not rounded, or without tensor cores"
     read = (problem.group_in,) if problem.pass_ == "forward" else (problem.group_in, problem.group_out)
     if any(channels % _CHANNELS for channels in read):
         return f"channels of a group are {' and '.join(map(str, read))}: descriptors need multiples of {_CHANNELS}"
@@ -57,8 +63,9 @@ def supports(problem: Problem) -> str | None:
     if problem.alignment % VECTOR_BYTES:
         return f"pixels aligned to {problem.alignment} bytes: descriptors need {VECTOR_BYTES}"
     sides = zip(problem.input_size, problem.padding[::2], problem.padding[1::2], strict=True)
-    if max(problem.batch, *map(sum, sides), *problem.output_size, *problem.weight_shape) >= _COORDINATES:
-        return f"a dimension is beyond {_COORDINATES}, the coordinates of a descriptor"
+    sizes = (problem.batch, *map(sum, sides), *problem.output_size, *problem.weight_shape)
+    if max(*sizes, *problem.stride, *problem.dilation) >= _COORDINATES:
+        return f"a dimension, stride or dilation is beyond {_COORDINATES}, the coordinates of a descriptor"
     return None
 
 
@@ -74,11 +81,16 @@ def work(problem: Problem, config: BrickConfig) -> Work:
     """The launch as the cost model sees it."""
     item, split = problem.itemsize, config.splits > 1
     tiles, steps = extent(problem, config)
+    used, result = memory(problem, config), math.prod(problem.result_shape)
+    met = max(1.0, problem.taps / math.prod(problem.stride))  # taps through which a pixel is read
     m, n, k = (math.prod(config.brick), config.block_n, config.block_k)
-    if problem.pass_ == "wgrad":
+    columns = math.ceil(produced(problem) / n)
+    if problem.pass_ == "wgrad":  # filters in rows, taps and channels in columns, which run one after another
         m, k = k, m
-    used = memory(problem, config)
-    result = math.prod(problem.result_shape)
+        rows, columns = math.ceil(problem.group_out / m), columns * problem.taps
+        order = Order(rows, columns, rows, float(item * m * k), item * n * k / met)
+    else:  # bricks in rows, which run one after another, channels in columns
+        order = Order(max(1, tiles // columns), columns, 1, float(item * m * k), float(item * n * k), met)
     return Work(
         programs=tiles * config.splits,
         iterations=math.ceil(steps / config.splits),
@@ -89,6 +101,8 @@ def work(problem: Problem, config: BrickConfig) -> Work:
         shared_bytes=item * (m + n) * k * config.num_stages,
         extra_bytes=2.0 * used.copies + (2.0 * used.workspace + result * item if split else 0.0),
         launches=split + (len(views(problem, config.brick).views) if problem.pass_ == "wgrad" else 1),
+        stages=config.num_stages,
+        order=order,
         operations=_INTERPRETED_OPERATIONS,
     )
 
@@ -125,6 +139,7 @@ def _descriptor(tensor: torch.Tensor, view: View, step: tuple[int, ...], block: 
     canonical = format_strides(tensor.shape, torch.channels_last_3d)
     n, d, h, w = (canonical[dim] if tensor.size(dim) == 1 else tensor.stride(dim) for dim in (0, 2, 3, 4))
     base = tensor[:, :, view.offset[0] :, view.offset[1] :, view.offset[2] :] if any(view.offset) else tensor
+    step = [by if size > 1 else 1 for by, size in zip(step, view.size, strict=True)]  # or it may pass a stride's limit
     shape = [tensor.shape[0], *view.size, tensor.shape[1]]
     return TensorDescriptor(base, shape, [n, d * step[0], h * step[1], w * step[2], 1], list(block))
 
@@ -164,7 +179,8 @@ def _gather_launch(problem: Problem, config: BrickConfig) -> tuple[tuple[int, in
         reduced(problem), produced(problem) // y_unit, config.splits,
     )  # fmt: skip
     options = dict(
-        VIEWS=len(read.views), DGRAD=dgrad, STRIDED=strided, Y_UNIT=y_unit, BLOCK_K=config.block_k,
+        VIEWS=len(read.views), DGRAD=dgrad, STRIDED=strided, SKIPS=read.tap_step != (1, 1, 1), Y_UNIT=y_unit,
+        BLOCK_K=config.block_k,
         BIAS=problem.bias and not split,  # of splits, the reduction adds it, and what follows it
         ACTIVATION=NO_ACTIVATION if split else problem.activation,
         **_constants(problem, config),
@@ -189,8 +205,12 @@ def _wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: to
     read = views(problem, config.brick)
     if sum(math.prod(view.taps) for view in read.views) < problem.taps:  # what meets only padding has no gradient
         target.zero_()
-    whole = View((0, 0, 0), problem.output_size, (), (), ())
-    grad = _descriptor(grad, whole, (1, 1, 1), (*config.brick, config.block_k))
+    if is_flat(problem, config):
+        grad = dense(grad).permute(0, 2, 3, 4, 1).reshape(-1, problem.out_channels)
+        grad = TensorDescriptor.from_tensor(grad, [math.prod(config.brick), config.block_k])
+    else:
+        whole = View((0, 0, 0), problem.output_size, (), (), ())
+        grad = _descriptor(grad, whole, (1, 1, 1), (*config.brick, config.block_k))
     for view in read.views:
         x_view = _descriptor(x, view, read.stride, (*config.brick, config.block_n))
         grid, arguments, options = _wgrad_launch(problem, config, view, read)
@@ -209,6 +229,9 @@ def _wgrad_launch(
         counts(problem, config.brick), (columns, problem.group_in, 1) if last else (columns, 1, problem.taps),
         math.prod(problem.weight_shape) if split else 0, problem.group_in, problem.group_out, config.splits,
     )  # fmt: skip
-    options = dict(CHAIN=CHAIN, BLOCK_M=config.block_k, **_constants(problem, config))
+    options = dict(
+        CHAIN=CHAIN, FLAT=is_flat(problem, config), SWAP=swapped(config.block_k), BLOCK_M=config.block_k,
+        **_constants(problem, config),
+    )  # fmt: skip
     tiles = -(-problem.group_out // config.block_k) * -(-problem.group_in // config.block_n)
     return (tiles * math.prod(view.taps) * problem.groups * config.splits, 1), arguments, options

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
-from ...problem import Problem
+from ...problem import VIEW, Problem
 from ..base import Config
-from ..implicit_gemm.configs import split_counts
-from .geometry import Brick, bricks, counts, pixels
+from ..implicit_gemm.configs import gelu_spills, split_counts
+from .geometry import Brick, best_first, bricks, counts, covered, flat, pixels
 
+_ROWS = 64  # of one matrix instruction, of the left operand
 SHARED_BYTES = 232_448  # of one block on sm_90 and sm_100, from NVIDIA's documentation
-_BRICKS = 2  # shapes of brick that are offered for one tile
-_WASTE = 1.25  # times the pixels of the best brick, that others may cover
+_WASTE = 1.25  # times the pixels of the best brick, that a row may cover
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class BrickConfig(Config):
     """
     brick_n, brick_d, brick_h, brick_w: pixels of a tile; of wgrad those of one step of the reduction.
     block_n: channels of a tile that are computed; of wgrad those of the input.
-    block_k: channels of one step of the reduction; of wgrad the filters of a tile.
+    block_k: channels of one step of the reduction; of wgrad the filters of a tile: below 64 they are its columns.
     num_warps, num_stages: as Triton's launch options.
     splits: parts of the reduction that run in parallel, each with its float32 partial sums.
     """
@@ -41,32 +42,40 @@ class BrickConfig(Config):
 
 
 # (pixels, block_n, block_k, num_warps, num_stages), the smallest last. Filters or channels of the left operand fill the
-# 64 rows of a matrix instruction for each four warps; pixels, or channels of the input, are its columns.
+# 64 rows of a matrix instruction for each four warps; pixels, or channels of the input, are its columns. A step with eight
+# products, the longest that divides the channels, takes least instructions for each: tests/test_tma_code.py counts them.
 _GATHER = (
-    (256, 128, 64, 8, 3),
     (256, 128, 128, 8, 2),
-    (128, 256, 64, 8, 3),
-    (128, 128, 128, 8, 3),
-    (128, 128, 64, 8, 4),
+    (256, 128, 64, 8, 4),
     (128, 128, 64, 4, 3),
     (256, 64, 64, 4, 4),
-    (128, 64, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (64, 64, 64, 4, 5),
     (256, 64, 32, 4, 4),
-    (128, 64, 32, 4, 5),
+    (64, 64, 64, 4, 5),
     (64, 64, 16, 4, 4),
 )
 _WGRAD = (
-    (64, 128, 128, 8, 4),
-    (64, 256, 64, 8, 3),
-    (64, 64, 128, 8, 4),
-    (64, 128, 64, 4, 4),
+    (128, 128, 128, 8, 3),
     (64, 64, 64, 4, 4),
     (64, 32, 64, 4, 4),
+    (64, 64, 32, 4, 4),
     (32, 16, 64, 4, 3),
 )
-_SPILLING = {("sm_100", "wgrad"): ((64, 256, 64, 8, 3),)}  # with Triton 3.6.0, as tests/test_tma_code.py finds
+# (block_n, block_k, num_warps, num_stages) that needs more registers than a thread has with partial sums, from Triton 3.9.0 on.
+_SPILLING_SPLIT = {"sm_100": ((128, 64, 4, 3),)}
+
+# Which brick a tile has is no choice of the tuner's, for every shape is a kernel to compile. These few cover all layers of
+# perf/workloads and what is drawn at random by some 10 % more pixels than the best of all shapes would.
+_BRICKS = {
+    64: ((1, 1, 8, 8), (1, 4, 4, 4), (4, 2, 2, 4)),
+    128: ((1, 2, 8, 8), (2, 4, 4, 4)),
+    256: ((1, 1, 16, 16), (1, 4, 8, 8)),
+}
+# Of wgrad; most are flat where the gradient's width is a power of two.
+_WGRAD_BRICKS = {
+    32: ((1, 1, 1, 32), (1, 2, 4, 4)),
+    64: ((1, 1, 1, 64), (1, 1, 2, 32), (1, 1, 4, 16), (1, 1, 8, 8), (1, 4, 4, 4)),
+    128: ((1, 1, 1, 128), (1, 1, 2, 64), (1, 1, 4, 32), (1, 1, 8, 16), (1, 2, 8, 8), (2, 4, 4, 4)),
+}
 
 
 def reduced(problem: Problem) -> int:
@@ -85,9 +94,25 @@ def _fits(problem: Problem, tile: tuple[int, ...]) -> bool:
     if size >= 2 * max(math.prod(pixels(problem)), 64):
         return False
     if problem.pass_ == "wgrad":
-        return block_n < 2 * max(problem.group_in, 16) and block_k < 2 * max(problem.group_out, 64)
-    whole = problem.groups == 1 or reduced(problem) % block_k == 0  # else a step reads the next group's channels
+        least_n, least_k = (_ROWS, 16) if swapped(block_k) else (16, _ROWS)
+        return block_n < 2 * max(problem.group_in, least_n) and block_k < 2 * max(problem.group_out, least_k)
+    divides = reduced(problem) % block_k == 0
+    whole = divides or (problem.groups == 1 and block_k <= 64)  # of another group, a step would read its channels
     return whole and block_n < 2 * max(produced(problem), 64) and block_k < 2 * max(reduced(problem), 16)
+
+
+def _tiles(problem: Problem) -> list[tuple[int, ...]]:
+    """Those that fit; of those that differ in the length of a step, none that is shorter than one without a rest."""
+    if problem.pass_ == "wgrad":
+        return [tile for tile in _WGRAD if _fits(problem, tile)]
+    found, whole = [], set()
+    for tile in _GATHER:
+        size, block_n, block_k, warps, _ = tile
+        if (size, block_n, warps) not in whole and _fits(problem, tile):
+            found.append(tile)
+            if reduced(problem) % block_k == 0:
+                whole.add((size, block_n, warps))
+    return found
 
 
 def _interpreter_tile(problem: Problem) -> tuple[int, ...]:
@@ -104,17 +129,39 @@ def _interpreter_tile(problem: Problem) -> tuple[int, ...]:
     return power(volume, 1024), power(produced(problem), 64), channels, 1, 1
 
 
-def _shapes(problem: Problem, size: int) -> list[Brick]:
-    """Bricks of this many pixels; rows too where only those reach the products of wgrad from shared memory."""
-    found = [*bricks(problem, size)[:_BRICKS]]
-    if problem.pass_ == "wgrad" and problem.arch == "sm_90":  # the longest that fit; one product takes 16 pixels
-        found += sum((bricks(problem, length, rows=True) for length in (size, size // 2, size // 4) if length >= 16), ())
+@functools.lru_cache(maxsize=4096)
+def brick_of(problem: Problem, size: int, swap: bool = False) -> Brick:
+    """The brick of so many pixels: of those above, or where strides leave none of them, the best of all.
 
-    def covered(brick: Brick) -> int:
-        return math.prod(counts(problem, brick)) * math.prod(brick)
+    In wgrad on sm_90 one that reaches the left side of products from shared memory, unless it covers much more: a row,
+    or where the left side is the gradient, what is flat.
+    """
+    found = best_first(problem, (_WGRAD_BRICKS if problem.pass_ == "wgrad" else _BRICKS).get(size, ()))
+    found = found or bricks(problem, size)
+    if problem.pass_ == "wgrad" and problem.arch == "sm_90":
+        most = _WASTE * covered(problem, found[0])
+        shared = (b for b in found if b[:3] == (1, 1, 1) or (not swap and flat(problem, b)))
+        return next((brick for brick in shared if covered(problem, brick) <= most), found[0])
+    return found[0]
 
-    fitting = [brick for brick in found if covered(brick) <= _WASTE * covered(found[0])]
-    return list(dict.fromkeys(fitting[: _BRICKS + 1]))
+
+def spills(problem: Problem, config: BrickConfig) -> bool:
+    """Whether the config is known to keep registers in memory, and so is not offered."""
+    if gelu_spills(problem, math.prod(config.brick) * config.block_n / (32 * config.num_warps), config.splits):
+        return True
+    tile = (config.block_n, config.block_k, config.num_warps, config.num_stages)
+    return config.splits > 1 and problem.pass_ != "wgrad" and tile in _SPILLING_SPLIT.get(problem.arch, ())
+
+
+def swapped(block_k: int) -> bool:
+    """Whether the channels of the input, not the filters, are the rows of wgrad's products: of these a tile has too few."""
+    return block_k < _ROWS
+
+
+def is_flat(problem: Problem, config: BrickConfig) -> bool:
+    """Whether wgrad reads the gradient as a matrix: on sm_90 only that, or a row, reaches a product's left side from
+    shared memory."""
+    return problem.layouts[2] != VIEW and flat(problem, config.brick)
 
 
 def workspace_bytes(problem: Problem, config: BrickConfig) -> int:
@@ -135,15 +182,15 @@ def extent(problem: Problem, config: BrickConfig) -> tuple[int, int]:
 def configs(problem: Problem) -> tuple[BrickConfig, ...]:
     """Every configuration that this problem can take, the smallest last. All splits above 1 share a compiled kernel."""
     base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
-    spilling = _SPILLING.get((problem.arch, problem.pass_), ())
-    tiles = [tile for tile in base if _fits(problem, tile) and tile not in spilling] or [base[-1]]
+    tiles = _tiles(problem)
     if problem.arch == "interpreter":
         tiles.insert(0, _interpreter_tile(problem))
-    offers = [
-        replace(whole, splits=splits)
-        for size, *tile in tiles
-        for whole in (BrickConfig(*brick, *tile) for brick in _shapes(problem, size))
-        for splits in split_counts(problem, *extent(problem, whole))
-    ]
-    smallest = BrickConfig(*bricks(problem, base[-1][0])[0], *base[-1][1:])
-    return (*(offer for offer in dict.fromkeys(offers) if offer != smallest), smallest)
+    wgrad = problem.pass_ == "wgrad"
+    size, *tile = base[-1]
+    smallest = BrickConfig(*brick_of(problem, size), *tile)
+    offers = []
+    for size, *tile in tiles:
+        whole = BrickConfig(*brick_of(problem, size, wgrad and swapped(tile[1])), *tile)
+        split = [replace(whole, splits=n) for n in split_counts(problem, *extent(problem, whole)) if n > 1]
+        offers += [config for config in (whole, *split) if not spills(problem, config)]
+    return (*(offer for offer in offers if offer != smallest), smallest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ...problem import Problem, Triple
@@ -54,6 +55,18 @@ def _axis(size: int, kernel: int, stride: int, dilation: int, pad: int, pixels: 
     return (stride, 1, dilation // common, tap_step), views
 
 
+def _axes(problem: Problem, brick: Brick) -> Iterator[tuple[tuple, list[tuple]]]:
+    low = problem.padding[::2]
+    axes = zip(problem.input_size, problem.kernel_size, problem.stride, problem.dilation, low, brick[1:], strict=True)
+    return itertools.starmap(_axis, axes)
+
+
+def number_of_views(problem: Problem, brick: Brick) -> int:
+    if problem.pass_ == "dgrad" or problem.stride == (1, 1, 1):
+        return 1
+    return math.prod(len(found) for _, found in _axes(problem, brick))
+
+
 @functools.lru_cache(maxsize=4096)
 def views(problem: Problem, brick: Brick) -> Views:
     """What forward and wgrad read of the input, and dgrad of the gradient (there the kernel finds the taps itself)."""
@@ -64,10 +77,7 @@ def views(problem: Problem, brick: Brick) -> Views:
         low, ones = problem.padding[::2], (1, 1, 1)
         whole = View((0, 0, 0), problem.output_size, problem.kernel_size, (0, 0, 0), low)
         return Views((whole,), ones, ones, tuple(-s for s in step), tap_step)
-    axes = zip(
-        problem.input_size, problem.kernel_size, stride, dilation, problem.padding[::2], brick[1:], strict=True
-    )  # fmt: skip
-    common, found = zip(*itertools.starmap(_axis, axes), strict=True)
+    common, found = zip(*_axes(problem, brick), strict=True)
     each = [View(*zip(*axis_views, strict=True)) for axis_views in itertools.product(*found)]
     return Views(tuple(each), *zip(*common, strict=True))
 
@@ -86,11 +96,7 @@ def counts(problem: Problem, brick: Brick) -> Brick:
 
 @functools.lru_cache(maxsize=4096)
 def bricks(problem: Problem, size: int, rows: bool = False) -> tuple[Brick, ...]:
-    """The bricks of ``size`` pixels that this problem can take, the best first; ``rows``: those of one row each.
-
-    The best cover the fewest pixels in all (to a sixteenth), then need the fewest views, then touch the smallest part
-    of the input.
-    """
+    """The bricks of ``size`` pixels that this problem can take, the best first; ``rows``: those of one row each."""
     log = size.bit_length() - 1
     shapes = [
         (1 << n, 1 << d, 1 << h, 1 << log - n - d - h)
@@ -100,7 +106,17 @@ def bricks(problem: Problem, size: int, rows: bool = False) -> tuple[Brick, ...]
     if rows:
         shapes = [(1, 1, 1, size)]
     needed = [b for b in shapes if all(extent < 2 * n for extent, n in zip(b, pixels(problem), strict=True))]
-    number = _numbers_of_views(problem, needed) or _numbers_of_views(problem, shapes)
+    return best_first(problem, needed) or best_first(problem, shapes)
+
+
+def best_first(problem: Problem, shapes: Iterable[Brick]) -> tuple[Brick, ...]:
+    """Of these bricks, those that need no more views than a kernel takes.
+
+    The best cover the fewest pixels in all (to a sixteenth), then need the fewest views, then touch the smallest part
+    of the input.
+    """
+    number = {brick: number_of_views(problem, brick) for brick in shapes}
+    everything = math.prod(pixels(problem))
 
     def cost(brick: Brick) -> tuple:
         reach = [
@@ -109,13 +125,21 @@ def bricks(problem: Problem, size: int, rows: bool = False) -> tuple[Brick, ...]
                 brick[1:], problem.stride, problem.dilation, problem.kernel_size, strict=True
             )
         ]
-        covered = math.prod(counts(problem, brick)) * size / math.prod(pixels(problem))
-        return round(16 * covered), number[brick], brick[0] * math.prod(reach), brick
+        return round(16 * covered(problem, brick) / everything), number[brick], brick[0] * math.prod(reach), brick
 
-    return tuple(sorted(number, key=cost))
+    return tuple(sorted((brick for brick in number if number[brick] <= MOST_VIEWS), key=cost))
 
 
-def _numbers_of_views(problem: Problem, shapes: list[Brick]) -> dict[Brick, int]:
-    """Of these bricks, those that need no more views than a kernel takes."""
-    number = {brick: len(views(problem, brick).views) for brick in shapes}
-    return {brick: count for brick, count in number.items() if count <= MOST_VIEWS}
+def flat(problem: Problem, brick: Brick) -> bool:
+    """Whether the pixels of every brick are neighbours in memory, one brick after the other: of a dense gradient, a brick
+    is then so many rows of the matrix of pixels and channels."""
+    sizes = pixels(problem)
+    for axis in (3, 2, 1, 0):
+        if brick[axis] != sizes[axis]:
+            break
+    return math.prod(brick[:axis]) == 1 and (sizes[axis] % brick[axis] == 0 or math.prod(sizes[:axis]) == 1)
+
+
+def covered(problem: Problem, brick: Brick) -> int:
+    """Pixels of all bricks together, those beyond the end too."""
+    return math.prod(counts(problem, brick)) * math.prod(brick)

@@ -6,7 +6,9 @@
 
 A brick is a block of (n, d, h, w) pixels, all sizes powers of two. A descriptor has no steps between elements, so what a
 stride meets is split into views, one for each position modulo the stride (geometry.py). The pixels are the right operand
-of every product, filters the left one: so both are read from shared memory, where the copies put them.
+of every product, filters the left one: so both are read from shared memory, where the copies put them. wgrad has pixels on
+both sides; a row, or a gradient that is read as a matrix, can be on the left in shared memory, any other brick goes through
+registers there.
 """
 
 import triton
@@ -26,10 +28,11 @@ def _digits(index, sizes):
 
 
 @triton.jit
-def _next_digit(digit, carry, size):
-    """One digit of a number that is counted up, and the carry to the next."""
-    over = (digit + carry == size).to(tl.int32)
-    return tl.where(digit + carry == size, 0, digit + carry), over
+def _next(at, first, last, carry, by):
+    """One coordinate of a walk through a box: a step further if the one before it is through, from ``last`` to ``first``."""
+    at += tl.where(carry, by, 0)
+    through = at == last
+    return tl.where(through, first, at), through
 
 
 @triton.jit
@@ -64,6 +67,7 @@ def gather_bricks(
     VIEWS: tl.constexpr,
     DGRAD: tl.constexpr,
     STRIDED: tl.constexpr,
+    SKIPS: tl.constexpr,  # views, or parity classes, leave out taps: tap_step is not 1 everywhere
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     Y_UNIT: tl.constexpr,
@@ -120,25 +124,36 @@ def gather_bricks(
         share = tl.cdiv(steps, splits)
         begin = split * share
         end = tl.minimum(begin + share, steps)
-        block = begin % blocks
         tap = begin // blocks
         tw = tap % tl.maximum(taps_w, 1)
         th = tap // tl.maximum(taps_w, 1) % tl.maximum(taps_h, 1)
         td = tap // tl.maximum(taps_h * taps_w, 1)
+        w_tap = (first_d + td * tap_step[0]) * kernel[1] + first_h + th * tap_step[1]
+        w_tap = w_tap * kernel[2] + first_w + tw * tap_step[2]
+        # The coordinates are carried from step to step, each by an addition: r, then those of the tap along w, h and d.
+        r = begin % blocks * BLOCK_K
+        at_d, at_h, at_w = x_d + td * step[0], x_h + th * step[1], x_w + tw * step[2]
+        end_h, end_w = x_h + taps_h * step[1], x_w + taps_w * step[2]
+        skip_w = tap_step[1] * kernel[2] - tap_step[2] * taps_w  # taps of other views, after a line of this one's
+        skip_h = (tap_step[0] * kernel[1] - tap_step[1] * taps_h) * kernel[2]  # and after a plane
         for _ in range(begin, end):
-            r = block * BLOCK_K
-            w_tap = (first_d + td * tap_step[0]) * kernel[1] + first_h + th * tap_step[1]
-            w_tap = w_tap * kernel[2] + first_w + tw * tap_step[2]
-            brick = x.load([n, x_d + td * step[0], x_h + th * step[1], x_w + tw * step[2], group * reduced + r])
+            brick = x.load([n, at_d, at_h, at_w, group * reduced + r])
             if DGRAD:
                 filters = w.load([w_tap, group * reduced + r, q]).reshape(BLOCK_K, BLOCK_N).T
             else:
                 filters = w.load([w_tap, group * produced + q, r]).reshape(BLOCK_N, BLOCK_K)
             acc = dot(filters, brick.reshape(BLOCK_M, BLOCK_K).T, acc, "ieee", UPCAST)
-            block, carry = _next_digit(block, 1, blocks)
-            tw, carry = _next_digit(tw, carry, taps_w)
-            th, carry = _next_digit(th, carry, taps_h)
-            td += carry
+            r += BLOCK_K
+            over = r >= reduced
+            r = tl.where(over, 0, r)
+            w_tap += tl.where(over, tap_step[2], 0)
+            at_w, over = _next(at_w, x_w, end_w, over, step[2])
+            if SKIPS:
+                w_tap += tl.where(over, skip_w, 0)
+            at_h, over = _next(at_h, x_h, end_h, over, step[1])
+            if SKIPS:
+                w_tap += tl.where(over, skip_h, 0)
+            at_d += tl.where(over, step[0], 0)
 
     channel = q + tl.arange(0, BLOCK_N)
     in_q = channel < produced
@@ -167,7 +182,7 @@ def gather_bricks(
 @triton.jit
 def wgrad_bricks(
     dw_ptr,
-    grad,  # descriptor of (n, d, h, w, filter)
+    grad,  # descriptor of (n, d, h, w, filter), or of (pixel, filter)
     x,  # descriptor of (n, d, h, w, channel) of one view
     taps,  # of the view, (d, h, w), as every triple
     first,
@@ -185,6 +200,8 @@ def wgrad_bricks(
     INDEX: tl.constexpr,
     UPCAST: tl.constexpr,
     CHAIN: tl.constexpr,  # products of one accumulator before they are added to the total
+    FLAT: tl.constexpr,  # the gradient is a matrix of pixels and filters
+    SWAP: tl.constexpr,  # the channels of the input are the left operand
     BRICK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -212,18 +229,30 @@ def wgrad_bricks(
     begin = split * share
     end = tl.minimum(begin + share, all_bricks)
     n, d, h, w = _digits(begin, bricks)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    n, d, h, w = n * BRICK[0], d * BRICK[1], h * BRICK[2], w * BRICK[3]
+    end_d, end_h, end_w = bricks[1] * BRICK[1], bricks[2] * BRICK[2], bricks[3] * BRICK[3]
+    pixel = begin * BLOCK_K
+    ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
+    COLUMNS: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for chain in range(begin, end, CHAIN // BLOCK_K):
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         for _ in range(chain, tl.minimum(chain + CHAIN // BLOCK_K, end)):
-            at_n, at_d, at_h, at_w = n * BRICK[0], d * BRICK[1], h * BRICK[2], w * BRICK[3]
-            left = grad.load([at_n, at_d, at_h, at_w, filters])
-            right = x.load([at_n, at_d * scale[0] + x_d, at_h * scale[1] + x_h, at_w * scale[2] + x_w, channels])
-            acc = dot(left.reshape(BLOCK_K, BLOCK_M).T, right.reshape(BLOCK_K, BLOCK_N), acc, "ieee", UPCAST)
-            w, carry = _next_digit(w, 1, bricks[3])
-            h, carry = _next_digit(h, carry, bricks[2])
-            d, carry = _next_digit(d, carry, bricks[1])
-            n += carry
+            if FLAT:
+                of_grad = grad.load([pixel, filters])
+                pixel += BLOCK_K
+            else:
+                of_grad = grad.load([n, d, h, w, filters]).reshape(BLOCK_K, BLOCK_M)
+            of_x = x.load([n, d * scale[0] + x_d, h * scale[1] + x_h, w * scale[2] + x_w, channels])
+            of_x = of_x.reshape(BLOCK_K, BLOCK_N)
+            if SWAP:
+                acc = dot(of_x.T, of_grad, acc, "ieee", UPCAST)
+            else:
+                acc = dot(of_grad.T, of_x, acc, "ieee", UPCAST)
+            w, over = _next(w, 0, end_w, True, BRICK[3])
+            h, over = _next(h, 0, end_h, over, BRICK[2])
+            d, over = _next(d, 0, end_d, over, BRICK[1])
+            n += tl.where(over, BRICK[0], 0)
         total += acc
 
     filter = k + tl.arange(0, BLOCK_M)
@@ -232,6 +261,9 @@ def wgrad_bricks(
     w_tap = w_tap * kernel[2] + first[2] + tw * tap_step[2]
     rows = (group * group_out + filter).to(INDEX) * dw_strides[0]
     columns = w_tap.to(INDEX) * dw_strides[1] + channel.to(INDEX) * dw_strides[2]
+    in_k, in_c = filter < group_out, channel < group_in
+    if SWAP:
+        rows, columns, in_k, in_c = columns, rows, in_c, in_k
     dw_tile = dw_ptr + split.to(INDEX) * split_stride + (rows[:, None] + columns[None, :])
-    inside = (filter < group_out)[:, None] & (channel < group_in)[None, :]
+    inside = in_k[:, None] & in_c[None, :]
     tl.store(dw_tile, rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=inside)
