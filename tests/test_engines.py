@@ -32,7 +32,7 @@ SHAPES = {
         padding=(1, 0, 0, 1, 0, 0),
     ),
     "wide": dict(in_channels=70, out_channels=33, input_size=(1, 2, 5), kernel_size=(1, 1, 1)),
-    "groups": dict(in_channels=12, out_channels=6, groups=2, input_size=(3, 3, 3), kernel_size=(2, 1, 2)),
+    "groups": dict(in_channels=15, out_channels=20, groups=5, input_size=(3, 3, 3), kernel_size=(2, 1, 2)),
     "dilated": dict(
         in_channels=3, out_channels=10, input_size=(5, 4, 7), kernel_size=(2, 1, 3), dilation=(3, 1, 2),
         padding=(0, 0, 0, 0, 2, 1),

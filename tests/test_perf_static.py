@@ -28,7 +28,7 @@ PROBLEM = Problem("forward", 1, 64, 64, (8, 8, 8), (3, 3, 3), padding=(1,) * 6, 
 SMALL = GemmConfig(32, 16, 16, 2, 2)
 EXTRA = (  # one that does not compile, two that do
     Kernel(PROBLEM, "implicit_gemm", dataclasses.replace(SMALL, block_m=24), 0),
-    Kernel(PROBLEM.replace(groups=4), "implicit_gemm", SMALL, 0),
+    Kernel(PROBLEM.replace(groups=16), "implicit_gemm", SMALL, 0),
     Kernel(PROBLEM.replace(in_channels=8), "folded", folded.FoldedConfig(32, 16, 16, 2), 0),
 )
 
@@ -148,7 +148,7 @@ def test_variants_of_every_pass_and_layout(pass_, layout):
 def test_a_launch_that_does_not_compile_gives_its_reason(compiled):
     broken, sound, _ = compiled[1]
     assert isinstance(broken, str) and "CompilationError" in broken
-    assert sound.report.kernel == "gather_gemm" and sound.report.vectors  # 16 channels of one group
+    assert sound.report.kernel == "gather_gemm" and sound.report.vectors  # 4 groups of 4 channels are one copy
 
 
 def test_other_engines_load_element_by_element(compiled):
