@@ -31,7 +31,7 @@ import math
 import torch
 import triton.language as tl
 
-from ...problem import STRIDED, VECTOR_BYTES, Operands, Problem
+from ...problem import STRIDED, VECTOR_BYTES, Operands, Problem, met_taps
 from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..launching import launch_kernel
 from .axes import ring_size, strip_step
@@ -45,7 +45,6 @@ from .geometry import (
     channels_dense,
     instructions,
     lanes_last,
-    met_taps,
     parts_of_row,
     plan,
     produced,
@@ -143,16 +142,6 @@ def _readable(problem: Problem, tensor: torch.Tensor, role: int) -> torch.Tensor
     return tensor.contiguous(memory_format=torch.channels_last_3d if tensor.size(1) > 1 else torch.contiguous_format)
 
 
-def _met(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
-    """The taps that meet the input, of a weight or of its gradient."""
-    met = met_taps(problem)
-    if met.kernel == problem.kernel_size:
-        return weight
-    for dim, (first, count) in enumerate(zip(met.first, met.kernel, strict=True), start=2):
-        weight = weight.narrow(dim, first, count)
-    return weight
-
-
 def _even(size: int, strips: int, step: int) -> bool:
     """Whether every strip's own positions are inside."""
     return size >= strips * step
@@ -161,7 +150,7 @@ def _even(size: int, strips: int, step: int) -> bool:
 def _gather(problem: Problem, operands: Operands, config: DepthwiseConfig) -> torch.Tensor:
     dgrad = problem.pass_ == "dgrad"
     x = _readable(problem, operands.grad if dgrad else operands.input, 2 if dgrad else 0)
-    w = _met(problem, operands.weight)
+    w = met_taps(problem).of(operands.weight)
     y = problem.empty_result(x.device)
     if config.kernel == SLIDE:
         grid, arguments, options = _slide_launch(problem, config, x.stride(), aligned(x), w.stride())
@@ -257,7 +246,7 @@ def _rows_launch(
 def _wgrad(problem: Problem, operands: Operands, config: DepthwiseConfig) -> torch.Tensor:
     x, grad = _readable(problem, operands.input, 0), _readable(problem, operands.grad, 2)
     dw = problem.empty_result(x.device)
-    taps = _met(problem, dw)
+    taps = met_taps(problem).of(dw)
     if taps is not dw:  # what only meets padding has no gradient
         dw.zero_()
     filters, _, *kernel = taps.shape

@@ -7,6 +7,7 @@ split reductions are float32 and added in a fixed order, so equal inputs give eq
 
 Small groups share a tile: their weights are blocks on its diagonal, zeros elsewhere (configs.packed_groups). Of g groups
 a tile multiplies g times what it must, instead of leaving as much of it empty, and loads the channels of all as vectors.
+In forward and dgrad an infinity or NaN in a channel therefore is NaN in what the groups of its tile compute of that pixel.
 
 Bytes by design. From memory: input, weight and output once, the minimum, where the wave of programs that runs at once
 keeps what it reads in L2 (cost_model._shared_reads counts it); besides, twice what is copied for its layout, and 8 bytes
