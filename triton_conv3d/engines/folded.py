@@ -2,9 +2,11 @@
 
     y[j, q] = sum over r = (tap, channel) of  x[j * scale + start + tap * step, channel] * w[q, channel, tap]
 
-forward as it stands; dgrad without a stride with the gradient as x and the channels' roles exchanged. With 1 to 8
-channels a step of the other implicit GEMM, which takes the channels of one tap, is almost empty; here 27 taps of one
-channel are one step of 32. Elements are loaded one by one, so every layout of input and weight is read as it is.
+forward as it stands; dgrad with the gradient as x and the channels' roles exchanged, a stride as parity classes, each of
+them a dense gather through its own taps. With 1 to 8 channels a step of the other implicit GEMM, which takes the channels
+of one tap, is almost empty; here 27 taps of one channel are one step of 32. Elements are loaded one by one, so every
+layout of input and weight is read as it is. wgrad is implicit_gemm's: it folds taps and channels into the wide side of
+its tile, and few filters take the narrow one, of 16.
 
 Bytes by design: input, weight and output once each from memory (the input's reuse by taps is from L1 and L2), which is
 the minimum; between 1 and 2 bytes in L1 for each product of a pixel and a tap.
@@ -20,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import VECTOR_BYTES, Operands, Problem
+from ..problem import VECTOR_BYTES, Operands, Problem, Triple
 from .base import Config, Memory, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
 from .epilogue import finished
-from .implicit_gemm.kernels import dot, rounded, tap_bits
+from .implicit_gemm.kernels import dot, parity_class, rounded, tap_bits
 from .launching import GRID_LIMIT, launch_kernel
 
 NAME = "folded"
@@ -41,15 +43,16 @@ def folded_gemm(
     x_size,  # (d, h, w), as every triple
     y_size,
     scale,
-    start,
+    start,  # of a strided dgrad: the padding
     step,
+    parity,  # None, or of a strided dgrad: kernel, stride, dilation, taps from one of a class to its next
     x_strides,  # (n, channel, d, h, w), in elements
     w_strides,  # (produced channel, reduced channel, d, h, w, group)
     y_strides,  # (n, d, h, w) in Y_UNIT, channel in elements
     produced,  # channels of one group that are computed, in Y_UNIT
     residual_ptr,  # None, or with the strides of y
     slope,
-    KERNEL_D: tl.constexpr,
+    KERNEL_D: tl.constexpr,  # of a strided dgrad: taps of the largest class
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     REDUCED: tl.constexpr,  # channels of one group that are summed over
@@ -67,23 +70,41 @@ def folded_gemm(
     produced = produced * Y_UNIT
     tiles_n = tl.cdiv(produced, BLOCK_N)
     group = tl.program_id(1)
+    taps_d, taps_h, taps_w = KERNEL_D, KERNEL_H, KERNEL_W
+    rows_d, rows_h, rows_w = y_size[0], y_size[1], y_size[2]
+    start_d, start_h, start_w = start[0], start[1], start[2]
+    if parity is not None:
+        kernel, stride, dilation, tap_step = parity
+        index_w = group % stride[2]
+        index_h = group // stride[2] % stride[1]
+        index_d = group // (stride[2] * stride[1]) % stride[0]
+        group = group // (stride[2] * stride[1] * stride[0])
+        taps_d, tap_d, start_d, rows_d = parity_class(
+            index_d, start[0], y_size[0], kernel[0], stride[0], dilation[0], tap_step[0]
+        )
+        taps_h, tap_h, start_h, rows_h = parity_class(
+            index_h, start[1], y_size[1], kernel[1], stride[1], dilation[1], tap_step[1]
+        )
+        taps_w, tap_w, start_w, rows_w = parity_class(
+            index_w, start[2], y_size[2], kernel[2], stride[2], dilation[2], tap_step[2]
+        )
     pid_n = tl.program_id(0) % tiles_n  # neighbours in time gather from the same pixels
     pid_m = tl.program_id(0) // tiles_n
 
     m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    sample = tl.full([], y_size[2], INDEX) * y_size[1] * y_size[0]
+    sample = tl.full([], rows_w, INDEX) * rows_h * rows_d
     in_rows = m < sample * batch
-    jw = m % y_size[2]
-    jh = m // y_size[2] % y_size[1]
-    jd = m // (y_size[2] * y_size[1]) % y_size[0]
+    jw = m % rows_w
+    jh = m // rows_w % rows_h
+    jd = m // (rows_w * rows_h) % rows_d
     n = m // sample
-    xd = jd * scale[0] + start[0]
-    xh = jh * scale[1] + start[1]
-    xw = jw * scale[2] + start[2]
+    xd = jd * scale[0] + start_d
+    xh = jh * scale[1] + start_h
+    xw = jw * scale[2] + start_w
     valid = tl.full([BLOCK_M], 0, BITS)
-    valid = tap_bits(valid, 0, xw, step[2], x_size[2], KERNEL_W, False)
-    valid = tap_bits(valid, KERNEL_W, xh, step[1], x_size[1], KERNEL_H, False)
-    valid = tap_bits(valid, KERNEL_W + KERNEL_H, xd, step[0], x_size[0], KERNEL_D, False)
+    valid = tap_bits(valid, 0, xw, step[2], x_size[2], taps_w, False)
+    valid = tap_bits(valid, KERNEL_W, xh, step[1], x_size[1], taps_h, False)
+    valid = tap_bits(valid, KERNEL_W + KERNEL_H, xd, step[0], x_size[0], taps_d, False)
     outside = tl.where(in_rows, ~valid, -1)
     x_pixels = n * x_strides[0] + xd * x_strides[2] + xh * x_strides[3] + xw * x_strides[4]
     x_pixels += group.to(INDEX) * REDUCED * x_strides[1]
@@ -106,6 +127,11 @@ def folded_gemm(
         needed = tl.where(in_r, needed, -1)  # no pixel has every bit
         x_taps = channel.to(INDEX) * x_strides[1] + td.to(INDEX) * step[0] * x_strides[2]
         x_taps += th.to(INDEX) * step[1] * x_strides[3] + tw.to(INDEX) * step[2] * x_strides[4]
+        if parity is not None:  # this class's taps among all of them
+            in_r = in_r & (td < taps_d) & (th < taps_h) & (tw < taps_w)
+            td = tap_d + td * tap_step[0]
+            th = tap_h + th * tap_step[1]
+            tw = tap_w + tw * tap_step[2]
         w_taps = channel.to(INDEX) * w_strides[1] + td * w_strides[2] + th * w_strides[3] + tw * w_strides[4]
         in_x = (needed[:, None] & outside[None, :]) == 0
         x = tl.load(x_ptr + (x_taps[:, None] + x_pixels[None, :]), mask=in_x, other=0.0)
@@ -114,6 +140,10 @@ def folded_gemm(
 
     if BIAS:
         acc += tl.load(bias_ptr + group * produced + q, mask=in_q, other=0.0).to(tl.float32)[:, None]
+    if parity is not None:
+        jd = jd * stride[0] + index_d
+        jh = jh * stride[1] + index_h
+        jw = jw * stride[2] + index_w
     y_pixels = (n * y_strides[0] + jd * y_strides[1] + jh * y_strides[2] + jw * y_strides[3]) * Y_UNIT
     y_channels = (group.to(INDEX) * produced + q) * y_strides[4]
     y_tile = y_channels[:, None] + y_pixels[None, :]
@@ -155,16 +185,14 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.pass_ == "wgrad":
         return "wgrad of implicit_gemm folds taps and channels already"
-    if problem.pass_ == "dgrad" and problem.stride != (1, 1, 1):
-        return f"dgrad with stride {problem.stride}"
     if _reduced(problem) > _MOST_CHANNELS:
         return f"{_reduced(problem)} channels to sum over in a group: more than {_MOST_CHANNELS}"
     if _reduced(problem) == _produced(problem) == 1 and problem.groups > 1:
         return "depthwise: a tile would hold one channel"
-    if sum(problem.kernel_size) > _MOST_TAP_BITS:
+    if sum(_class_taps(problem)) > _MOST_TAP_BITS:
         return f"kernel sizes {problem.kernel_size} add up to more than {_MOST_TAP_BITS}"
-    if problem.groups > GRID_LIMIT[1]:
-        return f"groups={problem.groups}: more than {GRID_LIMIT[1]}"
+    if problem.groups * _classes(problem) > GRID_LIMIT[1]:
+        return f"groups={problem.groups}, of {_classes(problem)} parity classes: more than {GRID_LIMIT[1]}"
     if problem.arch == "gfx942" and problem.precision == "tf32x3":
         return "tf32x3 needs NVIDIA's tensor cores"
     return None
@@ -183,10 +211,11 @@ def memory(problem: Problem, config: FoldedConfig) -> Memory:
 def work(problem: Problem, config: FoldedConfig) -> Work:
     """The launch as the cost model sees it."""
     m, n, k = config.block_m, config.block_n, config.block_k
-    pixels = math.prod(problem.result_shape) // (_produced(problem) * problem.groups)
+    classes = _classes(problem)
+    pixels = math.prod(problem.result_shape) / (_produced(problem) * problem.groups * classes)
     return Work(
-        programs=math.ceil(pixels / m) * math.ceil(_produced(problem) / n) * problem.groups,
-        iterations=math.ceil(problem.taps * _reduced(problem) / k),
+        programs=math.ceil(pixels / m) * math.ceil(_produced(problem) / n) * problem.groups * classes,
+        iterations=math.ceil(math.prod(_class_taps(problem)) * _reduced(problem) / k),
         flops=2.0 * m * n * k,
         bytes_read=float(problem.itemsize * (m + n) * k),
         bytes_written=float(problem.itemsize * m * n),
@@ -217,17 +246,38 @@ def _produced(problem: Problem) -> int:
     return problem.group_in if problem.pass_ == "dgrad" else problem.group_out
 
 
+def _classes(problem: Problem) -> int:
+    """Parity classes of a dgrad: input positions of equal remainder, which meet the same taps."""
+    return math.prod(problem.stride) if problem.pass_ == "dgrad" else 1
+
+
+def _tap_step(problem: Problem) -> Triple:
+    """Taps from one that a parity class meets to the next."""
+    if problem.pass_ != "dgrad":
+        return (1, 1, 1)
+    return tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
+
+
+def _class_taps(problem: Problem) -> Triple:
+    """Taps that a class meets at most."""
+    return tuple(-(-taps // step) for taps, step in zip(problem.kernel_size, _tap_step(problem), strict=True))
+
+
 @functools.lru_cache(maxsize=4096)
 def _launch(
     problem: Problem, config: FoldedConfig, x_strides: tuple[int, ...], w_strides: tuple[int, ...]
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for operands of these strides."""
     produced = _produced(problem)
-    low = problem.padding[::2]
-    if problem.pass_ == "dgrad":  # position i reads grad at i + pad - t * dilation
+    low, parity, rows = problem.padding[::2], None, problem.output_size
+    if problem.pass_ == "dgrad":  # position i reads grad at (i + pad - t * dilation) / stride, where that divides
         x_shape, y_shape = problem.output_shape, problem.input_shape
-        scale, start, step = (1, 1, 1), low, tuple(-d for d in problem.dilation)
+        rows = tuple(-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True))
+        step = tuple(-d // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
+        scale, start = (1, 1, 1), low
         channels = (w_strides[1], w_strides[0])
+        if problem.stride != (1, 1, 1):
+            parity = (problem.kernel_size, problem.stride, problem.dilation, _tap_step(problem))
     else:
         x_shape, y_shape = problem.input_shape, problem.output_shape
         scale, start, step = problem.stride, tuple(-pad for pad in low), problem.dilation
@@ -236,20 +286,21 @@ def _launch(
     pixels = [0 if y_shape[dim] == 1 else y_strides[dim] for dim in (0, 2, 3, 4)]
     unit = math.gcd(VECTOR_BYTES // problem.itemsize, produced, *pixels) if y_strides[1] == 1 else 1
     arguments = (
-        problem.batch, x_shape[2:], y_shape[2:], scale, start, step, x_strides,
+        problem.batch, x_shape[2:], y_shape[2:], scale, start, step, parity, x_strides,
         (*channels, *w_strides[2:], problem.group_out * w_strides[0]),
         (*(stride // unit for stride in pixels), y_strides[1]), produced // unit,
     )  # fmt: skip
+    kernel = _class_taps(problem)
     options = dict(
-        KERNEL_D=problem.kernel_size[0],
-        KERNEL_H=problem.kernel_size[1],
-        KERNEL_W=problem.kernel_size[2],
+        KERNEL_D=kernel[0],
+        KERNEL_H=kernel[1],
+        KERNEL_W=kernel[2],
         REDUCED=_reduced(problem),
         Y_UNIT=unit,
         BIAS=problem.bias,
         ACTIVATION=problem.activation,
         INDEX=tl.int64 if problem.index64 else tl.int32,
-        BITS=tl.int32 if sum(problem.kernel_size) < 32 else tl.int64,
+        BITS=tl.int32 if sum(kernel) < 32 else tl.int64,
         PRECISION=problem.precision,
         UPCAST=upcast(problem),
         BLOCK_M=config.block_m,
@@ -259,5 +310,5 @@ def _launch(
         num_stages=config.num_stages,
         **(_REGISTERS.get((config.block_m, config.block_n), {}) if problem.arch.startswith("sm_") else {}),
     )
-    rows = problem.batch * math.prod(y_shape[2:])
-    return (-(-rows // config.block_m) * -(-produced // config.block_n), problem.groups), arguments, options
+    tiles = -(-problem.batch * math.prod(rows) // config.block_m) * -(-produced // config.block_n)
+    return (tiles, problem.groups * _classes(problem)), arguments, options
