@@ -208,6 +208,22 @@ def test_report_shows_each_case_and_kernel_once(predicted, cases):
     assert len([line for line in code if line.startswith("| ")]) == 2 + len(variants)
 
 
+@pytest.mark.parametrize("suite", ["mednext_L_k3", "x3d_m"])
+def test_report_shows_a_depthwise_layer_before_and_after(suite, monkeypatch):
+    """Predicted time and bytes: with the implicit GEMM, and with the engine that is chosen."""
+    monkeypatch.setattr(compiling, "compiled", lambda kernels, processes: iter(["not compiled"] * len(kernels)))
+    (case, *_) = (c for c in workloads.cases(workloads.suite(suite), ("forward",)) if c.workload.layer.groups > 1)
+    predictions, _ = static.predict([case], "H200", processes=1)
+    header, _, line = static._suite_table(predictions).splitlines()
+    cells = dict(zip((c.strip() for c in header.split("|")), (c.strip() for c in line.split("|")), strict=True))
+    by = {p.engine: p for p in predictions}
+    assert predictions[0].engine == "depthwise" and cells["predicted depthwise"].startswith("**")
+    assert cells["predicted implicit_gemm"] == static.duration(by["implicit_gemm"].predicted_us)
+    assert cells["predicted MB"] == static._megabytes(by["depthwise"].predicted_bytes)
+    assert cells["predicted MB by implicit_gemm"] == static._megabytes(by["implicit_gemm"].predicted_bytes)
+    assert by["depthwise"].predicted_bytes < by["implicit_gemm"].predicted_bytes / 4
+
+
 def test_faults_come_first_and_fail(predicted, monkeypatch, capsys):
     predictions, variants = predicted
     spilling = dataclasses.replace(variants[0], result=dataclasses.replace(variants[0].result, faults=("7 spills",)))
