@@ -164,6 +164,16 @@ def test_small_groups_are_packed_into_tiles(channels, pass_):
     assert first < 24 * each / 1.5
 
 
+@pytest.mark.parametrize("pass_", ["forward", "wgrad"])
+@pytest.mark.parametrize("channels", [2, 3])
+def test_first_layers_fold_taps_and_channels(channels, pass_):
+    layer = PROBLEM.replace(pass_=pass_, input_size=(64,) * 3, in_channels=channels, alignment=2 * math.gcd(channels, 2))
+    best = {}
+    for time_, engine, _ in ranking(layer):
+        best.setdefault(engine.NAME, time_)
+    assert best["folded"] < best["implicit_gemm"] / 1.5
+
+
 MACHINE_CODE = Path(__file__).parent.parent / "perf" / "results" / "machine_code" / "triton-3.6.0.json"
 
 
