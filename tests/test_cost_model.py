@@ -165,9 +165,9 @@ def test_small_groups_are_packed_into_tiles(channels, pass_):
 
 
 @pytest.mark.parametrize("pass_", ["forward", "wgrad"])
-@pytest.mark.parametrize("channels", [2, 3])
+@pytest.mark.parametrize("channels", [1, 3])
 def test_first_layers_fold_taps_and_channels(channels, pass_):
-    layer = PROBLEM.replace(pass_=pass_, input_size=(64,) * 3, in_channels=channels, alignment=2 * math.gcd(channels, 2))
+    layer = PROBLEM.replace(pass_=pass_, input_size=(64,) * 3, in_channels=channels, alignment=2)
     best = {}
     for time_, engine, _ in ranking(layer):
         best.setdefault(engine.NAME, time_)
