@@ -121,12 +121,15 @@ def spills(problem: Problem, config: GemmConfig) -> bool:
     if problem.activation == "gelu" and config.splits == 1 and problem.arch.startswith("sm_") and sums > _ERF_SUMS:
         return True
     strided = problem.pass_ == "dgrad" and problem.stride != (1, 1, 1)
-    kinds = [(problem.arch, "strided dgrad" if strided else problem.pass_)]
+    kind = "strided dgrad" if strided else problem.pass_
+    spilling = _spilling(problem.arch, kind, config.splits > 1)
     if packed_groups(problem, config) > 1:
-        kinds.append((problem.arch, f"packed {kinds[0][1]}"))
-    tables = (_SPILLING, _SPILLING_SPLIT) if config.splits > 1 else (_SPILLING,)
-    tile = (config.block_m, config.block_n, config.num_warps)
-    return any(tile in table.get(kind, ()) for table in tables for kind in kinds)
+        spilling += _spilling(problem.arch, f"packed {kind}", config.splits > 1)
+    return (config.block_m, config.block_n, config.num_warps) in spilling
+
+
+def _spilling(arch: str, kind: str, split: bool) -> tuple[tuple[int, int, int], ...]:
+    return _SPILLING.get((arch, kind), ()) + (_SPILLING_SPLIT.get((arch, kind), ()) if split else ())
 
 
 def _base(problem: Problem) -> tuple[GemmConfig, ...]:
