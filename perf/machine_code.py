@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton_conv3d import engines
 from triton_conv3d.engines import launching
 from triton_conv3d.engines.base import Config
-from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES, spills
+from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES, packed_groups, spills
 from triton_conv3d.problem import Operands, Problem, describe
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -64,6 +64,7 @@ LAYERS = (
     Layer("implicit_gemm", 128, 128),
     Layer("implicit_gemm", 128, 128, stride=2),
     Layer("implicit_gemm", 20, 20),  # fills no vector
+    Layer("implicit_gemm", 64, 64, groups=16),  # several groups in a tile
     Layer("folded", 1, 128),
     Layer("folded", 3, 128),
     Layer("folded", 128, 3),  # its dgrad: forward has too many channels
@@ -78,7 +79,7 @@ class Report:
 
     Attributes:
         layer: :class:`Layer`, in words. gemm: its products belong on the tensor cores. vectors: every channel count
-            divides by 8, and the engine copies into shared memory.
+            of a program divides by 8, and the engine copies into shared memory.
         registers: of a thread. spills: instructions that move registers to local memory or back; on AMD registers.
         shared: bytes. matrix: matrix instructions. wide_copies, narrow_copies: copies into shared memory, of 16 bytes and
             of less; on AMD loads. loop: instructions of the smallest loop with matrix instructions.
@@ -191,7 +192,8 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
     """Read one compiled kernel's resources and instructions."""
     arch = problem.arch
     main = not name.startswith("reduce_")  # the second stage of a split reduction only adds
-    filled = math.gcd(problem.group_in, problem.group_out) % 8 == 0  # what is copied at once lies within one group
+    together = packed_groups(problem, config) if engine.NAME == "implicit_gemm" else 1
+    filled = math.gcd(together * problem.group_in, together * problem.group_out) % 8 == 0
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])

@@ -36,6 +36,7 @@ from .workloads import Case
 # The GPUs whose rates the cost model knows, and their architectures.
 GPUS = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100", "MI300X": "gfx942"}
 _FORMATS = (".md", ".csv", ".png")
+_BEFORE = implicit_gemm.NAME  # which computes every layer: what the engines for some of them are compared with
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def markdown(predictions: Sequence[Prediction], variants: Sequence[Variant], gpu
         "Times, bytes and rooflines are the cost model's (`triton_conv3d/tuning/cost_model.py`), from data sheets and "
         f"assumptions; for `aten` they are a guess. Machine code is what Triton {triton.__version__} makes, with torch "
         f"{torch.__version__}. Made by `python -m perf static --gpu {gpu}`.",
+        f"Where another engine is chosen, times and bytes before and after are `{_BEFORE}`'s and the chosen one's.",
         f"{len(first)} cases. Predicted to be fastest: {counts}. {len(variants)} variants of our kernels, "
         f"{len(faulty)} of them with faults.",
     ]
@@ -206,13 +208,14 @@ def _fault(variant: Variant) -> tuple:
 
 
 def _suite_table(predictions: Sequence[Prediction]) -> str:
-    """A line for each case: every engine's time with its best config; the fastest with kernels of ours in full."""
+    """A line for each case: every engine's time with its best config; the fastest with kernels of ours in full, and beside
+    its bytes those of the implicit GEMM."""
     by_case: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         by_case.setdefault(prediction.case, []).append(prediction)
     names = [name for name in engines.available() if any(p.engine == name for p in predictions)]
-    header = "layer | pass | type | bound | least MB: | predicted roofline: | {} | config | predicted MB: | kernels"
-    header = header.format(" | ".join(f"predicted {name}:" for name in names))
+    header = "layer | pass | type | bound | least MB: | predicted roofline: | {} | config | predicted MB: | {} | kernels"
+    header = header.format(" | ".join(f"predicted {name}:" for name in names), f"predicted MB by {_BEFORE}:")
     return table(header, (_line(found, names) for found in by_case.values()))
 
 
@@ -225,7 +228,9 @@ def _line(found: Sequence[Prediction], names: Sequence[str]) -> Iterator[object]
     times = {p.engine: f"**{duration(p.predicted_us)}**" if p is best else duration(p.predicted_us) for p in found}
     yield from map(times.get, names)
     ours = next((p for p in found if p.kernels), None)
-    yield from (ours.config, _megabytes(ours.predicted_bytes), ours.kernels) if ours else (None, None, None)
+    before = next((_megabytes(p.predicted_bytes) for p in found if p.engine == _BEFORE), None)
+    yield from (ours.config, _megabytes(ours.predicted_bytes)) if ours else (None, None)
+    yield from (before, ours.kernels if ours else None)
 
 
 def _megabytes(count: int) -> str:

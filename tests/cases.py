@@ -379,7 +379,7 @@ def _draw(rng: random.Random, pass_: str, aligned: bool, exact: bool, seed: int)
 def _plan(rng: random.Random, problem: Problem, longest: int) -> tuple[str, Config] | None:
     """An engine and a config that takes at most so many steps, if there is one."""
     names = engines_for(problem)
-    name = "implicit_gemm" if rng.random() < 0.9 else rng.choice(names)
+    name = "implicit_gemm" if rng.random() < 0.85 else rng.choice(names)
     engine = engines.get(name)
     offers = list(engine.configs(problem))
     if not hasattr(engine, "work"):

@@ -19,8 +19,7 @@ from guarded import guards, overflow_checked, reserved
 from triton.runtime import interpreter
 
 from triton_conv3d.engines.base import Config
-from triton_conv3d.engines.depthwise.geometry import met_taps
-from triton_conv3d.problem import PASSES, Operands, Problem
+from triton_conv3d.problem import PASSES, Operands, Problem, met_taps
 
 ENGINE = importlib.import_module("triton_conv3d.engines.depthwise")
 KERNELS = ((3, 3, 3), (5, 5, 5), (7, 7, 7), (1, 3, 3), (1, 5, 5), (1, 7, 7), (3, 1, 1), (5, 1, 1), (1, 1, 9), (1, 1, 1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from triton_conv3d import Conv3d, LazyConv3d, configure, convert_conv3d, ops
+from triton_conv3d import Conv3d, LazyConv3d, configure, convert_conv3d, tuning
 
 X = torch.randn(1, 4, 5, 5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -132,9 +132,9 @@ def test_convert_passes_over_what_is_no_conv3d_of_torch():
 
 def used(layer: nn.Module, *inputs) -> tuple[torch.Tensor, int]:
     """What a layer gives, and how many of our convolutions that took."""
-    problems, run = [], ops.tuning.run
+    problems, run = [], tuning.run
     with pytest.MonkeyPatch.context() as patch, configure(engine="aten"):
-        patch.setattr(ops.tuning, "run", lambda *a: problems.append(a[0]) or run(*a))
+        patch.setattr(tuning, "run", lambda *a: problems.append(a[0]) or run(*a))
         return layer(*inputs), len(problems)
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import random
+import re
 import statistics
 import time
 import types
@@ -18,7 +19,7 @@ from simulated import random_problem
 from triton_conv3d import configure
 from triton_conv3d.engines import aten, implicit_gemm
 from triton_conv3d.engines.base import Config, Memory, Order, Work
-from triton_conv3d.problem import Problem
+from triton_conv3d.problem import PASSES, Problem
 from triton_conv3d.tuning import coefficients, cost_model, storage
 from triton_conv3d.tuning.select import ranking
 
@@ -150,6 +151,29 @@ def test_splits_cost_their_partial_sums():
     assert times[0] < times[1]
 
 
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("channels", [2, 3, 4, 6, 8])
+def test_small_groups_are_packed_into_tiles(channels, pass_):
+    """Predicted to take less than any other engine, and than a tile for each group."""
+    whole = PROBLEM.replace(pass_=pass_, input_size=(64,) * 3, in_channels=24 * channels, out_channels=24 * channels)
+    (first, engine, config), *_ = ranking(whole.replace(groups=24))
+    assert engine is implicit_gemm and implicit_gemm.packed_groups(whole.replace(groups=24), config) > 1
+    alone = whole.replace(in_channels=channels, out_channels=channels)
+    launch = cost_model.rates(whole).launch
+    each = min(cost_model.predict(alone, implicit_gemm, c) - launch for c in implicit_gemm.configs(alone))
+    assert first < 24 * each / 1.5
+
+
+@pytest.mark.parametrize("pass_", ["forward", "wgrad"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_first_layers_fold_taps_and_channels(channels, pass_):
+    layer = PROBLEM.replace(pass_=pass_, input_size=(64,) * 3, in_channels=channels, alignment=2)
+    best = {}
+    for time_, engine, _ in ranking(layer):
+        best.setdefault(engine.NAME, time_)
+    assert best["folded"] < best["implicit_gemm"] / 1.5
+
+
 MACHINE_CODE = Path(__file__).parent.parent / "perf" / "results" / "machine_code" / "triton-3.6.0.json"
 
 
@@ -160,9 +184,10 @@ def compiled() -> dict[tuple, list[tuple[Problem, Work, dict]]]:
     for kernel in json.loads(MACHINE_CODE.read_text())["kernels"]:
         if kernel["engine"] == "implicit_gemm" and kernel["kernel"] != "reduce_splits":
             channels, item = int(kernel["layer"].split()[0]), {"bfloat16": 2, "float32": 4}[kernel["dtype"]]
+            groups = int((re.search(r"groups (\d+)", kernel["layer"]) or ("", 1))[1])
             problem = PROBLEM.replace(
                 pass_=kernel["pass_"], in_channels=channels, out_channels=channels, input_size=(32,) * 3, arch=kernel["arch"],
-                dtype=kernel["dtype"], precision=kernel["precision"], alignment=math.gcd(16, channels * item),
+                groups=groups, dtype=kernel["dtype"], precision=kernel["precision"], alignment=math.gcd(16, channels * item),
             )  # fmt: skip
             knobs = {name: int(value) for name, value in (knob.split("=") for knob in kernel["config"].split())}
             work = implicit_gemm.work(problem, implicit_gemm.GemmConfig(**knobs))

@@ -17,8 +17,8 @@ from guarded import subprocess_of
 
 from triton_conv3d import reference
 from triton_conv3d.engines.depthwise.configs import smallest
-from triton_conv3d.engines.depthwise.geometry import met_taps, plan
-from triton_conv3d.problem import PASSES
+from triton_conv3d.engines.depthwise.geometry import plan
+from triton_conv3d.problem import PASSES, met_taps
 
 IN_CI, LONG = 300, 3_000
 

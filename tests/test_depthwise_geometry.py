@@ -10,8 +10,8 @@ from depthwise_cases import ENGINE, FIRST, LAST, depthwise, large
 
 from triton_conv3d.engines.base import Memory
 from triton_conv3d.engines.depthwise.configs import CHAIN, WORKSPACE_LIMIT, smallest
-from triton_conv3d.engines.depthwise.geometry import met_taps, plan
-from triton_conv3d.problem import PASSES, Problem
+from triton_conv3d.engines.depthwise.geometry import plan
+from triton_conv3d.problem import PASSES, Problem, met_taps
 
 COMMON = dict(batch=2, in_channels=4, out_channels=8, groups=4, input_size=(4, 4, 4), kernel_size=(2, 2, 2))
 

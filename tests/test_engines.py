@@ -32,7 +32,7 @@ SHAPES = {
         padding=(1, 0, 0, 1, 0, 0),
     ),
     "wide": dict(in_channels=70, out_channels=33, input_size=(1, 2, 5), kernel_size=(1, 1, 1)),
-    "groups": dict(in_channels=12, out_channels=6, groups=2, input_size=(3, 3, 3), kernel_size=(2, 1, 2)),
+    "groups": dict(in_channels=15, out_channels=20, groups=5, input_size=(3, 3, 3), kernel_size=(2, 1, 2)),
     "dilated": dict(
         in_channels=3, out_channels=10, input_size=(5, 4, 7), kernel_size=(2, 1, 3), dilation=(3, 1, 2),
         padding=(0, 0, 0, 0, 2, 1),
@@ -121,6 +121,8 @@ SPECIAL = {
     "one_filter": dict(in_channels=6, out_channels=1, padding=(1,) * 6),
     "groups": dict(in_channels=6, out_channels=10, groups=2, batch=2),
     "groups_aligned": dict(in_channels=16, out_channels=32, groups=2, kernel_size=(2, 2, 2)),
+    "groups_fill_no_tile": dict(in_channels=21, out_channels=14, groups=7, input_size=(2, 3, 1), kernel_size=(3, 2, 5),
+                                dilation=(4, 1, 1), padding=(4, 4, 1, 0, 2, 2)),
     "depthwise": dict(in_channels=11, out_channels=11, groups=11, kernel_size=(2, 1, 2), input_size=(2, 2, 3)),
     "channel_multiplier": dict(in_channels=4, out_channels=12, groups=4, kernel_size=(2, 2, 1), input_size=(3, 3, 2)),
     "one_output_pixel_each_class": dict(kernel_size=(3, 3, 3), stride=(3, 3, 3), input_size=(3, 3, 3), batch=2),

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-import random
-import sys
-from pathlib import Path
-from types import ModuleType
+import dataclasses
 
-import planting
 import pytest
-from cases import DTYPES, LAYOUTS, PRECISIONS, Case, run
-from guarded import guards, overflow_checked, run_large
+from cases import Case, run
+from folded_cases import draw
 
 from triton_conv3d import engines
-from triton_conv3d.problem import Problem
+from triton_conv3d.engines.implicit_gemm.configs import CHAIN
+from triton_conv3d.problem import PASSES, Problem
 
-SEEDS = 100
-
-
-def draw(pass_: str, seed: int) -> tuple[Case, object]:
-    """A case with 1 to 8 channels to sum over, and a config of few programs."""
-    rng = random.Random(f"folded-{pass_}-{seed}")
-    folded = engines.get("folded")
-
-    def triple(*choices: int) -> tuple[int, int, int]:
-        return tuple(rng.choice(choices) for _ in range(3))
-
-    while True:
-        groups = rng.choice((1, 1, 1, 2, 3))
-        few, many = groups * rng.choice((1, 1, 2, 3, 4, 5, 8)), groups * rng.choice((2, 3, 8, 16, 17, 40))
-        dtype = rng.choice(DTYPES)
-        case = Case(
-            pass_, batch=rng.choice((1, 2)), in_channels=few if pass_ == "forward" else many,
-            out_channels=many if pass_ == "forward" else few, input_size=triple(1, 2, 3, 4, 5, 6),
-            kernel_size=triple(1, 2, 3, 3, 5), stride=triple(1, 1, 2, 3) if pass_ == "forward" else (1, 1, 1),
-            padding=tuple(rng.choice((0, 1, 1, 2)) for _ in range(6)), dilation=triple(1, 1, 2), groups=groups,
-            bias=pass_ == "forward" and rng.random() < 0.5, dtype=dtype,
-            precision=rng.choice(PRECISIONS) if dtype == "float32" else "ieee",
-            layouts=(rng.choice(tuple(LAYOUTS)), rng.choice(tuple(LAYOUTS))), channels_last=rng.random() < 0.5,
-            exact=seed % 2 == 0, seed=seed,
-        )  # fmt: skip
-        problem = case.geometry()
-        if min(problem.output_size) >= 1 and folded.supports(problem) is None:
-            cheap = [c for c in folded.configs(problem) if folded.work(problem, c).programs <= 12]
-            if cheap:
-                return case, rng.choice(cheap)
+IN_CI, LONG = 60, 300
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
-@pytest.mark.parametrize("pass_", ["forward", "dgrad"])
+@pytest.mark.parametrize("seed", range(IN_CI))
+@pytest.mark.parametrize("pass_", PASSES)
 def test_fuzz(pass_: str, seed: int) -> None:
+    case, config = draw(pass_, seed)
+    run(case, "folded", config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(IN_CI, LONG))
+@pytest.mark.parametrize("pass_", PASSES)
+def test_fuzz_long(pass_: str, seed: int) -> None:
     case, config = draw(pass_, seed)
     run(case, "folded", config)
 
@@ -57,22 +33,28 @@ def test_fuzz(pass_: str, seed: int) -> None:
 LARGE = Problem("forward", 2, 3, 512, (64, 64, 64), (3, 3, 3), arch="sm_90", device="any")  # takes every tile
 
 
-@pytest.mark.parametrize("config", engines.get("folded").configs(LARGE), ids=str)
-@pytest.mark.parametrize("pass_", ["forward", "dgrad"])
+@pytest.mark.parametrize("pass_, config", [
+    pytest.param(pass_, config, id=f"{pass_}-{config}")
+    for pass_ in PASSES
+    for config in engines.get("folded").configs(LARGE.replace(pass_="wgrad" if pass_ == "wgrad" else "forward"))
+    if getattr(config, "splits", 1) == 1
+])  # fmt: skip
 def test_every_config_is_exact(pass_: str, config) -> None:
-    channels = dict(in_channels=3, out_channels=37) if pass_ == "forward" else dict(in_channels=37, out_channels=3)
+    channels = dict(in_channels=37, out_channels=3) if pass_ == "dgrad" else dict(in_channels=3, out_channels=37)
     for shape in (
         dict(batch=2, input_size=(3, 7, 5), kernel_size=(3, 2, 3), padding=(1, 1, 0, 1, 1, 0)),
         dict(input_size=(1, 1, 300), kernel_size=(1, 1, 2)),
         dict(input_size=(5, 5, 5), kernel_size=(5, 1, 2), padding=(4, 4, 0, 0, 0, 0), groups=1, dilation=(2, 1, 3)),
     ):
         run(Case(pass_, dtype="float16", **channels, **shape), "folded", config)
+    if pass_ == "wgrad":
+        run(Case(pass_, dtype="float16", **channels, **shape), "folded", dataclasses.replace(config, splits=3))
 
 
 @pytest.mark.parametrize("changes, reason", [
     (dict(in_channels=9), "9 channels"),
-    (dict(pass_="wgrad"), "folds taps and channels already"),
-    (dict(pass_="dgrad", out_channels=3, stride=(1, 2, 1)), "stride (1, 2, 1)"),
+    (dict(pass_="dgrad", out_channels=3, stride=(64, 64, 64), kernel_size=(1, 1, 1)), "parity classes"),
+    (dict(pass_="dgrad", in_channels=6, out_channels=3, groups=3, stride=(64, 64, 8)), "of 32768 parity classes"),
     (dict(groups=3, out_channels=3), "depthwise"),
     (dict(dtype="float64"), "float64"),
     (dict(batch=0), "nothing to multiply"),
@@ -84,53 +66,15 @@ def test_what_it_leaves_to_others(changes: dict, reason: str) -> None:
     assert reason in engines.get("folded").supports(problem.replace(**changes))
 
 
-def test_nothing_is_copied_for_a_layout() -> None:
-    problem = LARGE.replace(layouts=("contiguous", "strided", "contiguous"))
+@pytest.mark.parametrize("pass_", PASSES)
+def test_nothing_is_copied_for_a_layout(pass_: str) -> None:
+    problem = LARGE.replace(pass_=pass_, in_channels=3, out_channels=8, layouts=("contiguous", "strided", "contiguous"))
     assert engines.get("folded").memory(problem, engines.get("folded").configs(problem)[0]).copies == 0
 
 
-FAULTS = {
-    "rows_off": ("folded.py", "in_rows = m < sample * batch", "in_rows = m >= 0"),
-    "filters_off": ("folded.py", "in_q = q < produced", "in_q = q >= 0"),
-    "reduction_off": ("folded.py", "needed = tl.where(in_r, needed, -1)", "needed = tl.where(in_r, needed, 0)"),
-    "one_dimension_checked": ("folded.py", "(one << tw) | (one << (KERNEL_W + th)) |", "(one << tw) |"),
-    "tap_order": ("folded.py", "th = r // (REDUCED * KERNEL_W) % KERNEL_H", "th = r // (REDUCED * KERNEL_H) % KERNEL_H"),
-    "channel_first": ("folded.py", "channel = r % REDUCED", "channel = r // (KERNEL_D * KERNEL_H * KERNEL_W)"),
-    "group_of_input": ("folded.py", "x_pixels += group.to(INDEX) * REDUCED * x_strides[1]", "x_pixels += group * 0"),
-    "group_of_weight": ("folded.py", "+ group.to(INDEX) * w_strides[5]", ""),
-    "group_of_bias": ("folded.py", "bias_ptr + group * produced + q", "bias_ptr + q"),
-    "padding_at_the_end": ("folded.py", "low = problem.padding[::2]", "low = problem.padding[1::2]"),
-    "dgrad_forward": ("folded.py", "tuple(-d for d in problem.dilation)", "problem.dilation"),
-    "roles_of_channels": ("folded.py", "channels = (w_strides[1], w_strides[0])", "channels = w_strides[:2]"),
-    "last_step_only": ("folded.py", "acc = dot(w, x, acc, PRECISION, UPCAST)", "acc = dot(w, x, acc * 0, PRECISION, UPCAST)"),
-    "offsets_in_32_bits": ("folded.py", "tl.int64 if problem.index64 else tl.int32,", "tl.int32,"),
-}  # fmt: skip
-
-
-def battery(engine: ModuleType, fault: str) -> None:
-    """Raises, or kills the process, if the engine is wrong."""
-    for pass_ in ("forward", "dgrad"):
-        for seed in range(12):
-            case, config = draw(pass_, seed)
-            with guards(at_end=seed % 3 > 0) as fresh:
-                run(case, engine, engine.configs(case.geometry())[-1] if seed % 2 else config, fresh)
-        with overflow_checked():
-            run_large(engine, pass_, "batch")
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    return planting.outcomes(Path(__file__).name)
-
-
-def test_between_pages_that_fault(outcomes: dict[str, str]) -> None:
-    assert outcomes[planting.SOUND] == "survived"
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
-    planting.check(outcomes[name])
-
-
-if __name__ == "__main__":
-    planting.try_all("folded", FAULTS, battery, sys.argv[1:])
+def test_long_sums_of_wgrad_join_a_total() -> None:
+    case = Case("wgrad", in_channels=1, out_channels=2, input_size=(17, 31, 32), kernel_size=(1, 1, 1), dtype="float16")
+    tile = dataclasses.replace(engines.get("folded").configs(LARGE.replace(pass_="wgrad"))[-1], block_k=256)
+    assert case.geometry().pixels > CHAIN
+    for splits in (1, 3):
+        run(case, "folded", dataclasses.replace(tile, splits=splits))

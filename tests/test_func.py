@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
-from triton_conv3d import Conv3d, configure, conv3d, ops
+from triton_conv3d import Conv3d, configure, conv3d, ops, tuning
 
 BATCH, GROUPS = 3, 2
 SHAPES = {"x": (2, 4, 4, 3, 3), "w": (6, 2, 2, 1, 3), "b": (6,)}
@@ -55,8 +55,8 @@ MAPPED = ["".join(m) for n in (1, 2, 3) for m in itertools.combinations("xwb", n
 
 @pytest.mark.parametrize("mapped", MAPPED)
 def test_vmap_is_one_call(mapped, monkeypatch):
-    calls, run = [], ops.tuning.run
-    monkeypatch.setattr(ops.tuning, "run", lambda *a: calls.append(a[0]) or run(*a))
+    calls, run = [], tuning.run
+    monkeypatch.setattr(tuning, "run", lambda *a: calls.append(a[0]) or run(*a))
     arguments = operands(mapped)
     result = vmap(ours, places(mapped))(*arguments)
     torch.testing.assert_close(result, vmap(torchs, places(mapped))(*arguments))
@@ -178,10 +178,10 @@ def test_forward_mode_of_every_op_and_order(op, names, of):
 
 
 def test_no_tangent_no_work():
-    passes, run = [], ops.tuning.run
+    passes, run = [], tuning.run
     x, w, b = operands()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops.tuning, "run", lambda *a: passes.append(1) or run(*a))
+        patch.setattr(tuning, "run", lambda *a: passes.append(1) or run(*a))
         jvp(lambda w: ours(x, w, b), (w,), (w,))
     assert len(passes) == 2  # the value, and the derivative by the weight
 

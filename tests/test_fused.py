@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cases import DTYPES, Case, make, run
 from torch.library import opcheck
 
-from triton_conv3d import configure, conv3d, engines, explain, ops
+from triton_conv3d import configure, conv3d, engines, explain, ops, tuning
 from triton_conv3d.engines import aten
 from triton_conv3d.problem import ACTIVATIONS
 from triton_conv3d.tuning import cost_model, measure, verify
@@ -138,8 +138,8 @@ def test_a_slope_that_hides_the_sign(slope):
     ("relu", ["forward relu", "dgrad none", "wgrad none"]), ("silu", ["forward none", "dgrad none", "wgrad none"]),
 ])  # fmt: skip
 def test_nothing_is_computed_twice(activation, passes, monkeypatch):
-    seen, run_ = [], ops.tuning.run
-    monkeypatch.setattr(ops.tuning, "run", lambda p, o: seen.append(f"{p.pass_} {p.activation}") or run_(p, o))
+    seen, run_ = [], tuning.run
+    monkeypatch.setattr(tuning, "run", lambda p, o: seen.append(f"{p.pass_} {p.activation}") or run_(p, o))
     inputs = tensors()
     fused(*inputs, activation).sum().backward()
     assert seen == passes

@@ -31,9 +31,9 @@ FAULTS = {
         "residual_not_transposed": ("kernels.py", "total = finished(total, residual_ptr, at,", "total = finished(total, residual_ptr, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK),"),
     },
     "folded": {
-        "folded_sound": ("folded.py", "finished(acc, ", "finished(acc, "),
-        "folded_mask": ("folded.py", "finished(acc, residual_ptr, y_tile, in_y", "finished(acc, residual_ptr, y_tile, in_q[:, None] | in_rows[None, :]"),
-        "folded_activation": ("folded.py", "ACTIVATION=problem.activation", 'ACTIVATION="none"'),
+        "folded_sound": ("kernels.py", "finished(acc, ", "finished(acc, "),
+        "folded_mask": ("kernels.py", "finished(acc, residual_ptr, y_tile, in_y", "finished(acc, residual_ptr, y_tile, in_q[:, None] | in_rows[None, :]"),
+        "folded_activation": ("__init__.py", "ACTIVATION=problem.activation", 'ACTIVATION="none"'),
     },
     "tma": {
         "tma_sound": ("kernels.py", "finished(acc, ", "finished(acc, "),
@@ -58,7 +58,7 @@ def battery(engine: ModuleType, fault: str) -> None:
     from cases import Case, run
 
     shapes = {
-        "implicit_gemm": dict(batch=2, in_channels=4, out_channels=6, groups=2, input_size=(2, 2, 3), kernel_size=(1, 2, 2)),
+        "implicit_gemm": dict(batch=2, in_channels=12, out_channels=18, groups=6, input_size=(2, 2, 3), kernel_size=(1, 2, 2)),
         "folded": dict(batch=2, in_channels=2, out_channels=5, input_size=(2, 2, 3), kernel_size=(1, 2, 2)),
         "tma": dict(batch=2, in_channels=8, out_channels=6, input_size=(2, 2, 3), kernel_size=(1, 2, 2), dtype="float16"),
         "depthwise": dict(batch=2, in_channels=3, out_channels=3, groups=3, input_size=(2, 2, 16), kernel_size=(1, 1, 1)),

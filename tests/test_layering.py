@@ -20,6 +20,7 @@ LAYERS = (
     ("reference",),
     ("engines",),
     ("tuning", "batching"),
+    ("posing",),
     ("ops",),
     ("functional",),
     ("modules", "compile_backend", "workload"),

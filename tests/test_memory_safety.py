@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import signal
 
 import pytest
+import torch
 from cases import Case, check_footprint, make
 from guarded import subprocess_of
 
-from triton_conv3d import engines
+from triton_conv3d import engines, reference
 from triton_conv3d.problem import PASSES
 
 
@@ -35,11 +37,18 @@ def test_guards_stop_an_access_outside() -> None:
 def test_one_nan_touches_only_its_footprint(geometry: dict, which: int, pass_: str) -> None:
     """The result is NaN exactly where the definition multiplies that element, and exact everywhere else.
 
-    A weight in dgrad may also meet the zeros around the gradient: 0 * NaN, but only in its own channel.
+    A weight in dgrad may also meet the zeros around the gradient: 0 * NaN, but only in its own channel. What is gathered
+    meets the zeros between the weights of the groups that share its tile, but only in the same pixels.
     """
     problem, operands = make(Case(pass_, **geometry))
 
-    def beyond(where: tuple[int, ...]) -> tuple | None:
+    def beyond(where: tuple[int, ...]) -> tuple | torch.Tensor | None:
+        if problem.groups > 1 and (pass_, which) in (("forward", 0), ("dgrad", 1)):
+            tensor = operands.input if pass_ == "forward" else operands.grad
+            value, tensor[where] = tensor[where].item(), math.nan
+            touched = reference.compute(problem, operands).isnan()
+            tensor[where] = value
+            return touched.any(1, keepdim=True).expand_as(touched)
         channel = where[0] // problem.group_out * problem.group_in + where[1]
         return (slice(None), channel) if (pass_, which) == ("dgrad", 0) else None
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from triton_conv3d import Conv3d, configure, conv3d, ops
+from triton_conv3d import Conv3d, configure, conv3d, ops, tuning
 
 GEOMETRY = ((1, 2, 1), (1, 0, 1, 1, 0, 2), (1, 1, 1), 2)  # stride, padding of both ends, dilation, groups
 
@@ -50,6 +50,43 @@ def test_values_strides_and_gradients(memory_format):
         assert result.stride() == want.stride()
 
 
+# input size, padding of both ends, stride, dilation, and the 3x3x3 kernel's taps that meet the input
+DEGENERATE = {
+    "one_frame": ((1, 4, 5), (1, 1, 1, 1, 1, 1), 1, 1, (1, 3, 3)),
+    "causal_frame": ((1, 4, 5), (2, 0, 1, 1, 1, 1), 1, 1, (1, 3, 3)),
+    "one_pixel": ((1, 1, 1), (1, 1, 1, 1, 1, 1), 1, 1, (1, 1, 1)),
+    "two_frames_causal": ((2, 1, 4), (2, 0, 1, 1, 0, 2), 1, 1, (2, 1, 3)),
+    "dilation_beyond_the_volume": ((4, 3, 9), (9, 9, 1, 1, 0, 0), 1, (9, 1, 4), (1, 3, 3)),
+    "stride_beyond_the_volume": ((2, 2, 2), (1, 1, 1, 1, 3, 3), (4, 1, 5), 1, (2, 3, 1)),
+    "nothing_met": ((1, 3, 3), (2, 4, 1, 1, 1, 1), (4, 1, 1), (3, 1, 1), (2, 3, 3)),
+}
+
+
+@FORMATS
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_taps_that_only_meet_padding_are_left_out(name, memory_format):
+    """Asked for is a smaller kernel; every result is exact, of integers, and the weight's gradient is zero there."""
+    size, padding, stride, dilation, kernel = DEGENERATE[name]
+    stride, dilation = (3 * (v,) if isinstance(v, int) else v for v in (stride, dilation))
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        values = torch.randint(-3, 4, shape, generator=generator).float()
+        return values.contiguous(memory_format=memory_format).requires_grad_()
+
+    x, w, b = draw(2, 4, *size), draw(6, 2, 3, 3, 3), torch.arange(6.0, requires_grad=True)
+    assert [p.kernel_size for p in ops.problems(x, w, b, stride, padding, dilation, 2)] == [kernel] * 3
+    y = ops.conv3d(x, w, b, stride, padding, dilation, 2)
+    padded = F.pad(x, (*padding[4:], *padding[2:4], *padding[:2]))
+    expected = F.conv3d(padded, w, b, stride, 0, dilation, 2)
+    grad = torch.randint(-3, 4, y.shape, generator=generator).float()
+    for result, want in zip(
+        (y, *torch.autograd.grad(y, (x, w, b), grad)),
+        (expected, *torch.autograd.grad(expected, (x, w, b), grad)), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(result, want) and result.stride() == want.stride()
+
+
 @FORMATS
 @pytest.mark.parametrize("op", ("conv3d", "conv3d_dgrad", "conv3d_wgrad"))
 def test_opcheck(op, memory_format):
@@ -83,9 +120,9 @@ def test_double_backward_in_float32():
 @pytest.mark.parametrize("wanted", range(3), ids=("input", "weight", "bias"))
 def test_only_the_gradients_that_are_needed(wanted, monkeypatch):
     passes = []
-    run = ops.tuning.run
+    run = tuning.run
     monkeypatch.setattr(
-        ops.tuning, "run", lambda problem, operands: passes.append(problem.pass_) or run(problem, operands)
+        tuning, "run", lambda problem, operands: passes.append(problem.pass_) or run(problem, operands)
     )
     inputs = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors())]
     ops.conv3d(*inputs, *GEOMETRY).sum().backward()

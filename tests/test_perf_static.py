@@ -28,7 +28,7 @@ PROBLEM = Problem("forward", 1, 64, 64, (8, 8, 8), (3, 3, 3), padding=(1,) * 6, 
 SMALL = GemmConfig(32, 16, 16, 2, 2)
 EXTRA = (  # one that does not compile, two that do
     Kernel(PROBLEM, "implicit_gemm", dataclasses.replace(SMALL, block_m=24), 0),
-    Kernel(PROBLEM.replace(groups=4), "implicit_gemm", SMALL, 0),
+    Kernel(PROBLEM.replace(groups=16), "implicit_gemm", SMALL, 0),
     Kernel(PROBLEM.replace(in_channels=8), "folded", folded.FoldedConfig(32, 16, 16, 2), 0),
 )
 
@@ -148,7 +148,7 @@ def test_variants_of_every_pass_and_layout(pass_, layout):
 def test_a_launch_that_does_not_compile_gives_its_reason(compiled):
     broken, sound, _ = compiled[1]
     assert isinstance(broken, str) and "CompilationError" in broken
-    assert sound.report.kernel == "gather_gemm" and sound.report.vectors  # 16 channels of one group
+    assert sound.report.kernel == "gather_gemm" and sound.report.vectors  # 4 groups of 4 channels are one copy
 
 
 def test_other_engines_load_element_by_element(compiled):
@@ -206,6 +206,22 @@ def test_report_shows_each_case_and_kernel_once(predicted, cases):
         assert ours.config in line and line.endswith(f"| {ours.kernels} |") and line.count("**") == 2
     code = lines[lines.index("## Machine code") :]
     assert len([line for line in code if line.startswith("| ")]) == 2 + len(variants)
+
+
+@pytest.mark.parametrize("suite", ["mednext_L_k3", "x3d_m"])
+def test_report_shows_a_depthwise_layer_before_and_after(suite, monkeypatch):
+    """Predicted time and bytes: with the implicit GEMM, and with the engine that is chosen."""
+    monkeypatch.setattr(compiling, "compiled", lambda kernels, processes: iter(["not compiled"] * len(kernels)))
+    (case, *_) = (c for c in workloads.cases(workloads.suite(suite), ("forward",)) if c.workload.layer.groups > 1)
+    predictions, _ = static.predict([case], "H200", processes=1)
+    header, _, line = static._suite_table(predictions).splitlines()
+    cells = dict(zip((c.strip() for c in header.split("|")), (c.strip() for c in line.split("|")), strict=True))
+    by = {p.engine: p for p in predictions}
+    assert predictions[0].engine == "depthwise" and cells["predicted depthwise"].startswith("**")
+    assert cells["predicted implicit_gemm"] == static.duration(by["implicit_gemm"].predicted_us)
+    assert cells["predicted MB"] == static._megabytes(by["depthwise"].predicted_bytes)
+    assert cells["predicted MB by implicit_gemm"] == static._megabytes(by["implicit_gemm"].predicted_bytes)
+    assert by["depthwise"].predicted_bytes < by["implicit_gemm"].predicted_bytes / 4
 
 
 def test_faults_come_first_and_fail(predicted, monkeypatch, capsys):

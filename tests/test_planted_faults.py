@@ -50,6 +50,14 @@ FAULTS = {
     "group_offset_in_x": (KERNELS, "(x_rows + group.to(INDEX) * reduced)", "(x_rows + group.to(INDEX) * produced)"),
     "group_offset_in_weight": (KERNELS, "(group.to(INDEX) * produced + q[None, :])", "(q[None, :])"),
     "group_offset_in_bias": (KERNELS, "bias_ptr + group * produced + q", "bias_ptr + q"),
+    "packed_beside_the_diagonal": (KERNELS, "in_q[None, :] & (of_k[:, None] == of_q[None, :])", "in_q[None, :]"),
+    "packed_channel_of_weight": (KERNELS, "dense = dense % group_in", "dense = dense"),
+    "packed_channels_beyond_the_last": (KERNELS, "in_k &= k < packed[0] * X_UNIT - group * reduced", "in_k &= k >= 0"),
+    "packed_filters_beyond_the_last": (KERNELS, "in_q &= q < packed[1] * Y_UNIT - group * produced", "in_q &= q >= 0"),
+    "packed_groups_left_over": (HOST, "tiles_m * tiles_n * -(-problem.groups // together) * config.splits, classes", "tiles_m * tiles_n * (problem.groups // together) * config.splits, classes"),
+    "wgrad_beside_the_diagonal": (KERNELS, "in_dw &= (k // packed[2])[:, None] == (c // packed[1])[None, :]", "in_dw &= (k >= 0)[:, None]"),
+    "wgrad_packed_filters_beyond_the_last": (KERNELS, "in_k &= k < all_out * G_UNIT - group * group_out", "in_k &= k >= 0"),
+    "wgrad_packed_channels_beyond_the_last": (KERNELS, "in_columns &= c < packed[0] * X_UNIT - group * group_in", "in_columns &= c >= 0"),
     "wgrad_group_of_gradient": (KERNELS, "(group * group_out + k)[None, :]", "(group + k)[None, :]"),
     # padding, stride, dilation, parity classes
     "padding_at_the_end": (HOST, "low, stride, dilation = problem.padding[::2]", "low, stride, dilation = problem.padding[1::2]"),
@@ -87,7 +95,7 @@ def battery(engine: ModuleType, fault: str) -> None:
 
     geometries = (
         dict(batch=2, in_channels=7, out_channels=19, input_size=(3, 5, 2), kernel_size=(2, 3, 2), padding=(1, 0, 2, 0, 0, 1)),
-        dict(in_channels=6, out_channels=10, groups=2, stride=(2, 3, 2), input_size=(5, 5, 6), kernel_size=(3, 2, 3),
+        dict(in_channels=20, out_channels=25, groups=5, stride=(2, 3, 2), input_size=(5, 5, 6), kernel_size=(3, 2, 3),
              padding=(1, 1, 0, 0, 1, 0), dilation=(1, 1, 2)),
         dict(in_channels=16, out_channels=16, kernel_size=(1, 2, 2), input_size=(2, 3, 3), layouts=("unaligned",) * 2),
         dict(in_channels=4, out_channels=20, groups=1, stride=(2, 1, 1), dilation=(2, 3, 1), input_size=(5, 7, 3), batch=3,

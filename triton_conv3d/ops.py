@@ -19,9 +19,10 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from . import batching, settings, tuning
+from . import batching
 from .engines.base import activate
-from .problem import ACTIVATIONS, NO_ACTIVATION, Operands, Problem, describe
+from .posing import pose, run, with_epilogue
+from .problem import ACTIVATIONS, NO_ACTIVATION, Operands, Problem
 
 _GEOMETRY = "SymInt[3] stride, SymInt[6] padding, SymInt[3] dilation, SymInt groups"
 _library = Library("triton_conv3d", "FRAGMENT")
@@ -69,42 +70,7 @@ def _channels_last_result(input: torch.Tensor, weight: torch.Tensor) -> bool:
     return _suggests_channels_last(input) or _suggests_channels_last(weight)
 
 
-# From tensors to problems. A signature is all that a problem is made of, cheap to build and to look up.
-
-_problems: dict[tuple, Problem] = {}
-settings.on_change(_problems.clear)
-
-
-def _precision(dtype: torch.dtype, device: torch.device) -> str:
-    """float32 follows torch's switch for convolutions on GPUs; in the interpreter it is exact unless asked otherwise."""
-    if dtype != torch.float32:
-        return "ieee"
-    asked = settings.current().fp32
-    if asked != "torch":
-        return asked
-    return "tf32" if device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
-def _problem(pass_, operands, input_size, weight_size, stride, padding, dilation, groups, channels_last) -> Problem:
-    first, second = (t for t in operands[:3] if t is not None)
-    precision = _precision(first.dtype, first.device)
-    signature = (
-        pass_, first.shape, first.stride(), second.shape, second.stride(), first.data_ptr() % 16, second.data_ptr() % 16,
-        first.dtype, first.device, operands.bias is not None, *stride, *padding, *dilation, groups, channels_last,
-        precision, *(input_size if pass_ == "dgrad" else weight_size if pass_ == "wgrad" else ()),
-    )  # fmt: skip
-    problem = _problems.get(signature)
-    if problem is None:
-        problem = _problems[signature] = describe(
-            pass_, operands, input_size, weight_size, stride, padding, dilation, groups, channels_last, precision
-        )
-    return problem
-
-
-@functools.lru_cache(maxsize=65536)
-def _with_epilogue(problem: Problem, residual: bool, activation: str) -> Problem:
-    fused = problem.replace(residual=residual, activation=activation)
-    return fused if fused.fused else problem  # the very problem: looked up without comparing all of it
+# From tensors to problems (posing.py).
 
 
 def problems(
@@ -116,9 +82,9 @@ def problems(
     check_epilogue(grad.shape, activation, residual)
     geometry = (input.shape, weight.shape, stride, padding, dilation, groups, channels_last)
     return [
-        _with_epilogue(_problem("forward", Operands(input, weight, None, bias), *geometry), residual is not None, activation),
-        _problem("dgrad", Operands(None, weight, grad), *geometry),
-        _problem("wgrad", Operands(input, None, grad), *geometry),
+        with_epilogue(pose("forward", Operands(input, weight, None, bias), *geometry)[0], residual is not None, activation),
+        pose("dgrad", Operands(None, weight, grad), *geometry)[0],
+        pose("wgrad", Operands(input, None, grad), *geometry)[0],
     ]
 
 
@@ -127,33 +93,29 @@ def problems(
 
 def _forward(input, weight, bias, stride, padding, dilation, groups):
     operands = Operands(input, weight, None, bias)
-    return tuning.run(
-        _problem(
-            "forward", operands, input.shape, weight.shape, stride, padding, dilation, groups,
-            _channels_last_result(input, weight),
-        ),
-        operands,
-    )  # fmt: skip
+    channels_last = _channels_last_result(input, weight)
+    geometry = (stride, padding, dilation, groups, channels_last)
+    return run(*pose("forward", operands, input.shape, weight.shape, *geometry), operands)
 
 
 def _fused(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope):
-    problem = _problem(  # of the convolution alone
+    problem, taps = pose(  # of the convolution alone
         "forward", Operands(input, weight, None, bias), input.shape, weight.shape, stride, padding, dilation, groups,
         _channels_last_result(input, weight),
     )  # fmt: skip
     _check_fused(input, problem.output_shape, activation, residual)
-    problem = _with_epilogue(problem, residual is not None, activation)
-    return tuning.run(problem, Operands(input, weight, None, bias, residual, negative_slope))
+    problem = with_epilogue(problem, residual is not None, activation)
+    return run(problem, taps, Operands(input, weight, None, bias, residual, negative_slope))
 
 
 def _dgrad(grad, weight, input_size, *geometry):
     operands = Operands(None, weight, grad)
-    return tuning.run(_problem("dgrad", operands, input_size, weight.shape, *geometry), operands)
+    return run(*pose("dgrad", operands, input_size, weight.shape, *geometry), operands)
 
 
 def _wgrad(grad, input, weight_size, *geometry):
     operands = Operands(input, None, grad)
-    return tuning.run(_problem("wgrad", operands, input.shape, weight_size, *geometry), operands)
+    return run(*pose("wgrad", operands, input.shape, weight_size, *geometry), operands, weight_size)
 
 
 def check_epilogue(shape, activation: str, residual: torch.Tensor | None) -> None:

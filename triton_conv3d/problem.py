@@ -231,6 +231,64 @@ class Problem:
         return f"{text}, {self.dtype}" + (f" {self.precision}" if self.dtype == "float32" else "")
 
 
+@dataclass(frozen=True)
+class Taps:
+    """The kernel without the taps that only ever meet padding: its first tap, its size, and the padding before it."""
+
+    first: Triple
+    kernel: Triple
+    pad: Triple
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.kernel)
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """These taps of a weight, or of its gradient: the tensor itself where they are all of it, else a view."""
+        if tuple(weight.shape[2:]) == self.kernel:
+            return weight
+        for dim, (first, count) in enumerate(zip(self.first, self.kernel, strict=True), start=2):
+            weight = weight.narrow(dim, first, count)
+        return weight
+
+
+@functools.lru_cache(maxsize=4096)
+def met_taps(problem: Problem) -> Taps:
+    first, kernel, pad = [], [], []
+    for size, outputs, taps, stride, dilation, before in zip(
+        problem.input_size, problem.output_size, problem.kernel_size, problem.stride, problem.dilation,
+        problem.padding[::2], strict=True,
+    ):  # fmt: skip
+        # Through tap t output o meets position o * stride - ahead, where ahead = before - t * dilation.
+        ahead = [before - t * dilation for t in range(taps)]
+        met = [t for t, a in enumerate(ahead) if max(0, -(-a // stride)) <= min(outputs - 1, (size - 1 + a) // stride)]
+        met = met or [0]
+        low = min(met[0], before // dilation)
+        first.append(low)
+        kernel.append(met[-1] - low + 1)
+        pad.append(before - low * dilation)
+    return Taps(tuple(first), tuple(kernel), tuple(pad))
+
+
+def trimmed(problem: Problem) -> tuple[Problem, Taps] | None:
+    """The same convolution with a smaller kernel and less padding, and the taps that it keeps; None where it has all.
+
+    Left out are taps at the ends of a dimension that only ever meet its padding: of a single frame under a kernel of
+    depth 3 all but those in the middle. They add zeros in forward and dgrad, and have zeros for a gradient.
+    """
+    met, kernel, padding = met_taps(problem), [], []
+    for size, first, count, dilation, before, after in zip(
+        problem.kernel_size, met.first, met.kernel, problem.dilation, problem.padding[::2], problem.padding[1::2],
+        strict=True,
+    ):  # fmt: skip
+        last = min(size - first - count, after // dilation)  # padding is not below 0
+        kernel.append(size - first - last)
+        padding += [before - first * dilation, after - last * dilation]
+    if tuple(kernel) == problem.kernel_size:
+        return None
+    return problem.replace(kernel_size=tuple(kernel), padding=tuple(padding)), Taps(met.first, tuple(kernel), met.pad)
+
+
 def _listed(value):
     return list(value) if isinstance(value, tuple) else value
 

@@ -78,6 +78,7 @@ class Work:
     vector_bytes: int = VECTOR_BYTES  # of one load
     stages: int = 3  # of the pipeline
     order: Order | None = None  # None: what programs share is unknown, and taken to come from L2
+    instructions: float = 0.0  # of one warp in one step; 0: as many as an implicit GEMM of so many loads has
     operations: float = 20.0  # on tiles, of one step; as counted in a step of an implicit GEMM
 
 

@@ -241,6 +241,8 @@ def instructions(problem: Problem, work: Work) -> float:
     """Of one warp in one step; 0 where an engine counts them among its products."""
     if not work.sums:
         return 0.0
+    if work.instructions:
+        return work.instructions
     *_, fixed, each_load = _code(problem)
     return fixed + each_load * _loads(problem, work)
 

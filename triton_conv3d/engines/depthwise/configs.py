@@ -7,10 +7,10 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
-from ...problem import VECTOR_BYTES, Problem
+from ...problem import VECTOR_BYTES, Problem, met_taps
 from ..base import Config
 from .axes import ring_size
-from .geometry import ROWS, SLIDE, axes, channel_unit, instructions, lanes_last, met_taps, plan, produced, registers
+from .geometry import ROWS, SLIDE, axes, channel_unit, instructions, lanes_last, plan, produced, registers
 
 CHAIN = 16_384  # products of one wgrad accumulator: bounds its rounding errors
 WORKSPACE_LIMIT = 64 * 2**20  # bytes of float32 partial sums

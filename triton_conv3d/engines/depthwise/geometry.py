@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ...problem import CONTIGUOUS, VECTOR_BYTES, VIEW, Problem, Triple
+from ...problem import CONTIGUOUS, VECTOR_BYTES, VIEW, Problem, Triple, met_taps
 from . import axes as _axes
 
 if TYPE_CHECKING:
@@ -36,37 +36,6 @@ _CACHE_BYTES = 24  # that a multiprocessor reads from L2 in a cycle: about 5.5 T
 positions, ring_size, strip_step = (
     functools.lru_cache(maxsize=65536)(function) for function in (_axes.positions, _axes.ring_size, _axes.strip_step)
 )
-
-
-@dataclass(frozen=True)
-class Taps:
-    """The kernel without the taps that only ever meet padding: its first tap, its size, and the padding before it."""
-
-    first: Triple
-    kernel: Triple
-    pad: Triple
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.kernel)
-
-
-@functools.lru_cache(maxsize=4096)
-def met_taps(problem: Problem) -> Taps:
-    first, kernel, pad = [], [], []
-    for size, outputs, taps, stride, dilation, before in zip(
-        problem.input_size, problem.output_size, problem.kernel_size, problem.stride, problem.dilation,
-        problem.padding[::2], strict=True,
-    ):  # fmt: skip
-        # Through tap t output o meets position o * stride - ahead, where ahead = before - t * dilation.
-        ahead = [before - t * dilation for t in range(taps)]
-        met = [t for t, a in enumerate(ahead) if max(0, -(-a // stride)) <= min(outputs - 1, (size - 1 + a) // stride)]
-        met = met or [0]
-        low = min(met[0], before // dilation)
-        first.append(low)
-        kernel.append(met[-1] - low + 1)
-        pad.append(before - low * dilation)
-    return Taps(tuple(first), tuple(kernel), tuple(pad))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,15 @@ The convolution as a matrix product whose left operand is never built: pixels x 
 (taps, channels) x filters (Chetlur et al., 2014, cuDNN; CUTLASS calls it fprop / dgrad / wgrad). Operands whose
 channels are not dense and last are copied; the result is written in the format that torch returns. Partial sums of
 split reductions are float32 and added in a fixed order, so equal inputs give equal bits.
+
+Small groups share a tile: their weights are blocks on its diagonal, zeros elsewhere (configs.packed_groups). Of g groups
+a tile multiplies g times what it must, instead of leaving as much of it empty, and loads the channels of all as vectors.
+In forward and dgrad an infinity or NaN in a channel therefore is NaN in what the groups of its tile compute of that pixel.
+
+Bytes by design. From memory: input, weight and output once, the minimum, where the wave of programs that runs at once
+keeps what it reads in L2 (cost_model._shared_reads counts it); besides, twice what is copied for its layout, and 8 bytes
+an element of the result for each split. From L2: every tile of the input once for each tap and column of tiles. Layers
+of few channels are therefore bound by L2, not by memory: "depthwise" and "folded" are for those that they take.
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ from ..base import (
     upcast,
 )
 from ..launching import launch_kernel
-from .configs import CHAIN, GROUP_M, GemmConfig, configs, workspace_bytes
+from .configs import CHAIN, GROUP_M, GemmConfig, channels, configs, packed_groups, workspace_bytes
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
 
 __all__ = ["NAME", "GemmConfig", "configs", "launch", "memory", "supports", "work"]
@@ -74,9 +83,9 @@ def _extents(problem: Problem) -> tuple[float, int, float, int, float, int, floa
     result, bytes copied) of one group's matrix product: what :func:`work` needs of a problem, whatever the config."""
     met = max(1.0, problem.taps / math.prod(problem.stride))
     result, copies = math.prod(problem.result_shape), memory(problem, _WHOLE).copies
+    produced, reduced = channels(problem)
     if problem.pass_ == "wgrad":
-        return problem.group_out, problem.taps * problem.group_in, problem.pixels, 1, met, result, copies
-    produced, _ = _channels(problem)
+        return produced, problem.taps * reduced, problem.pixels, 1, met, result, copies
     classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1  # which share pixels and taps evenly
     pixels = result // (produced * problem.groups) / classes
     return pixels, produced, problem.taps / classes, classes, met, result, copies
@@ -87,16 +96,18 @@ def work(problem: Problem, config: GemmConfig) -> Work:
     item = problem.itemsize
     m, n, k, splits = config.block_m, config.block_n, config.block_k, config.splits
     extent_m, extent_n, reduction, classes, met, result, copies = _extents(problem)
-    rows, columns = math.ceil(extent_m / m), math.ceil(extent_n / n)
+    together, reduced = packed_groups(problem, config), channels(problem)[1]
+    wgrad = problem.pass_ == "wgrad"
+    rows, columns = math.ceil(extent_m * (together if wgrad else 1) / m), math.ceil(extent_n * together / n)
     row_bytes, column_bytes = float(item * m * k), float(item * n * k)
-    if problem.pass_ == "wgrad":
+    if wgrad:
         iterations = math.ceil(math.ceil(reduction / k) / splits)
         order = Order(rows, columns, GROUP_M, row_bytes, column_bytes / met)
     else:
-        iterations = math.ceil(math.ceil(reduction * math.ceil(_channels(problem)[1] / k)) / splits)
+        iterations = math.ceil(math.ceil(reduction * math.ceil(together * reduced / k)) / splits)
         order = Order(rows, columns, GROUP_M, row_bytes, column_bytes, met)
     return Work(
-        programs=rows * columns * classes * problem.groups * splits,
+        programs=rows * columns * classes * math.ceil(problem.groups / together) * splits,
         iterations=iterations,
         flops=2.0 * m * n * k,
         bytes_read=row_bytes + column_bytes,
@@ -107,16 +118,10 @@ def work(problem: Problem, config: GemmConfig) -> Work:
         launches=1 + (splits > 1),
         tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
         sums=m * n,
-        vector_bytes=max(problem.alignment, item),
+        vector_bytes=max(math.gcd(problem.alignment, together * reduced * item), item),
         stages=config.num_stages,
         order=order,
     )
-
-
-def _channels(problem: Problem) -> tuple[int, int]:
-    """(produced, reduced) channels of one group."""
-    inner = (problem.group_out, problem.group_in)
-    return inner if problem.pass_ == "forward" else inner[::-1]
 
 
 def unit(itemsize: int, *elements: int) -> int:
@@ -186,7 +191,8 @@ def _gather_launch(
     x_shape, y_shape = problem.input_shape, problem.output_shape
     if dgrad:
         x_shape, y_shape = y_shape, x_shape
-    produced, reduced = _channels(problem)
+    together = packed_groups(problem, config)
+    produced, reduced = (together * count for count in channels(problem))
     low, stride, dilation = problem.padding[::2], problem.stride, problem.dilation
     strided = dgrad and stride != (1, 1, 1)
     common = tuple(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
@@ -205,16 +211,17 @@ def _gather_launch(
     itemsize = 4 if split else problem.itemsize
     y_strides = format_strides(y_shape, torch.channels_last_3d if split else problem.memory_format)
     y_pixels = pixel_strides(y_shape, y_strides)
-    y_unit = unit(itemsize, produced, *y_pixels) if y_strides[1] == 1 else 1
+    y_unit = unit(itemsize, produced, y_shape[1], *y_pixels) if y_strides[1] == 1 else 1
     x_pixels = pixel_strides(x_shape, strides)
-    x_unit = unit(problem.itemsize, reduced, *x_pixels) if x_aligned else 1
+    x_unit = unit(problem.itemsize, reduced, x_shape[1], *x_pixels) if x_aligned else 1
     w_unit = unit(problem.itemsize, problem.group_in) if w_aligned else 1
     w_strides = (problem.taps * problem.group_in, problem.group_in)
     arguments = (
         problem.batch, x_shape[2:], y_shape[2:], problem.kernel_size,
         scale, start, step, stride, dilation, tap_step,
         _in_units(x_pixels, x_unit), _in_units(w_strides, w_unit), (*_in_units(y_pixels, y_unit), y_strides[1]),
-        math.prod(y_shape) if split else 0, reduced // x_unit, produced // y_unit, config.splits, tiles_m,
+        math.prod(y_shape) if split else 0, reduced // x_unit, produced // y_unit,
+        (x_shape[1] // x_unit, y_shape[1] // y_unit, problem.group_out) if together > 1 else None, config.splits, tiles_m,
     )  # fmt: skip
     options = dict(
         X_UNIT=x_unit,
@@ -224,13 +231,13 @@ def _gather_launch(
         STRIDED=strided,
         BIAS=problem.bias and not split,  # of splits, the reduction adds it, and what follows it
         ACTIVATION=NO_ACTIVATION if split else problem.activation,
-        EVEN=reduced % config.block_k == 0,
+        EVEN=reduced % config.block_k == 0 or together > 1,  # several groups are one step
         FLAT=problem.taps < 32,
         BITS=tl.int32 if min(problem.taps, sum(problem.kernel_size)) < 32 else tl.int64,
         **_constants(problem, config),
         **_options(config),
     )
-    return (tiles_m * tiles_n * problem.groups * config.splits, classes), arguments, options
+    return (tiles_m * tiles_n * -(-problem.groups // together) * config.splits, classes), arguments, options
 
 
 def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:
@@ -252,22 +259,26 @@ def _wgrad_launch(
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for an x of these strides."""
     columns = problem.taps * problem.group_in
-    tiles_m = -(-problem.group_out // config.block_m)
-    tiles_n = -(-columns // config.block_n)
+    together = packed_groups(problem, config)
+    group_out, group_in = (together * count for count in channels(problem))
+    tiles_m = -(-group_out // config.block_m)
+    tiles_n = -(-columns * together // config.block_n)
     split = config.splits > 1
     last = split or problem.result_layout == CHANNELS_LAST
     dw_strides = (columns, problem.group_in, 1) if last else (columns, 1, problem.taps)
     x_pixels = pixel_strides(problem.input_shape, strides)
-    x_unit = unit(problem.itemsize, problem.group_in, *x_pixels) if x_aligned else 1
-    g_unit = unit(problem.itemsize, problem.group_out) if grad_aligned else 1
+    x_unit = unit(problem.itemsize, group_in, problem.in_channels, *x_pixels) if x_aligned else 1
+    g_unit = unit(problem.itemsize, group_out, problem.out_channels) if grad_aligned else 1
     arguments = (
         problem.pixels, problem.input_size, problem.output_size, problem.kernel_size,
         problem.stride, problem.padding[::2], problem.dilation,
         _in_units(x_pixels, x_unit), dw_strides, math.prod(problem.weight_shape) if split else 0,
-        problem.group_in // x_unit, problem.group_out // g_unit, problem.out_channels // g_unit, config.splits, tiles_m,
+        group_in // x_unit, group_out // g_unit, problem.out_channels // g_unit,
+        (problem.in_channels // x_unit, problem.group_in, problem.group_out) if together > 1 else None,
+        config.splits, tiles_m,
     )  # fmt: skip
     options = dict(X_UNIT=x_unit, G_UNIT=g_unit, CHAIN=CHAIN, **_constants(problem, config), **_options(config))
-    return (tiles_m * tiles_n * problem.groups * config.splits, 1), arguments, options
+    return (tiles_m * tiles_n * -(-problem.groups // together) * config.splits, 1), arguments, options
 
 
 def reduce(

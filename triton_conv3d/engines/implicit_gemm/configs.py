@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from ...problem import Problem
+from ...problem import VECTOR_BYTES, Problem
 from ..base import Config
 
 CHAIN = 16_384  # products of one wgrad accumulator before they join a float32 total: bounds the drift of tensor cores
@@ -96,6 +96,7 @@ _SPILLING = {
     ("sm_90", "strided dgrad"): ((256, 128, 8),),
     ("sm_100", "dgrad"): ((128, 128, 4),),
     ("sm_100", "wgrad"): ((64, 128, 8),),
+    ("sm_80", "packed dgrad"): ((256, 32, 4),),
 }
 _SPILLING_SPLIT = {
     ("sm_80", "forward"): ((128, 128, 4), (128, 32, 4), (128, 16, 4)),
@@ -105,6 +106,8 @@ _SPILLING_SPLIT = {
     ("sm_90", "wgrad"): ((16, 128, 4),),
     ("sm_100", "forward"): ((128, 128, 4), (128, 16, 4)),
     ("sm_100", "strided dgrad"): ((128, 128, 4),),
+    ("sm_80", "packed forward"): ((128, 64, 4),),
+    ("sm_100", "packed dgrad"): ((128, 32, 4),),
 }
 _LARGEST_ELSEWHERE = 128 * 128
 _ERF_SUMS = 64  # of a thread, that leave registers for gelu: with 128 it spills on sm_80 and sm_90, others do not
@@ -122,9 +125,15 @@ def spills(problem: Problem, config: GemmConfig) -> bool:
     if gelu_spills(problem, config.block_m * config.block_n / (32 * config.num_warps), config.splits):
         return True
     strided = problem.pass_ == "dgrad" and problem.stride != (1, 1, 1)
-    kind = (problem.arch, "strided dgrad" if strided else problem.pass_)
-    spilling = _SPILLING.get(kind, ()) + (_SPILLING_SPLIT.get(kind, ()) if config.splits > 1 else ())
+    kind = "strided dgrad" if strided else problem.pass_
+    spilling = _spilling(problem.arch, kind, config.splits > 1)
+    if packed_groups(problem, config) > 1:
+        spilling += _spilling(problem.arch, f"packed {kind}", config.splits > 1)
     return (config.block_m, config.block_n, config.num_warps) in spilling
+
+
+def _spilling(arch: str, kind: str, split: bool) -> tuple[tuple[int, int, int], ...]:
+    return _SPILLING.get((arch, kind), ()) + (_SPILLING_SPLIT.get((arch, kind), ()) if split else ())
 
 
 def _base(problem: Problem) -> tuple[GemmConfig, ...]:
@@ -136,31 +145,53 @@ def _base(problem: Problem) -> tuple[GemmConfig, ...]:
     return _WGRAD_32 if wgrad else _GATHER_32
 
 
-def _extent(problem: Problem) -> tuple[int, int, int]:
-    """(rows, columns, reduction) of one group's matrix product, of the largest parity class."""
+def channels(problem: Problem) -> tuple[int, int]:
+    """(produced, reduced) channels of one group; of wgrad its filters, and the channels of its columns."""
+    inner = (problem.group_out, problem.group_in)
+    return inner[::-1] if problem.pass_ == "dgrad" else inner
+
+
+def packed_groups(problem: Problem, tile: GemmConfig) -> int:
+    """Groups that a program computes together: as many as its tile holds whole, in numbers that fill vectors.
+
+    Channels meet filters of their own group on the diagonal of the tile; the rest of it is zeros, in wgrad left out.
+    """
+    if problem.groups == 1:
+        return 1
+    produced, reduced = channels(problem)
+    held = tile.block_m // produced if problem.pass_ == "wgrad" else min(tile.block_k // reduced, tile.block_n // produced)
+    if held >= problem.groups:
+        return problem.groups
+    vector = VECTOR_BYTES // problem.itemsize
+    step = vector // math.gcd(vector, produced, reduced)
+    return max(1, held - held % step if held > step else held)
+
+
+def _extent(problem: Problem, together: int) -> tuple[int, int, int]:
+    """(rows, columns, reduction) of the matrix product of so many groups, of the largest parity class."""
+    produced, reduced = (together * count for count in channels(problem))
     if problem.pass_ == "wgrad":
-        return problem.group_out, problem.taps * problem.group_in, problem.pixels
+        return produced, problem.taps * reduced, problem.pixels
     if problem.pass_ == "forward":
-        return problem.pixels, problem.group_out, problem.taps * problem.group_in
+        return problem.pixels, produced, problem.taps * reduced
     per_class = [-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True)]
     taps = [-(-k // s) for k, s in zip(problem.kernel_size, problem.stride, strict=True)]
-    return problem.batch * math.prod(per_class), problem.group_in, math.prod(taps) * problem.group_out
+    return problem.batch * math.prod(per_class), produced, math.prod(taps) * reduced
 
 
 def _interpreter_tile(problem: Problem) -> GemmConfig:
     """As large as the problem takes: the interpreter's time goes with the number of steps, hardly with their size."""
-    rows, columns, reduction = _extent(problem)
+    rows, columns, reduction = _extent(problem, problem.groups)
     if problem.pass_ == "wgrad":
         sizes = (min(rows, 64), min(columns, 256), min(reduction, 128))
     else:
-        channels = problem.group_in if problem.pass_ == "forward" else problem.group_out
-        sizes = (min(rows, 4096), min(columns, 64), min(channels, 32))
+        sizes = (min(rows, 4096), min(columns, 64), min(channels(problem)[1] * problem.groups, 32))
     return GemmConfig(*(1 << max(4, (size - 1).bit_length()) for size in sizes), num_warps=1, num_stages=1)
 
 
 def _fits(problem: Problem, tile: GemmConfig) -> bool:
     """The tile's stages fit into shared memory, and it is not more than twice what a side of the product needs."""
-    rows, columns, _ = _extent(problem)
+    rows, columns, _ = _extent(problem, packed_groups(problem, tile))
     stages = problem.itemsize * (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
     return (
         stages <= _SHARED_BYTES.get(problem.arch, min(_SHARED_BYTES.values()))
@@ -178,9 +209,11 @@ def workspace_bytes(problem: Problem, config: GemmConfig) -> int:
 
 
 def _splits(problem: Problem, tile: GemmConfig) -> tuple[int, ...]:
-    rows, columns, reduction = _extent(problem)
+    together = packed_groups(problem, tile)
+    rows, columns, reduction = _extent(problem, together)
     classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1
-    tiles = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n) * problem.groups * classes
+    tiles = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n) * classes
+    tiles *= math.ceil(problem.groups / together)
     return split_counts(problem, tiles, steps=math.ceil(reduction / tile.block_k))
 
 

@@ -107,8 +107,9 @@ def gather_gemm(
     w_strides,  # (filter, tap) in W_UNIT
     y_strides,  # (n, d, h, w) in Y_UNIT, q in elements
     split_stride,  # elements from one split's partial sums to the next
-    reduced,  # channels of one group that are summed over, in X_UNIT
-    produced,  # channels of one group that are computed, in Y_UNIT
+    reduced,  # channels of one program that are summed over, in X_UNIT
+    produced,  # channels of one program that are computed, in Y_UNIT
+    packed,  # None, or of programs with several groups: all such channels in the same units, filters of one group
     splits,
     tiles_m,
     residual_ptr,  # None, or with the strides of y
@@ -176,16 +177,27 @@ def gather_gemm(
     x_rows = (n * x_strides[0] + xd * x_strides[1] + xh * x_strides[2] + xw * x_strides[3]) * X_UNIT
     x_tile = (x_rows + group.to(INDEX) * reduced)[:, None] + tl.arange(0, BLOCK_K)[None, :]
 
-    # As a tile, so that the test of each step needs no change of layout inside the loop.
-    valid = tl.where(in_rows[:, None] & (tl.arange(0, BLOCK_K) < reduced)[None, :], valid[:, None], 0)
-
     q = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_q = q < produced
     k = tl.arange(0, BLOCK_K)
+    in_k = k < reduced
+    in_q = q < produced
+    in_filters = in_q[None, :]
+    dense = q if DGRAD else k  # channel of w
+    if packed is not None:  # groups are blocks on the diagonal of w, zeros elsewhere
+        in_k &= k < packed[0] * X_UNIT - group * reduced
+        in_q &= q < packed[1] * Y_UNIT - group * produced
+        group_in = w_strides[1] * W_UNIT
+        of_k = k // (packed[2] if DGRAD else group_in)
+        of_q = q // (group_in if DGRAD else packed[2])
+        in_filters = in_q[None, :] & (of_k[:, None] == of_q[None, :])
+        dense = dense % group_in
     if DGRAD:  # w is (r, q, taps): the group picks r, the dense channel is q
-        w_tile = (group.to(INDEX) * reduced + k[:, None]) * (w_strides[0] * W_UNIT) + q[None, :]
+        w_tile = (group.to(INDEX) * reduced + k[:, None]) * (w_strides[0] * W_UNIT) + dense[None, :]
     else:
-        w_tile = (group.to(INDEX) * produced + q[None, :]) * (w_strides[0] * W_UNIT) + k[:, None]
+        w_tile = (group.to(INDEX) * produced + q[None, :]) * (w_strides[0] * W_UNIT) + dense[:, None]
+
+    # As a tile, so that the test of each step needs no change of layout inside the loop.
+    valid = tl.where(in_rows[:, None] & in_k[None, :], valid[:, None], 0)
 
     # One flat loop over taps and channel blocks; this split takes the part [begin, end) of it.
     blocks = tl.cdiv(reduced, BLOCK_K)
@@ -221,7 +233,7 @@ def gather_gemm(
         else:
             bits = (one << tw) | (one << (taps_w + th)) | (one << (taps_w + taps_h + td))
             in_x = (valid & bits) == bits
-        in_w = in_q[None, :]
+        in_w = in_filters
         if not EVEN:
             in_x &= (r + k < reduced)[None, :]
             in_w &= (r + k < reduced)[:, None]
@@ -276,9 +288,10 @@ def wgrad_gemm(
     x_strides,  # (n, d, h, w) in X_UNIT
     dw_strides,  # (k, tap, c) in elements
     split_stride,
-    group_in,  # C / groups in X_UNIT
-    group_out,  # K / groups in G_UNIT
+    group_in,  # input channels of one program in X_UNIT
+    group_out,  # filters of one program in G_UNIT
     all_out,  # K in G_UNIT
+    packed,  # None, or of programs with several groups: C in X_UNIT, channels and filters of one group
     splits,
     tiles_m,
     X_UNIT: tl.constexpr,
@@ -311,6 +324,9 @@ def wgrad_gemm(
     tap_w = tap % kernel[2] * dilation[2]
     tap_h = tap // kernel[2] % kernel[1] * dilation[1]
     tap_d = tap // (kernel[2] * kernel[1]) * dilation[0]
+    if packed is not None:
+        in_k &= k < all_out * G_UNIT - group * group_out
+        in_columns &= c < packed[0] * X_UNIT - group * group_in
     x_columns = tap_d.to(INDEX) * x_strides[1] + tap_h.to(INDEX) * x_strides[2] + tap_w.to(INDEX) * x_strides[3]
     x_columns *= X_UNIT
     x_columns += group.to(INDEX) * group_in + c
@@ -369,9 +385,13 @@ def wgrad_gemm(
         total += acc
 
     dw_rows = (group.to(INDEX) * group_out + k) * dw_strides[0]
+    in_dw = in_k[:, None] & in_columns[None, :]
+    if packed is not None:  # the other products are of channels with filters of another group
+        in_dw &= (k // packed[2])[:, None] == (c // packed[1])[None, :]
+        c = c % packed[1]
     dw_columns = tap * dw_strides[1] + c * dw_strides[2]
     dw_tile = dw_ptr + split.to(INDEX) * split_stride + (dw_rows[:, None] + dw_columns[None, :])
-    tl.store(dw_tile, rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=in_k[:, None] & in_columns[None, :])
+    tl.store(dw_tile, rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=in_dw)
 
 
 @triton.jit

@@ -1,0 +1,81 @@
+"""Faults planted in the engine for few channels, one at a time, must all be caught by a small battery of its checks.
+
+``python tests/test_folded_faults.py`` prints how each of them ended; :mod:`planting` says how it is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import planting
+import pytest
+from cases import run
+from folded_cases import draw
+from guarded import guards, overflow_checked, run_large
+
+from triton_conv3d.problem import PASSES
+
+KERNELS, HOST = "kernels.py", "__init__.py"
+FAULTS = {
+    "rows_off": (KERNELS, "in_rows = m < sample * batch", "in_rows = m >= 0"),
+    "filters_off": (KERNELS, "in_q = q < produced", "in_q = q >= 0"),
+    "reduction_off": (KERNELS, "needed = tl.where(in_r, needed, -1)", "needed = tl.where(in_r, needed, 0)"),
+    "one_dimension_checked": (KERNELS, "(one << tw) | (one << (KERNEL_W + th)) |", "(one << tw) |"),
+    "tap_order": (KERNELS, "th = r // (REDUCED * KERNEL_W) % KERNEL_H", "th = r // (REDUCED * KERNEL_H) % KERNEL_H"),
+    "channel_first": (KERNELS, "channel = r % REDUCED", "channel = r // (KERNEL_D * KERNEL_H * KERNEL_W)"),
+    "group_of_input": (KERNELS, "x_pixels += group.to(INDEX) * REDUCED * x_strides[1]", "x_pixels += group * 0"),
+    "group_of_weight": (KERNELS, "+ group.to(INDEX) * w_strides[5]", ""),
+    "group_of_bias": (KERNELS, "bias_ptr + group * produced + q", "bias_ptr + q"),
+    "padding_at_the_end": (HOST, "rows = problem.padding[::2]", "rows = problem.padding[1::2]"),
+    "dgrad_forward": (HOST, "tuple(-d // math.gcd(s, d) for", "tuple(d // math.gcd(s, d) for"),
+    "dgrad_class_order": (KERNELS, "index_h = group // stride[2] % stride[1]", "index_h = group // stride[1] % stride[1]"),
+    "dgrad_taps_of_a_class": (KERNELS, "in_r = in_r & (td < taps_d) & (th < taps_h) & (tw < taps_w)", "in_r = in_r"),
+    "dgrad_first_tap": (KERNELS, "tw = tap_w + tw * tap_step[2]", "tw = tw * tap_step[2]"),
+    "dgrad_next_tap": (KERNELS, "th = tap_h + th * tap_step[1]", "th = tap_h + th"),
+    "dgrad_group_of_class": (KERNELS, "group // (stride[2] * stride[1] * stride[0])", "group // (stride[2] * stride[1])"),
+    "dgrad_positions": (KERNELS, "jw = jw * stride[2] + index_w", "jw = jw * stride[2]"),
+    "roles_of_channels": (HOST, "channels = (w_strides[1], w_strides[0])", "channels = w_strides[:2]"),
+    "wgrad_rows_off": (KERNELS, "mask=(r < COLUMNS)[:, None] & in_q[None, :]", "mask=(r >= 0)[:, None] & in_q[None, :]"),
+    "wgrad_filters_off": (KERNELS, "in_g = in_p[:, None] & in_q[None, :]", "in_g = in_p[:, None] & (q >= 0)[None, :]"),
+    "wgrad_pixels_off": (KERNELS, "in_p = p < end", "in_p = p >= 0"),
+    "wgrad_x_beyond_the_pixels": (KERNELS, "outside = tl.where(in_p, ~valid, -1)", "outside = ~valid"),
+    "wgrad_lines": (KERNELS, "planes = lines // y_size[1]", "planes = lines // y_size[0]"),
+    "wgrad_group_of_input": (KERNELS, "x_taps = (group * REDUCED + channel)", "x_taps = channel"),
+    "wgrad_group_of_gradient": (KERNELS, "g_filters = (group * produced + q)", "g_filters = q"),
+    "wgrad_split_short": (KERNELS, "tl.minimum(begin + share, pixels)", "tl.minimum(begin + share, pixels - 1)"),
+    "wgrad_order_of_result": (HOST, "(columns, problem.group_in, 1) if last", "(columns, problem.group_in, 1) if split"),
+    "wgrad_dilation": (KERNELS, "tw.to(INDEX) * dilation[2] * x_strides[4]", "tw.to(INDEX) * dilation[1] * x_strides[4]"),
+    "last_step_only": (KERNELS, "acc = dot(w, x, acc, PRECISION, UPCAST)", "acc = dot(w, x, acc * 0, PRECISION, UPCAST)"),
+    "offsets_in_32_bits": (HOST, "tl.int64 if problem.index64 else tl.int32,", "tl.int32,"),
+}  # fmt: skip
+
+
+def battery(engine: ModuleType, fault: str) -> None:
+    """Raises, or kills the process, if the engine is wrong."""
+    for pass_ in sorted(PASSES, key=lambda pass_: not fault.startswith(pass_)):
+        for seed in range(12):
+            case, config = draw(pass_, seed)
+            with guards(at_end=seed % 3 > 0) as fresh:
+                run(case, engine, engine.configs(case.geometry())[-1] if seed % 2 and pass_ != "wgrad" else config, fresh)
+        with overflow_checked():
+            run_large(engine, pass_, "batch")
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    return planting.outcomes(Path(__file__).name)
+
+
+def test_between_pages_that_fault(outcomes: dict[str, str]) -> None:
+    assert outcomes[planting.SOUND] == "survived"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
+    planting.check(outcomes[name])
+
+
+if __name__ == "__main__":
+    planting.try_all("folded", FAULTS, battery, sys.argv[1:])

@@ -1,0 +1,213 @@
+"""folded: implicit GEMM for few channels, with taps and channels folded together into the reduction.
+
+    y[j, q] = sum over r = (tap, channel) of  x[j * scale + start + tap * step, channel] * w[q, channel, tap]
+
+forward as it stands; dgrad with the gradient as x and the channels' roles exchanged, a stride as parity classes, each of
+them a dense gather through its own taps. With 1 to 8 channels a step of the other implicit GEMM, which takes the channels
+of one tap, is almost empty; here 27 taps of one channel are one step of 32. Elements are loaded one by one, so every
+layout of input and weight is read as it is.
+
+    dw[q, r] = sum over output pixels j of  x[j * stride - pad + tap * dilation, channel] * grad[j, q]
+
+wgrad has the folded side as the wide one. Which taps of a pixel lie inside is worked out once for each pixel and each tap,
+not for each pair. Its pixels are shared out among splits; their partial sums are float32 and added in a fixed order.
+
+Bytes by design: input, weight and output once each from memory (the input's reuse by taps is from L1 and L2), which is
+the minimum; between 1 and 2 bytes in L1 for each product of a pixel and a tap. wgrad reads the gradient again for every
+tile of folded taps and channels (of 128: one for up to 4 channels of 27 taps), and 8 bytes an element of dw for each split.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton.language as tl
+
+from ...problem import CHANNELS_LAST, Operands, Problem, Triple
+from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..implicit_gemm import pixel_strides, reduce, unit
+from ..implicit_gemm.configs import CHAIN, channels
+from ..launching import GRID_LIMIT, launch_kernel
+from .configs import (
+    REGISTERS,
+    FoldedConfig,
+    FoldedWgradConfig,
+    class_taps,
+    classes,
+    configs,
+    tap_step,
+    wgrad_tiles,
+)
+from .kernels import folded_gemm, folded_wgrad
+
+__all__ = ["NAME", "FoldedConfig", "FoldedWgradConfig", "configs", "launch", "memory", "supports", "work"]
+
+NAME = "folded"
+_MOST_CHANNELS = 8  # of one group; from 16 on the steps of one tap's channels are full
+_WGRAD_STEP, _WGRAD_LOAD = 250.0, 14.0  # instructions of a warp in a step of wgrad, and for each load of x: SASS, sm_90
+_MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
+
+
+def supports(problem: Problem) -> str | None:
+    if reason := refused_by_kernels(problem):
+        return reason
+    produced, reduced = channels(problem)
+    if reduced > _MOST_CHANNELS:
+        return f"{reduced} channels to sum over in a group: more than {_MOST_CHANNELS}"
+    if reduced == produced == 1 and problem.groups > 1:
+        return "depthwise: a tile would hold one channel"
+    if sum(class_taps(problem)) > _MOST_TAP_BITS:
+        return f"kernel sizes {problem.kernel_size} add up to more than {_MOST_TAP_BITS}"
+    if problem.groups * classes(problem) > GRID_LIMIT[1]:
+        return f"groups={problem.groups}, of {classes(problem)} parity classes: more than {GRID_LIMIT[1]}"
+    if problem.arch == "gfx942" and problem.precision == "tf32x3":
+        return "tf32x3 needs NVIDIA's tensor cores"
+    return None
+
+
+def memory(problem: Problem, config: FoldedConfig) -> Memory:
+    splits = getattr(config, "splits", 1)
+    return Memory(4 * splits * math.prod(problem.weight_shape) if splits > 1 else 0)
+
+
+def work(problem: Problem, config: FoldedConfig) -> Work:
+    """The launch as the cost model sees it."""
+    m, n, k = config.block_m, config.block_n, config.block_k
+    if problem.pass_ == "wgrad":
+        return _wgrad_work(problem, config)
+    (produced, reduced), copies = channels(problem), problem.groups * classes(problem)
+    pixels = math.prod(problem.result_shape) / (produced * copies)
+    return Work(
+        programs=math.ceil(pixels / m) * math.ceil(produced / n) * copies,
+        iterations=math.ceil(math.prod(class_taps(problem)) * reduced / k),
+        flops=2.0 * m * n * k,
+        bytes_read=float(problem.itemsize * (m + n) * k),
+        bytes_written=float(problem.itemsize * m * n),
+        num_warps=config.num_warps,
+        shared_bytes=problem.itemsize * (m + n) * k * config.num_stages,
+        tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+        sums=m * n,
+        vector_bytes=problem.itemsize,
+        stages=config.num_stages,
+    )
+
+
+def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
+    m, n, k, item, split = config.block_m, config.block_n, config.block_k, problem.itemsize, config.splits > 1
+    result = math.prod(problem.weight_shape)
+    return Work(
+        programs=wgrad_tiles(problem, config) * problem.groups * config.splits,
+        iterations=math.ceil(math.ceil(problem.pixels / k) / config.splits),
+        flops=2.0 * m * n * k,
+        bytes_read=float(item * (m + n) * k),
+        bytes_written=float((4 if split else item) * m * n),
+        num_warps=config.num_warps,
+        shared_bytes=item * n * k * config.num_stages,
+        extra_bytes=float(result * (4 * config.splits + item)) if split else 0.0,
+        launches=1 + split,
+        tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+        sums=m * n,
+        vector_bytes=item,
+        stages=config.num_stages,
+        instructions=_WGRAD_STEP + _WGRAD_LOAD * m * k / (32 * config.num_warps),
+    )
+
+
+def launch(problem: Problem, operands: Operands, config: FoldedConfig) -> torch.Tensor:
+    if problem.pass_ == "wgrad":
+        return _wgrad(problem, operands, config)
+    x, w = operands.grad if problem.pass_ == "dgrad" else operands.input, operands.weight
+    y = problem.empty_result(x.device)
+    grid, arguments, options = _launch(problem, config, x.stride(), w.stride())
+    launch_kernel(folded_gemm, grid, (x, w, operands.bias, y, *arguments, *residual_and_slope(problem, operands)), options)
+    return y
+
+
+def _wgrad(problem: Problem, operands: Operands, config: FoldedWgradConfig) -> torch.Tensor:
+    x, grad = operands.input, operands.grad
+    dw = problem.empty_result(x.device)
+    split = config.splits > 1
+    target = x.new_empty((config.splits, dw.numel()), dtype=torch.float32) if split else dw
+    grid, arguments, options = _wgrad_launch(problem, config, x.stride(), grad.stride(), aligned(grad))
+    launch_kernel(folded_wgrad, grid, (grad, x, target, *arguments), options)
+    if split:
+        reduce(problem, target, None, dw)
+    return dw
+
+
+@functools.lru_cache(maxsize=4096)
+def _wgrad_launch(
+    problem: Problem, config: FoldedWgradConfig, x_strides: tuple[int, ...], g_strides: tuple[int, ...], g_aligned: bool
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the tensors, options) for operands of these strides."""
+    columns, split = problem.taps * problem.group_in, config.splits > 1
+    last = split or problem.result_layout == CHANNELS_LAST
+    pixels = pixel_strides(problem.output_shape, g_strides)
+    g_unit = unit(problem.itemsize, problem.group_out, *pixels) if g_aligned and g_strides[1] == 1 else 1
+    arguments = (
+        problem.pixels, problem.input_size, problem.output_size, problem.stride, problem.padding[::2], problem.dilation,
+        x_strides, (*(stride // g_unit for stride in pixels), g_strides[1]),
+        (columns, problem.group_in, 1) if last else (columns, 1, problem.taps),
+        math.prod(problem.weight_shape) if split else 0, problem.group_out, config.splits,
+    )  # fmt: skip
+    options = dict(G_UNIT=g_unit, CHAIN=CHAIN, **_options(problem, config, problem.kernel_size))
+    return (wgrad_tiles(problem, config) * config.splits, problem.groups), arguments, options
+
+
+def _options(problem: Problem, config: FoldedConfig, kernel: Triple) -> dict:
+    """What both kernels have in common."""
+    return dict(
+        KERNEL_D=kernel[0],
+        KERNEL_H=kernel[1],
+        KERNEL_W=kernel[2],
+        REDUCED=channels(problem)[1],
+        INDEX=tl.int64 if problem.index64 else tl.int32,
+        BITS=tl.int32 if sum(kernel) < 32 else tl.int64,
+        PRECISION=problem.precision,
+        UPCAST=upcast(problem),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    problem: Problem, config: FoldedConfig, x_strides: tuple[int, ...], w_strides: tuple[int, ...]
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the tensors, options) for operands of these strides."""
+    produced = channels(problem)[0]
+    low, parity, rows = problem.padding[::2], None, problem.output_size
+    if problem.pass_ == "dgrad":  # position i reads grad at (i + pad - t * dilation) / stride, where that divides
+        x_shape, y_shape = problem.output_shape, problem.input_shape
+        rows = tuple(-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True))
+        step = tuple(-d // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
+        scale, start = (1, 1, 1), low
+        w_channels = (w_strides[1], w_strides[0])
+        if problem.stride != (1, 1, 1):
+            parity = (problem.kernel_size, problem.stride, problem.dilation, tap_step(problem))
+    else:
+        x_shape, y_shape = problem.input_shape, problem.output_shape
+        scale, start, step = problem.stride, tuple(-pad for pad in low), problem.dilation
+        w_channels = w_strides[:2]
+    y_strides = format_strides(y_shape, problem.memory_format)
+    pixels = pixel_strides(y_shape, y_strides)
+    y_unit = unit(problem.itemsize, produced, *pixels) if y_strides[1] == 1 else 1
+    arguments = (
+        problem.batch, x_shape[2:], y_shape[2:], scale, start, step, parity, x_strides,
+        (*w_channels, *w_strides[2:], problem.group_out * w_strides[0]),
+        (*(stride // y_unit for stride in pixels), y_strides[1]), produced // y_unit,
+    )  # fmt: skip
+    options = dict(
+        Y_UNIT=y_unit,
+        BIAS=problem.bias,
+        ACTIVATION=problem.activation,
+        **_options(problem, config, class_taps(problem)),
+        **(REGISTERS.get((config.block_m, config.block_n), {}) if problem.arch.startswith("sm_") else {}),
+    )
+    tiles = -(-problem.batch * math.prod(rows) // config.block_m) * -(-produced // config.block_n)
+    return (tiles, problem.groups * classes(problem)), arguments, options

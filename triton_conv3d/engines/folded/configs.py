@@ -1,0 +1,96 @@
+"""The configurations of the folded GEMM, and what its launch and its cost share: channels, parity classes and taps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ...problem import Problem, Triple
+from ..base import Config
+from ..implicit_gemm.configs import channels, split_counts
+
+
+@dataclass(frozen=True)
+class FoldedConfig(Config):
+    """
+    block_m, block_n: tile of the result: pixels x channels. block_k: folded taps and channels of one step.
+    num_warps, num_stages: as Triton's launch options.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class FoldedWgradConfig(FoldedConfig):
+    """
+    block_m, block_n: tile of the result: folded taps and channels x filters. block_k: pixels of one step.
+    splits: parts of the pixels that run in parallel, each with its float32 partial sums.
+    """
+
+    splits: int = 1
+
+
+# Of a thread, by tile: left alone, NVIDIA's compiler spills to fit one program more.
+REGISTERS = {(128, 128): {"maxnreg": 255}, (128, 64): {"maxnreg": 128}}
+
+# The smallest last: it fits every GPU.
+_TILES = (
+    FoldedConfig(128, 128, 32, 8),
+    FoldedConfig(128, 64, 32, 8),
+    FoldedConfig(128, 32, 32, 4),
+    FoldedConfig(128, 16, 32, 4),
+    FoldedConfig(64, 64, 32, 4),
+    FoldedConfig(32, 16, 16, 2),
+)
+_WGRAD_TILES = (
+    FoldedWgradConfig(128, 64, 32, 8),
+    FoldedWgradConfig(128, 32, 32, 4),
+    FoldedWgradConfig(128, 16, 32, 4),
+    FoldedWgradConfig(64, 64, 32, 4),
+    FoldedWgradConfig(32, 64, 64, 4),
+    FoldedWgradConfig(32, 32, 64, 4),
+    FoldedWgradConfig(16, 16, 32, 2),
+)
+
+
+def classes(problem: Problem) -> int:
+    """Parity classes of a dgrad: input positions of equal remainder, which meet the same taps."""
+    return math.prod(problem.stride) if problem.pass_ == "dgrad" else 1
+
+
+def tap_step(problem: Problem) -> Triple:
+    """Taps from one that a parity class meets to the next."""
+    if problem.pass_ != "dgrad":
+        return (1, 1, 1)
+    return tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
+
+
+def class_taps(problem: Problem) -> Triple:
+    """Taps that a class meets at most."""
+    return tuple(-(-taps // step) for taps, step in zip(problem.kernel_size, tap_step(problem), strict=True))
+
+
+def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
+    """The tiles that are not more than twice as wide as there are channels, the smallest last."""
+    produced, reduced = channels(problem)
+    wide = 2 * max(16, produced)
+    if problem.pass_ != "wgrad":
+        return tuple(tile for tile in _TILES if tile.block_n < wide)
+    high = 2 * max(16, problem.taps * reduced)
+    tiles = [tile for tile in _WGRAD_TILES if tile.block_n < wide and tile.block_m < high]
+    offers = [replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile)]
+    return (*(offer for offer in offers if offer != _WGRAD_TILES[-1]), _WGRAD_TILES[-1])
+
+
+def wgrad_tiles(problem: Problem, tile: FoldedConfig) -> int:
+    """Programs of one group and split."""
+    produced, reduced = channels(problem)
+    return math.ceil(problem.taps * reduced / tile.block_m) * math.ceil(produced / tile.block_n)
+
+
+def _splits(problem: Problem, tile: FoldedConfig) -> tuple[int, ...]:
+    return split_counts(problem, wgrad_tiles(problem, tile) * problem.groups, math.ceil(problem.pixels / tile.block_k))
