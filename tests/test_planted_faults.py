@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ from types import ModuleType
 import planting
 import pytest
 from guarded import guards, overflow_checked, run_large
+
+from triton_conv3d.problem import PASSES
 
 KERNELS, HOST = "kernels.py", "__init__.py"
 
@@ -44,8 +47,8 @@ FAULTS = {
     "wgrad_hop_short": (KERNELS, "hop_h = BLOCK_K // size_w % size_h", "hop_h = BLOCK_K // size_w % size_w"),
     "wgrad_tap_order": (KERNELS, "tap_h = tap // kernel[2] % kernel[1]", "tap_h = tap // kernel[1] % kernel[1]"),
     "strides_of_result": (KERNELS, "jh * y_strides[2] + jw * y_strides[3]) * Y_UNIT", "jw * y_strides[2] + jh * y_strides[3]) * Y_UNIT"),
-    "depth_in_32_bits": (KERNELS, "n.to(INDEX) * x_strides[0] + xd.to(INDEX) * x_strides[1]", "n.to(INDEX) * x_strides[0] + xd * x_strides[1]"),
-    "row_in_32_bits": (HOST, '"INDEX": tl.int64 if problem.index64 else tl.int32', '"INDEX": tl.int32'),
+    "large_depth_in_32_bits": (KERNELS, "n.to(INDEX) * x_strides[0] + xd.to(INDEX) * x_strides[1]", "n.to(INDEX) * x_strides[0] + xd * x_strides[1]"),
+    "large_row_in_32_bits": (HOST, '"INDEX": tl.int64 if problem.index64 else tl.int32', '"INDEX": tl.int32'),
     # groups
     "group_offset_in_x": (KERNELS, "(x_rows + group.to(INDEX) * reduced)", "(x_rows + group.to(INDEX) * produced)"),
     "group_offset_in_weight": (KERNELS, "(group.to(INDEX) * produced + q[None, :])", "(q[None, :])"),
@@ -63,13 +66,13 @@ FAULTS = {
     "padding_at_the_end": (HOST, "low, stride, dilation = problem.padding[::2]", "low, stride, dilation = problem.padding[1::2]"),
     "wgrad_padding_at_the_end": (HOST, "problem.stride, problem.padding[::2], problem.dilation", "problem.stride, problem.padding[1::2], problem.dilation"),
     "wgrad_stride_forgotten": (KERNELS, "xh = yh * stride[1] - pad[1]", "xh = yh - pad[1]"),
-    "dilation_of_width": (KERNELS, "tap_w = tap % kernel[2] * dilation[2]", "tap_w = tap % kernel[2] * dilation[1]"),
+    "wgrad_dilation_of_width": (KERNELS, "tap_w = tap % kernel[2] * dilation[2]", "tap_w = tap % kernel[2] * dilation[1]"),
     "dgrad_step_forward": (HOST, "step = tuple(-d // g for d, g in", "step = tuple(d // g for d, g in"),
     "dgrad_common_factor": (HOST, "common = tuple(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))", "common = (1, 1, 1)"),
-    "class_size_of_another": (KERNELS, "(size - index + stride - 1) // stride", "size // stride"),
-    "class_first_tap_last": (KERNELS, "tap = kernel - 1 - back", "tap = back"),
-    "class_too_few": (HOST, "classes = math.prod(stride) if strided", "classes = math.prod(stride) - 1 if strided"),
-    "class_order": (KERNELS, "index_h = tl.program_id(1) // stride[2] % stride[1]", "index_h = tl.program_id(1) // stride[1] % stride[1]"),
+    "dgrad_class_size_of_another": (KERNELS, "(size - index + stride - 1) // stride", "size // stride"),
+    "dgrad_class_first_tap_last": (KERNELS, "tap = kernel - 1 - back", "tap = back"),
+    "dgrad_class_too_few": (HOST, "classes = math.prod(stride) if strided", "classes = math.prod(stride) - 1 if strided"),
+    "dgrad_class_order": (KERNELS, "index_h = tl.program_id(1) // stride[2] % stride[1]", "index_h = tl.program_id(1) // stride[1] % stride[1]"),
     # splits and accumulation
     "split_share_rounded_down": (KERNELS, "share = tl.cdiv(taps * blocks, splits)", "share = taps * blocks // splits"),
     "split_begins_at_zero": (KERNELS, "begin = split * share\n    end = tl.minimum(begin + share, taps * blocks)", "begin = split * 0\n    end = tl.minimum(begin + share, taps * blocks)"),
@@ -89,56 +92,77 @@ FAULTS = {
 }  # fmt: skip
 
 
+# In float32, whole and split, each between pages that fault.
+GEOMETRIES = (
+    dict(batch=2, in_channels=7, out_channels=19, input_size=(3, 5, 2), kernel_size=(2, 3, 2), padding=(1, 0, 2, 0, 0, 1)),
+    dict(in_channels=20, out_channels=25, groups=5, stride=(2, 3, 2), input_size=(5, 5, 6), kernel_size=(3, 2, 3),
+         padding=(1, 1, 0, 0, 1, 0), dilation=(1, 1, 2)),
+    dict(in_channels=16, out_channels=16, kernel_size=(1, 2, 2), input_size=(2, 3, 3), layouts=("unaligned",) * 2),
+    dict(in_channels=4, out_channels=20, groups=1, stride=(2, 1, 1), dilation=(2, 3, 1), input_size=(5, 7, 3), batch=3,
+         kernel_size=(2, 2, 1), layouts=("contiguous", "channel_step")),
+    dict(in_channels=2, out_channels=2, kernel_size=(1, 2, 36), input_size=(1, 2, 37), padding=(0, 0, 1, 0, 0, 1)),
+)  # fmt: skip
+
+
 def battery(engine: ModuleType, fault: str) -> None:
-    """Raises, or kills the process, if the engine is wrong; begins with the pass that the fault's name begins with."""
+    """Raises, or kills the process, if the engine is wrong; begins with the part that the fault's name begins with."""
+    parts = {pass_: functools.partial(_check_pass, pass_) for pass_ in PASSES}
+    parts |= {"swizzle": _check_bands, "tf32": _check_same_sign, "chain": _check_chain, "large": _check_large}
+    for name in sorted(parts, key=lambda name: not fault.startswith(name)):
+        parts[name](engine)
+
+
+def _check_pass(pass_: str, engine: ModuleType) -> None:
     from cases import Case, run
 
-    geometries = (
-        dict(batch=2, in_channels=7, out_channels=19, input_size=(3, 5, 2), kernel_size=(2, 3, 2), padding=(1, 0, 2, 0, 0, 1)),
-        dict(in_channels=20, out_channels=25, groups=5, stride=(2, 3, 2), input_size=(5, 5, 6), kernel_size=(3, 2, 3),
-             padding=(1, 1, 0, 0, 1, 0), dilation=(1, 1, 2)),
-        dict(in_channels=16, out_channels=16, kernel_size=(1, 2, 2), input_size=(2, 3, 3), layouts=("unaligned",) * 2),
-        dict(in_channels=4, out_channels=20, groups=1, stride=(2, 1, 1), dilation=(2, 3, 1), input_size=(5, 7, 3), batch=3,
-             kernel_size=(2, 2, 1), layouts=("contiguous", "channel_step")),
-        dict(in_channels=2, out_channels=2, kernel_size=(1, 2, 36), input_size=(1, 2, 37), padding=(0, 0, 1, 0, 0, 1)),
-    )  # fmt: skip
-    passes = sorted(("forward", "dgrad", "wgrad"), key=lambda pass_: not fault.startswith(pass_))
-    for pass_ in passes:
-        for i, geometry in enumerate(geometries):
-            bias = pass_ == "forward"
-            for at_end in (True, False):
-                case = Case(pass_, bias=bias, channels_last=at_end, seed=i, dtype="float32", **geometry)
-                with guards(at_end) as fresh:
-                    smallest = engine.configs(case.geometry())[-1]
-                    run(case, engine, smallest, fresh)
-                    run(case, engine, dataclasses.replace(smallest, splits=3), fresh)
-        half = Case(pass_, in_channels=24, out_channels=24, input_size=(3, 3, 4), kernel_size=(1, 2, 3), dtype="float16")
-        smallest = engine.configs(half.geometry())[-1]
-        for splits in (1, 3):
-            run(half.replace(exact=False), engine, dataclasses.replace(smallest, splits=splits))
-    # Ten rows of tiles: one band of the swizzle and a rest, and two columns.
+    for i, geometry in enumerate(GEOMETRIES):
+        for at_end in (True, False):
+            case = Case(pass_, bias=pass_ == "forward", channels_last=at_end, seed=i, dtype="float32", **geometry)
+            with guards(at_end) as fresh:
+                smallest = engine.configs(case.geometry())[-1]
+                run(case, engine, smallest, fresh)
+                run(case, engine, dataclasses.replace(smallest, splits=3), fresh)
+    half = Case(pass_, in_channels=24, out_channels=24, input_size=(3, 3, 4), kernel_size=(1, 2, 3), dtype="float16")
+    smallest = engine.configs(half.geometry())[-1]
+    for splits in (1, 3):
+        run(half.replace(exact=False), engine, dataclasses.replace(smallest, splits=splits))
+
+
+def _check_bands(engine: ModuleType) -> None:
+    """Ten rows of tiles: one band of the swizzle and a rest, and two columns."""
+    from cases import Case, run
+
     run(Case("forward", in_channels=1, out_channels=17, input_size=(5, 8, 8), kernel_size=(1, 1, 1)), engine)
-    tf32 = Case("forward", in_channels=40, out_channels=8, input_size=(2, 2, 2), kernel_size=(2, 2, 2), precision="tf32")
-    _check_same_sign(engine, tf32)
-    chain = Case("wgrad", in_channels=1, out_channels=2, input_size=(17, 31, 32), kernel_size=(1, 1, 1), dtype="float16")
-    run(chain, engine, dataclasses.replace(engine.configs(chain.geometry())[-1], block_k=256))
-    for pass_ in passes:
-        for crossing in ("batch", "depth"):
-            with overflow_checked():
-                run_large(engine, pass_, crossing)
 
 
-def _check_same_sign(engine: ModuleType, case) -> None:
-    """T4 on operands of one sign, where truncation of each product does not cancel."""
+def _check_same_sign(engine: ModuleType) -> None:
+    """T4 in tf32 on operands of one sign, where truncation of each product does not cancel."""
     import tolerances
-    from cases import make, pose
+    from cases import Case, make, pose
 
+    case = Case("forward", in_channels=40, out_channels=8, input_size=(2, 2, 2), kernel_size=(2, 2, 2), precision="tf32")
     _, operands = make(case.replace(exact=False))
     for tensor in (operands.input, operands.weight):
         tensor.abs_()
     problem = pose(case, operands)
     result = engine.launch(problem, operands, engine.configs(problem)[-1])
     tolerances.check_drift(result, problem, operands)
+
+
+def _check_chain(engine: ModuleType) -> None:
+    """A wgrad of more products than one accumulator takes."""
+    from cases import Case, run
+
+    chain = Case("wgrad", in_channels=1, out_channels=2, input_size=(17, 31, 32), kernel_size=(1, 1, 1), dtype="float16")
+    run(chain, engine, dataclasses.replace(engine.configs(chain.geometry())[-1], block_k=256))
+
+
+def _check_large(engine: ModuleType) -> None:
+    """Offsets beyond 32 bits."""
+    for pass_ in PASSES:
+        for crossing in ("batch", "depth"):
+            with overflow_checked():
+                run_large(engine, pass_, crossing)
 
 
 @pytest.fixture(scope="module")
