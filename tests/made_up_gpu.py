@@ -121,7 +121,7 @@ def install() -> None:
         RuntimeError: there is a GPU: what is made up here would pass for measured on it.
     """
     if torch.cuda.is_available():
-        raise RuntimeError(f"this machine has a GPU, {torch.cuda.get_device_name()}: the made-up one is for those without")
+        raise RuntimeError(f"there is a GPU, {torch.cuda.get_device_name()}: the made-up one is for machines without")
     triton.runtime.driver.set_active(Driver())
     _redirect(torch, "empty", "empty_strided", "empty_like", "zeros", "ones", "full", "rand", "randn", "randint", "tensor")
     _redirect(torch, "arange", "Generator")

@@ -39,8 +39,8 @@ def explain_graphs(model: nn.Module, args: Sequence) -> list[Report]:
         try:
             results = function(*args)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            name = type(model).__name__
-            raise RuntimeError(f"{name} decides by what tensors hold ({error}), and explain computes nothing") from error
+            message = f"{type(model).__name__} decides by what tensors hold ({error}), and explain computes nothing"
+            raise RuntimeError(message) from error
         results = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.requires_grad]
         sources = [t for t in (*tree_leaves(args), *double.parameters()) if getattr(t, "requires_grad", False)]
         if results and sources:
