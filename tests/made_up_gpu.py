@@ -115,7 +115,13 @@ def _redirect(owner, *names: str) -> None:
 
 
 def install() -> None:
-    """Make this process believe that it has the GPU. There is no way back."""
+    """Make this process believe that it has the GPU. There is no way back.
+
+    Raises:
+        RuntimeError: there is a GPU: what is made up here would pass for measured on it.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError(f"there is a GPU, {torch.cuda.get_device_name()}: the made-up one is for machines without")
     triton.runtime.driver.set_active(Driver())
     _redirect(torch, "empty", "empty_strided", "empty_like", "zeros", "ones", "full", "rand", "randn", "randint", "tensor")
     _redirect(torch, "arange", "Generator")

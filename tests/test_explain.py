@@ -114,6 +114,11 @@ class Counted(torch.nn.Module):
         return self.body(torch.nn.functional.pad(x, (0, 0, 0, 0, 1, 0))) * (1 if scale is None else scale)
 
 
+class Deciding(torch.nn.Module):
+    def forward(self, x):
+        return x if x.mean() > 0 else -x
+
+
 class Sealed(torch.nn.Module):
     def __deepcopy__(self, memo):
         raise AssertionError("sealed")
@@ -158,9 +163,10 @@ def test_a_model_without_a_convolution():
         (torch.nn.Sequential(triton_conv3d.LazyConv3d(2, 1)), {}, RuntimeError, "parameters of 0 do not exist.*materialize"),
         (Counted(), {"pass_": "dgrad"}, ValueError, "pass_='dgrad'.*Counted is a model"),
         (torch.nn.Sequential(Sealed()), {}, RuntimeError, "Sequential cannot be copied .*sealed.*before it is sharded"),
+        (Deciding(), {}, RuntimeError, "Deciding decides by what tensors hold"),
         (torch.relu, {}, TypeError, "input must be a tensor, or a module.*builtin_function"),
     ),
-    ids=("lazy", "pass", "sealed", "function"),
+    ids=("lazy", "pass", "sealed", "deciding", "function"),
 )
 def test_models_that_cannot_be_explained(model, further, error, message):
     with pytest.raises(error, match=message):

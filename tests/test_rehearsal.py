@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: nothing has to be rehearsed")
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(Path(__file__).with_name("made_up_gpu.py"))
 

@@ -43,6 +43,7 @@ GEOMETRIES = {
     "stride_3": dict(stride=(3, 3, 3), kernel_size=(3, 2, 2), input_size=(4, 5, 6), out_channels=8),
     "stride_meets_dilation": dict(stride=(2, 2, 6), dilation=(2, 4, 4), kernel_size=(2, 3, 2), input_size=(4, 8, 7)),
     "views_beyond_the_input": dict(stride=(3, 1, 3), input_size=(1, 3, 2), kernel_size=(3, 1, 3), padding=(1, 1, 0, 0, 2, 2)),
+    "no_view": dict(stride=(2, 1, 1), input_size=(1, 3, 7), kernel_size=(1, 2, 2), padding=(1, 1, 0, 0, 0, 0)),
     "lone_view": dict(stride=(2, 1, 1), input_size=(1, 1, 4), kernel_size=(3, 1, 3), padding=(2, 2, 0, 0, 0, 0)),
     "groups": dict(in_channels=32, out_channels=64, groups=2, batch=1),
 }  # fmt: skip

@@ -112,7 +112,8 @@ def explain(
 
     Raises:
         ValueError: an unknown ``pass_``, or one of a model. TypeError: neither tensor nor module. RuntimeError: a model
-            with lazy layers. What ``conv3d`` or the model would raise for the same call.
+            with lazy layers, or one that decides by what tensors hold. What ``conv3d`` or the model would raise for the
+            same call.
     """
     if pass_ is not None and pass_ not in PASSES:
         raise ValueError(f"pass_={pass_!r} is not known: expected one of {', '.join(PASSES)}")

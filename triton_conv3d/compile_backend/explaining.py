@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import backend
@@ -22,7 +22,8 @@ def explain_graphs(model: nn.Module, args: Sequence) -> list[Report]:
     With ``aot_eager`` as the inner backend, for Inductor would compile what nobody runs.
 
     Raises:
-        RuntimeError: a model that cannot be copied, such as one of FSDP's. What the model raises for such an input.
+        RuntimeError: a model that cannot be copied, such as one of FSDP's, or that decides by what tensors hold. What the
+            model raises for such an input.
     """
     model = getattr(model, "_orig_mod", model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -35,7 +36,11 @@ def explain_graphs(model: nn.Module, args: Sequence) -> list[Report]:
     args = tree_map_only(torch.Tensor, mode.from_tensor, tuple(args))
     with collected() as reports, mode:
         function = torch.compile(_caller(double), backend=backend, options={"inner": "aot_eager"}, dynamic=False)
-        results = function(*args)
+        try:
+            results = function(*args)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            message = f"{type(model).__name__} decides by what tensors hold ({error}), and explain computes nothing"
+            raise RuntimeError(message) from error
         results = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.requires_grad]
         sources = [t for t in (*tree_leaves(args), *double.parameters()) if getattr(t, "requires_grad", False)]
         if results and sources:

@@ -31,7 +31,8 @@ def gather(problem: Problem, operands: Operands, config: BrickConfig, target: to
     x = _readable(operands.grad if dgrad else operands.input)
     read = views(problem, config.brick)
     block = (*config.brick, config.block_k)
-    xs = [_swizzled(_descriptor(x, view, read.stride, block)) for view in read.views]
+    read_views = read.views or (_whole(x),)  # of which nothing is read where every tap meets padding: it gives the type
+    xs = [_swizzled(_descriptor(x, view, read.stride, block)) for view in read_views]
     xs += [None] * (MOST_VIEWS - len(xs))
     taps, filters, channels = problem.taps, problem.out_channels, problem.group_in
     w_block = (1, *_weight_block(problem, config))
@@ -47,12 +48,15 @@ def wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: tor
     read = views(problem, config.brick)
     if sum(math.prod(view.taps) for view in read.views) < problem.taps:  # what meets only padding has no gradient
         target.zero_()
-    whole = View((0, 0, 0), problem.output_size, (), (), ())
-    grad = _swizzled(_descriptor(grad, whole, (1, 1, 1), (*config.brick, config.block_k)))
+    grad = _swizzled(_descriptor(grad, _whole(grad), (1, 1, 1), (*config.brick, config.block_k)))
     for view in read.views:
         x_view = _swizzled(_descriptor(x, view, read.stride, (*config.brick, config.block_n)))
         tiles, arguments, options = _wgrad_arguments(problem, config, view, read)
         launch_kernel(wgrad_ring, _grid(target, tiles), (target, grad, x_view, *arguments, tiles), options)
+
+
+def _whole(tensor: torch.Tensor) -> View:
+    return View((0, 0, 0), tensor.shape[2:], (), (), ())
 
 
 def _weight_block(problem: Problem, config: BrickConfig) -> tuple[int, int]:
