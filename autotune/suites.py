@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from triton_conv3d import workload
+from triton_conv3d.posing import cut
 from triton_conv3d.problem import PASSES, Operands, Problem
 from triton_conv3d.workload import DTYPES, Layer
 
@@ -37,10 +38,11 @@ class Case:
     layout: str
 
     def on(self, device: torch.device | str) -> tuple[Problem, Operands]:
-        """The problem, and operands without values."""
+        """The problem that a call asks for, and operands without values."""
         memory_format = LAYOUTS[self.layout]
         operands = self.layer.operands(self.pass_, device, memory_format)
-        return self.layer.problem(self.pass_, operands, self.precision, memory_format), operands
+        problem, _, operands = cut(self.layer.problem(self.pass_, operands, self.precision, memory_format), operands)
+        return problem, operands
 
     def problem(self, gpu: str, arch: str) -> Problem:
         """As the GPU of this name and architecture sees it; needs no GPU."""

@@ -13,6 +13,8 @@ from fake_clock import Clock
 
 from autotune import __main__ as command
 from autotune import device, records, suites, sweep
+from triton_conv3d import ops, workload
+from triton_conv3d.problem import PASSES
 from triton_conv3d.tuning import measure
 from triton_conv3d.tuning.environment import environment
 from triton_conv3d.tuning.search import OWN
@@ -186,6 +188,17 @@ class TestSuites:
         assert len(cases) == 3 * (1 + 2)
         problem = cases[0].problem(GPU, "sm_90")
         assert (problem.device, problem.arch, problem.bias, problem.batch) == (GPU, "sm_90", True, 1)
+
+    @pytest.mark.parametrize("pass_", PASSES)
+    def test_a_case_is_what_a_call_asks_for(self, pass_):
+        """A single frame: of the taps in depth only those in the middle meet it, and a call asks for no others."""
+        case = suites.Case(workload.layer({**LAYER, "D": 1, "bias": False}), pass_, "ieee", "channels_last")
+        last = {"dtype": torch.float16, "device": "meta", "memory_format": torch.channels_last_3d}
+        x, w = (torch.empty(shape, **last) for shape in (case.layer.input_shape, case.layer.weight_shape))
+        asked = ops.problems(x, w, None, (1, 1, 1), (1,) * 6, (1, 1, 1), 1)[PASSES.index(pass_)]
+        problem, operands = case.on("meta")
+        assert problem == asked and problem.kernel_size == (1, 3, 3)
+        assert operands.weight is None or operands.weight.shape == problem.weight_shape
 
     def test_the_designed_set(self):
         layers = suites.designed()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from cases import Case, run
 from folded_cases import draw
 
 from triton_conv3d import engines
+from triton_conv3d.engines.base import format_strides
 from triton_conv3d.engines.implicit_gemm.configs import CHAIN
 from triton_conv3d.problem import PASSES, Problem
 
@@ -78,3 +80,11 @@ def test_long_sums_of_wgrad_join_a_total() -> None:
     assert case.geometry().pixels > CHAIN
     for splits in (1, 3):
         run(case, "folded", dataclasses.replace(tile, splits=splits))
+
+
+def test_wgrad_counts_filters_in_vectors() -> None:
+    """Of an integer Triton knows only whether 16 divides it: 24 filters are vectors of 8 because the kernel says so."""
+    folded, problem = engines.get("folded"), LARGE.replace(pass_="wgrad", out_channels=24)
+    x, grad = (format_strides(s, torch.channels_last_3d) for s in (problem.input_shape, problem.output_shape))
+    _, arguments, options = folded._wgrad_launch(problem, folded.configs(problem)[0], x, grad, True)
+    assert (options["G_UNIT"], arguments[-2]) == (8, 3)

@@ -12,7 +12,7 @@ import functools
 import torch
 
 from . import settings, tuning
-from .problem import Operands, Problem, Taps, describe, trimmed
+from .problem import CHANNELS_LAST, Operands, Problem, Taps, describe, trimmed
 
 _posed: dict[tuple, tuple[Problem, Taps | None]] = {}
 settings.on_change(_posed.clear)
@@ -41,14 +41,25 @@ def pose(
     )  # fmt: skip
     posed = _posed.get(signature)
     if posed is None:
-        rest = (dilation, groups, channels_last, precision)
-        problem, taps = describe(pass_, operands, input_size, weight_size, stride, padding, *rest), None
-        if not problem.empty and (smaller := trimmed(problem)):
-            problem, taps = smaller
-            operands = _with_taps(operands, taps)  # whose layout may be another one
-            problem = describe(pass_, operands, input_size, problem.weight_shape, stride, problem.padding, *rest)
+        geometry = (input_size, weight_size, stride, padding, dilation, groups, channels_last)
+        problem = describe(pass_, operands, *geometry, precision)
+        problem, taps, _ = cut(problem, operands)
         posed = _posed[signature] = problem, taps
     return posed
+
+
+def cut(problem: Problem, operands: Operands) -> tuple[Problem, Taps | None, Operands]:
+    """What engines are given instead of a problem on these operands, with all taps or with fewer: see :func:`pose`."""
+    smaller = None if problem.empty else trimmed(problem)
+    if smaller is None:
+        return problem, None, operands
+    problem, taps = smaller
+    operands = _with_taps(operands, taps)  # whose layout may be another one
+    problem = describe(
+        problem.pass_, operands, problem.input_shape, problem.weight_shape, problem.stride, problem.padding,
+        problem.dilation, problem.groups, problem.result_layout == CHANNELS_LAST, problem.precision, problem.activation,
+    )  # fmt: skip
+    return problem, taps, operands
 
 
 @functools.lru_cache(maxsize=65536)

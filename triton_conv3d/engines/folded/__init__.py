@@ -32,6 +32,7 @@ from ..implicit_gemm.configs import CHAIN, channels
 from ..launching import GRID_LIMIT, launch_kernel
 from .configs import (
     REGISTERS,
+    WGRAD_REGISTERS,
     FoldedConfig,
     FoldedWgradConfig,
     class_taps,
@@ -150,9 +151,14 @@ def _wgrad_launch(
         problem.pixels, problem.input_size, problem.output_size, problem.stride, problem.padding[::2], problem.dilation,
         x_strides, (*(stride // g_unit for stride in pixels), g_strides[1]),
         (columns, problem.group_in, 1) if last else (columns, 1, problem.taps),
-        math.prod(problem.weight_shape) if split else 0, problem.group_out, config.splits,
+        math.prod(problem.weight_shape) if split else 0, problem.group_out // g_unit, config.splits,
     )  # fmt: skip
-    options = dict(G_UNIT=g_unit, CHAIN=CHAIN, **_options(problem, config, problem.kernel_size))
+    options = dict(
+        G_UNIT=g_unit,
+        CHAIN=CHAIN,
+        **_options(problem, config, problem.kernel_size),
+        **WGRAD_REGISTERS.get((problem.arch, config.block_m, config.block_n), {}),
+    )
     return (wgrad_tiles(problem, config) * config.splits, problem.groups), arguments, options
 
 

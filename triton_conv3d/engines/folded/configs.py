@@ -36,6 +36,7 @@ class FoldedWgradConfig(FoldedConfig):
 
 # Of a thread, by tile: left alone, NVIDIA's compiler spills to fit one program more.
 REGISTERS = {(128, 128): {"maxnreg": 255}, (128, 64): {"maxnreg": 128}}
+WGRAD_REGISTERS = {("sm_80", 128, 64): {"maxnreg": 255}}  # sm_90 has room for two programs without spills
 
 # The smallest last: it fits every GPU.
 _TILES = (

@@ -145,7 +145,7 @@ def folded_wgrad(
     g_strides,  # (n, d, h, w) in G_UNIT, channel in elements
     dw_strides,  # (filter, tap, channel), in elements
     split_stride,  # elements from one split's partial sums to the next
-    produced,  # filters of one group
+    produced,  # filters of one group, in G_UNIT
     splits,
     KERNEL_D: tl.constexpr,
     KERNEL_H: tl.constexpr,
@@ -162,6 +162,7 @@ def folded_wgrad(
     BLOCK_K: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W * REDUCED
+    produced = produced * G_UNIT
     tiles_n = tl.cdiv(produced, BLOCK_N)
     tiles = tiles_n * tl.cdiv(COLUMNS, BLOCK_M)
     group = tl.program_id(1)
