@@ -30,7 +30,7 @@ FAULTS = {
     "group_of_bias": (KERNELS, "bias_ptr + group * produced + q", "bias_ptr + q"),
     "padding_at_the_end": (HOST, "rows = problem.padding[::2]", "rows = problem.padding[1::2]"),
     "dgrad_forward": (HOST, "tuple(-d // math.gcd(s, d) for", "tuple(d // math.gcd(s, d) for"),
-    "dgrad_class_order": (KERNELS, "index_h = group // stride[2] % stride[1]", "index_h = group // stride[1] % stride[1]"),
+    "dgrad_class_order": (KERNELS, "index_d, index_h, index_w = class_at(", "index_d, index_w, index_h = class_at("),
     "dgrad_taps_of_a_class": (KERNELS, "in_r = in_r & (td < taps_d) & (th < taps_h) & (tw < taps_w)", "in_r = in_r"),
     "dgrad_first_tap": (KERNELS, "tw = tap_w + tw * tap_step[2]", "tw = tw * tap_step[2]"),
     "dgrad_next_tap": (KERNELS, "th = tap_h + th * tap_step[1]", "th = tap_h + th"),

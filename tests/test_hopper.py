@@ -247,7 +247,7 @@ def test_a_triton_without_the_gluon_that_it_needs(lacking: str, monkeypatch: pyt
     spec = importlib.util.spec_from_file_location(f"{gluon.__name__}_without", gluon.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(ENGINE, "MISSING", module.MISSING)
+    monkeypatch.setattr(gluon, "MISSING", module.MISSING)
     reason = ENGINE.supports(Problem(**BASE))
     if lacking == "async_load":
         assert reason is None

@@ -72,7 +72,7 @@ FAULTS = {
     "dgrad_class_size_of_another": (KERNELS, "(size - index + stride - 1) // stride", "size // stride"),
     "dgrad_class_first_tap_last": (KERNELS, "tap = kernel - 1 - back", "tap = back"),
     "dgrad_class_too_few": (HOST, "classes = math.prod(stride) if strided", "classes = math.prod(stride) - 1 if strided"),
-    "dgrad_class_order": (KERNELS, "index_h = tl.program_id(1) // stride[2] % stride[1]", "index_h = tl.program_id(1) // stride[1] % stride[1]"),
+    "dgrad_class_order": (KERNELS, "index // stride[2] % stride[1], index %", "index // stride[1] % stride[1], index %"),
     # splits and accumulation
     "split_share_rounded_down": (KERNELS, "share = tl.cdiv(taps * blocks, splits)", "share = taps * blocks // splits"),
     "split_begins_at_zero": (KERNELS, "begin = split * share\n    end = tl.minimum(begin + share, taps * blocks)", "begin = split * 0\n    end = tl.minimum(begin + share, taps * blocks)"),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..epilogue import finished
-from ..implicit_gemm.kernels import dot, parity_class, rounded, tap_bits
+from ..implicit_gemm.kernels import class_at, dot, parity_class, rounded, tap_bits
 
 
 @triton.jit
@@ -53,9 +53,7 @@ def folded_gemm(
     start_d, start_h, start_w = start[0], start[1], start[2]
     if parity is not None:
         kernel, stride, dilation, tap_step = parity
-        index_w = group % stride[2]
-        index_h = group // stride[2] % stride[1]
-        index_d = group // (stride[2] * stride[1]) % stride[0]
+        index_d, index_h, index_w = class_at(group, stride)
         group = group // (stride[2] * stride[1] * stride[0])
         taps_d, tap_d, start_d, rows_d = parity_class(
             index_d, start[0], y_size[0], kernel[0], stride[0], dilation[0], tap_step[0]

@@ -18,7 +18,6 @@ from .. import tma
 from ..base import refused_by_kernels
 from ..tma import memory, work
 from .configs import BrickConfig, configs
-from .gluon import MISSING
 
 __all__ = ["NAME", "BrickConfig", "configs", "launch", "memory", "supports", "work"]
 
@@ -35,6 +34,8 @@ def supports(problem: Problem) -> str | None:
         return "Gluon has no interpreter"
     if problem.arch != _ARCHITECTURE:
         return f"{problem.arch} lacks the matrix instructions of {_ARCHITECTURE}, which this engine is written for"
+    from .gluon import MISSING  # takes as long to import as all other kernels, for sm_90 alone
+
     return MISSING or tma.supports(problem)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..epilogue import activated
-from ..implicit_gemm.kernels import parity_class
+from ..implicit_gemm.kernels import class_at, parity_class
 from ..tma.kernels import _digits
 from .gluon import gl, gluon, load, mbarrier
 from .ring import PRODUCER_REGISTERS, barriers, multiply, next_digit, next_stage, part
@@ -26,12 +26,6 @@ def tile_at(index, tiles_n, bricks, splits, groups):
     n, d, h, w = _digits(index // tiles_n % all_bricks, bricks)
     rest = index // (tiles_n * all_bricks)
     return index % tiles_n, n, d, h, w, rest % splits, rest // splits % groups, rest // (splits * groups)
-
-
-@triton.jit
-def class_at(index, stride):
-    """Parity class -> its position (d, h, w) in a block of strides."""
-    return index // (stride[2] * stride[1]), index // stride[2] % stride[1], index % stride[2]
 
 
 @triton.jit

@@ -56,6 +56,12 @@ def _swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def class_at(index, stride):
+    """Parity class of a strided dgrad -> its position (d, h, w) in a block of strides."""
+    return index // (stride[2] * stride[1]) % stride[0], index // stride[2] % stride[1], index % stride[2]
+
+
+@triton.jit
 def parity_class(index, pad, size, kernel, stride, dilation, tap_step):
     """One dimension of a strided dgrad: the input positions i = j * stride + index, seen as a dense gather.
 
@@ -145,9 +151,7 @@ def gather_gemm(
     rows_d, rows_h, rows_w = y_size[0], y_size[1], y_size[2]
     start_d, start_h, start_w = start[0], start[1], start[2]
     if STRIDED:
-        index_w = tl.program_id(1) % stride[2]
-        index_h = tl.program_id(1) // stride[2] % stride[1]
-        index_d = tl.program_id(1) // (stride[2] * stride[1])
+        index_d, index_h, index_w = class_at(tl.program_id(1), stride)
         taps_d, tap_d, start_d, rows_d = parity_class(
             index_d, start[0], y_size[0], kernel[0], stride[0], dilation[0], tap_step[0]
         )

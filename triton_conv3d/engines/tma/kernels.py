@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..epilogue import finished
-from ..implicit_gemm.kernels import dot, parity_class, rounded
+from ..implicit_gemm.kernels import class_at, dot, parity_class, rounded
 
 
 @triton.jit
@@ -94,9 +94,7 @@ def gather_bricks(
     q = tile_n * BLOCK_N
     rows_d, rows_h, rows_w = y_size[1], y_size[2], y_size[3]
     if STRIDED:
-        index_w = tl.program_id(1) % stride[2]
-        index_h = tl.program_id(1) // stride[2] % stride[1]
-        index_d = tl.program_id(1) // (stride[2] * stride[1])
+        index_d, index_h, index_w = class_at(tl.program_id(1), stride)
 
     blocks = tl.cdiv(reduced, BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
