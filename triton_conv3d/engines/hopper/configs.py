@@ -41,7 +41,7 @@ _WGRAD = (
 LINE = 64  # pixels of a line
 _NARROW = 64  # channels
 _LINES = ((4, 4), (2, 4))  # (planes, lines) of a tile, the fewest loads a line first
-_SUMS = 512  # of a tile, a pixel of a line: a warpgroup has half of them, in 128 registers of a thread
+_SUMS = 512  # channels of all lines of a tile: each warpgroup has half of their sums, in 128 registers of a thread
 W_STAGES = 2  # steps whose taps are there
 _MOST_PLANES = 8  # of the ring
 _BARRIERS = 1024  # bytes, and what the alignment of buffers takes
@@ -93,7 +93,7 @@ def _holds(problem: Problem, config: BrickConfig) -> bool:
 
 
 def _narrow(problem: Problem) -> bool:
-    """Whether lines can be used again: few channels on both sides, and taps along D or H that are not a stride apart."""
+    """Whether to offer lines: few channels on both sides, and taps along D or H, without a stride, that share them."""
     if problem.pass_ == "wgrad" or problem.stride != (1, 1, 1) or problem.kernel_size[:2] == (1, 1):
         return False
     whole = problem.groups == 1 or reduced(problem) == _power(reduced(problem))  # else it would read another group
@@ -147,8 +147,8 @@ def line_work(problem: Problem, config: LineConfig) -> Work:
     )
 
 
-def configs(problem: Problem) -> tuple[BrickConfig, ...]:
-    """Every configuration that this problem can take, the smallest last."""
+def configs(problem: Problem) -> tuple[BrickConfig | LineConfig, ...]:
+    """Every configuration that this problem can take, lines first, the smallest last."""
     base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
     tiles = [tile for tile in base if _fits(problem, tile)][:_MOST_TILES]
     offers = []
