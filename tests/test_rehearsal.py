@@ -65,7 +65,9 @@ def test_a_layer_is_tuned_once_and_its_plans_are_read_by_the_next_process(tmp_pa
         lines, launched = rehearse(tmp_path, str(file), engine, json.dumps(layer))
         assert lines[-1] == source
         # Of bricks and lines, the made-up clock chooses; both were tried.
-        assert set(kernels) - {"line_ring"} <= set(launched) and max(launched.values()) <= 2  # forward and dgrad: of one
+        assert (
+            set(kernels) - {"line_ring"} <= set(launched) and max(launched.values()) <= 2
+        )  # forward and dgrad: of one
         assert set(kernels if source == "measured" else launched) <= set(lines[-2].split())
 
 
