@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...problem import Problem
 from ..base import Config, Order, Work
-from ..implicit_gemm.configs import CHAIN, split_counts
+from ..implicit_gemm.configs import CHAIN, gelu_spills, split_counts
 from ..tma import memory
 from ..tma.configs import SHARED_BYTES, BrickConfig, _fits, extent, produced, reduced
 from ..tma.geometry import Brick, bricks, counts, pixels
@@ -119,7 +119,8 @@ def _line_configs(problem: Problem) -> list[LineConfig]:
         config = LineConfig(planes, lines, _power(produced(problem)), _power(reduced(problem)), 0)
         plane, taps, turned = _line_bytes(problem, config)
         stages = min((SHARED_BYTES - _BARRIERS - taps - turned) // plane, _MOST_PLANES)
-        if planes * lines * config.block_n <= _SUMS and stages > planes:
+        sums = planes * lines * config.block_n
+        if sums <= _SUMS and stages > planes and not gelu_spills(problem, sums * LINE / (32 * _WARPS), 1):
             found.append(replace(config, num_stages=stages))
     return found
 
