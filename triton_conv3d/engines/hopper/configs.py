@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...problem import Problem
 from ..base import Config, Order, Work
-from ..implicit_gemm.configs import CHAIN, gelu_spills, split_counts
+from ..implicit_gemm.configs import CHAIN, split_counts
 from ..tma import memory
 from ..tma.configs import SHARED_BYTES, BrickConfig, _fits, extent, produced, reduced
 from ..tma.geometry import Brick, bricks, counts, pixels
@@ -42,6 +42,7 @@ LINE = 64  # pixels of a line
 _NARROW = 64  # channels
 _LINES = ((4, 4), (2, 4))  # (planes, lines) of a tile, the fewest loads a line first
 _SUMS = 512  # channels of all lines of a tile: each warpgroup has half of their sums, in 128 registers of a thread
+_LONG = ("gelu", "tanh")  # activations that have half the registers for sums, or Triton 3.9.0 spills
 W_STAGES = 2  # steps whose taps are there
 _MOST_PLANES = 8  # of the ring
 _BARRIERS = 1024  # bytes, and what the alignment of buffers takes
@@ -120,7 +121,8 @@ def _line_configs(problem: Problem) -> list[LineConfig]:
         plane, taps, turned = _line_bytes(problem, config)
         stages = min((SHARED_BYTES - _BARRIERS - taps - turned) // plane, _MOST_PLANES)
         sums = planes * lines * config.block_n
-        if sums <= _SUMS and stages > planes and not gelu_spills(problem, sums * LINE / (32 * _WARPS), 1):
+        most = _SUMS // 2 if problem.activation in _LONG else _SUMS
+        if sums <= most and stages > planes:
             found.append(replace(config, num_stages=stages))
     return found
 
