@@ -116,7 +116,8 @@ def _work() -> None:
     for line in sys.stdin.read().splitlines():
         problem, name, config, index = json.loads(line)
         problem, engine = Problem.from_dict(problem), engines.get(name)
-        config = type(engine.configs(problem)[0])(**config)
+        kind = next(type(offer) for offer in engine.configs(problem) if offer.to_dict().keys() == config.keys())
+        config = kind(**config)
         print(json.dumps(_compile(problem, engine, config, index)), flush=True)
 
 

@@ -250,7 +250,7 @@ def configs(problem: Problem, engine: ModuleType, most: int | None = None) -> li
     Of ``depthwise``, which splits more than the reduction, what it offers: all splits above 1 share their code.
     """
     offers = engine.configs(problem)
-    if not hasattr(offers[0], "splits"):
+    if not any(hasattr(offer, "splits") for offer in offers):
         return list(offers)[:most]
     if engine.NAME == "depthwise":
         return list(dict.fromkeys(dataclasses.replace(config, splits=min(config.splits, 2)) for config in offers))[:most]

@@ -146,7 +146,7 @@ class Buffer:
     """A stage of a ring, or a turned view of it."""
 
     def __init__(self, data: np.ndarray, state: SimpleNamespace | None = None):
-        self.data, self.state = data, state or SimpleNamespace(arriving=0, read=0)
+        self.data, self.state = data, state or SimpleNamespace(arriving=0, read=0, copies=0)
 
     def permute(self, order) -> Buffer:
         return Buffer(self.data.transpose(order), self.state)
@@ -164,18 +164,28 @@ class Memory:
         return self.parts[int(i)]
 
 
+class Product:
+    """One that is not done until somebody waits for it."""
+
+    def __init__(self, a: Buffer, b: Buffer):
+        self.a, self.b, self.result = a, b, None
+
+    def finish(self) -> None:
+        self.result = self.a.data.astype(np.float64) @ self.b.data
+        self.a.state.read -= 1
+        self.b.state.read -= 1
+
+
 class Products:
     """Sums with products that may not be done yet."""
 
-    def __init__(self, sums: Value, left: list[tuple[Buffer, Buffer]]):
+    def __init__(self, sums: Value, left: list[Product]):
         self.sums, self.left = sums, left
 
-    def wait(self, outstanding: int) -> Products | Value:
-        while len(self.left) > outstanding:
-            a, b = self.left.pop(0)
-            self.sums = value(self.sums + a.data.astype(np.float64) @ b.data)
-            a.state.read -= 1
-            b.state.read -= 1
+    def added(self) -> Products | Value:
+        """The sums with those that are done."""
+        while self.left and self.left[0].result is not None:
+            self.sums = value(self.sums + self.left.pop(0).result)
         return self if self.left else self.sums
 
 
@@ -184,14 +194,16 @@ class Program:
 
     def __init__(self, number: int, programs: int, seed: object):
         self.number, self.programs, self.random = number, programs, random.Random(f"{seed} {number}")
-        self.weights = [self.random.choice((1, 1, 10)) for _ in range(3)]  # of the two sides, and of any copy
         self.copies: list[Callable[[], None]] = []
         self.turn = threading.local()
-        self.traces: list[list[tuple]] = [[], []]  # what each side did: its name, barrier or buffers, and numbers
+        self.traces: list[list[tuple]] = []  # what each side did: its name, barrier or buffers, and numbers
 
     def specialise(self, sides, warps, registers) -> None:
         """Run all sides to their end."""
-        assert len(sides) == 2 and list(warps) == [1]
+        assert len(sides) == 1 + len(warps) == 1 + len(registers)
+        self.traces += [[] for _ in sides]
+        self.products: list[list[Product]] = [[] for _ in sides]  # that are not done, in their order
+        self.weights = [self.random.choice((1, 1, 10)) for _ in (*sides, "any copy")]
         self.ready: list[Callable[[], bool] | None] = [lambda: True] * len(sides)
         self.mine = [threading.Semaphore(0) for _ in sides]
         self.back, self.failed = threading.Semaphore(0), None
@@ -210,10 +222,10 @@ class Program:
 
     def _take_turns(self) -> None:
         while any(self.ready):
-            able = [i for i, ready in enumerate(self.ready) if ready and ready()] + [2] * bool(self.copies)
+            able = [i for i, ready in enumerate(self.ready) if ready and ready()] + [len(self.mine)] * bool(self.copies)
             assert able, "deadlock"
             chosen = self.random.choices(able, [self.weights[i] for i in able])[0]
-            if chosen == 2:
+            if chosen == len(self.mine):
                 self.copies.pop(self.random.randrange(len(self.copies)))()
                 continue
             self.mine[chosen].release()
@@ -269,6 +281,7 @@ class Program:
         assert not buffer.state.read, "a copy into what is being multiplied"
         assert not buffer.state.arriving, "a copy into what is being copied"
         buffer.state.arriving = 1
+        buffer.state.copies += 1
         buffer.data[:] = np.nan
 
         def arrived() -> None:
@@ -280,18 +293,23 @@ class Program:
 
     def multiply(self, a: Buffer, b: Buffer, acc, is_async: bool) -> Products:
         self.others()
-        self._note("multiply", a.state, b.state)
+        self._note("multiply", a.state, a.state.copies, b.state, b.state.copies)
         assert is_async and a.data.shape[1] == b.data.shape[0]
         a.state.read += 1
         b.state.read += 1
         before = acc if isinstance(acc, Products) else Products(acc, [])
-        return Products(before.sums, [*before.left, (a, b)])
+        product = Product(a, b)
+        self.products[self.turn.number].append(product)
+        return Products(before.sums, [*before.left, product])
 
-    def waited(self, outstanding: int, deps) -> Products | Value:
+    def waited(self, outstanding: int, deps) -> Products | Value | tuple:
         self.others()
         self._note("waited", outstanding)
-        (acc,) = deps
-        return acc.wait(outstanding) if isinstance(acc, Products) else acc
+        mine = self.products[self.turn.number]
+        while len(mine) > outstanding:
+            mine.pop(0).finish()
+        found = tuple(acc.added() if isinstance(acc, Products) else acc for acc in deps)
+        return found if len(found) > 1 else found[0]
 
 
 def _static_assert(condition: bool, message: str) -> None:
@@ -364,71 +382,3 @@ def emulating(seed: object = 0, programs: list[Program] | None = None):
             usual(kernel, grid, args, options)
 
     return launching.replaced(run)
-
-
-def explore(traces: list[list[tuple]]) -> int:
-    """Try every order in which two sides can do what they did, and copies arrive; the number of states that this meets.
-
-    What a side does depends on no turn, so one run tells all of it. A state is how far each side is, which copies are on
-    their way, the products that are not done, and what barriers and buffers hold.
-
-    Raises:
-        AssertionError: in some order nobody can go on, a stage is overwritten, or read before it is filled.
-    """
-    numbers: dict[int, int] = {}  # of barriers and buffers, in the order of their first use
-    steps = [[tuple(_number(x, numbers) for x in step) for step in trace] for trace in traces]
-    start = ((0, 0), (), (), tuple((1, 0, 0) for _ in numbers), tuple("empty" for _ in numbers))
-    seen, left = {start}, [start]
-    while left:
-        state = left.pop()
-        following = list(_following(steps, *state))
-        finished = all(at == len(side) for at, side in zip(state[0], steps, strict=True))
-        assert following or (finished and not state[1] and not state[2]), "deadlock"
-        fresh = [other for other in dict.fromkeys(following) if other not in seen]
-        seen.update(fresh)
-        left += fresh
-    return len(seen)
-
-
-def _number(x: object, numbers: dict[int, int]) -> object:
-    return numbers.setdefault(id(x), len(numbers)) if isinstance(x, (Barrier, SimpleNamespace)) else x
-
-
-def _following(steps, at, copies, products, barriers, buffers):
-    """All states that one more action can lead to."""
-
-    def changed(items: tuple, where: int, what: object) -> tuple:
-        return (*items[:where], what, *items[where + 1 :])
-
-    def completed(barrier: int, arrivals: int, count: int) -> tuple:
-        pending, missing, phase = barriers[barrier]
-        pending, missing = pending - arrivals, missing + count
-        assert pending >= 0, "more arrivals than the barrier counts"
-        done = pending == 0 and missing == 0
-        return changed(barriers, barrier, (1, 0, phase ^ 1) if done else (pending, missing, phase))
-
-    for i, (buffer, barrier, count) in enumerate(copies):
-        filled = changed(buffers, buffer, "full")
-        yield at, copies[:i] + copies[i + 1 :], products, completed(barrier, 0, -count), filled
-    for side in range(2):
-        if at[side] == len(steps[side]):
-            continue
-        name, *what = steps[side][at[side]]
-        after = changed(at, side, at[side] + 1)
-        if name == "wait":
-            if barriers[what[0]][2] != what[1]:
-                yield after, copies, products, barriers, buffers
-        elif name in ("expect", "arrive"):
-            yield after, copies, products, completed(what[0], 1, *what[1:] or (0,)), buffers
-        elif name == "load":
-            assert buffers[what[0]] == "empty", f"a copy into a stage that is {buffers[what[0]]}"
-            started = tuple(sorted((*copies, tuple(what))))
-            yield after, started, products, barriers, changed(buffers, what[0], "arriving")
-        elif name == "multiply":
-            assert all(buffers[buffer] == "full" for buffer in what), "a product of what is not there"
-            yield after, copies, (*products, tuple(what)), barriers, buffers
-        else:
-            done = len(products) - min(len(products), what[0])
-            emptied = {buffer for product in products[:done] for buffer in product}
-            held = tuple("empty" if i in emptied else buffer for i, buffer in enumerate(buffers))
-            yield after, copies, products[done:], barriers, held

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ BESIDES = {
     "index64": {"index64": True},
 }
 LAYERS = [(c, s, "plain") for c, s in ((256, 1), (128, 2), (48, 1), (24, 1))]
-LAYERS += [(channels, 1, name) for channels in (256, 48) for name in BESIDES if name != "plain"]
-FEW = [(256, 1, "gelu"), (256, 1, "plain")]  # of which the former is forward
+LAYERS += [(channels, 1, name) for channels in (256, 48, 32) for name in BESIDES if name != "plain"]
+FEW = [(256, 1, "gelu"), (32, 1, "gelu"), (256, 1, "plain")]  # of which those with gelu are forward
 MOST_PER_PRODUCT = 14  # instructions of a consumer's thread in its loop for one matrix instruction, in steps of 64
 
 
@@ -40,9 +41,12 @@ def chosen(problem, few: bool) -> Iterator:
     """Every config, split or not; or the largest, whole or split."""
     from triton_conv3d.engines import hopper
 
-    offers = [dataclasses.replace(config, splits=min(config.splits, 2)) for config in hopper.configs(problem)]
-    if problem.pass_ == "wgrad":  # of which splits differ in their chains
-        offers = hopper.configs(problem)
+    offers = hopper.configs(problem)
+    if problem.pass_ != "wgrad":  # of which splits differ in their chains
+        offers = [
+            dataclasses.replace(config, splits=min(config.splits, 2)) if hasattr(config, "splits") else config
+            for config in offers
+        ]
     return dict.fromkeys(offers[:1] if few else offers)
 
 
@@ -64,8 +68,10 @@ def reports(channels: int, stride: int, besides: str, few: bool) -> Iterator[dic
             with compiling_for("sm_90"):
                 _, kernel = compiled(launches(problem, operands, hopper, config)[0])
             row = {"pass": problem.pass_, "channels": channels, "stride": stride, "besides": besides}
-            steps = config.block_k if problem.pass_ != "wgrad" else config.brick_d * config.brick_h * config.brick_w
-            row |= {"config": str(config), "step": steps * config.brick_n ** (problem.pass_ == "wgrad")}
+            step = config.block_k if problem.pass_ != "wgrad" else math.prod(config.brick)
+            if isinstance(config, hopper.LineConfig):  # all taps along H of all lines
+                step = config.planes * config.lines * config.block_k
+            row |= {"config": str(config), "step": step}
             registers = sorted(set(map(int, re.findall(r"setmaxnreg\S+\s+(\d+)", kernel.asm["ptx"]))))
             yield row | {"setmaxnreg": registers, "early": early(kernel.asm["ptx"])} | _read("sm_90", kernel)
 
@@ -105,7 +111,7 @@ def rows() -> list[dict]:
 
 def test_every_pass_and_the_longest_epilogue(rows: list[dict]) -> None:
     assert [(row["pass"], row["besides"]) for row in rows] == [
-        ("forward", "gelu"), ("dgrad", "plain"), ("wgrad", "plain"),
+        ("forward", "gelu"), ("forward", "gelu"), ("dgrad", "plain"), ("wgrad", "plain"),
     ]  # fmt: skip
     assert [(row, faults(row)) for row in rows if faults(row)] == []
 

@@ -48,6 +48,18 @@ FAULTS = {
     "wgrad_tap_of_a_tile": ("wgrad.py", "tap // taps[2] % taps[1]", "tap % taps[1]"),
     "wgrad_chains_forgotten": ("wgrad.py", "total += acc", "total = acc"),
     "wgrad_group_of_gradient": ("wgrad.py", "filters = group * group_out + tile_m * BLOCK_M", "filters = tile_m * BLOCK_M"),
+    # lines
+    "lines_freed_by_one_consumer": ("lines.py", "barriers(STAGES, _CONSUMERS)", "barriers(STAGES)"),
+    "lines_freed_before_the_products": ("lines.py", "sums = warpgroup_mma_wait(0, deps=sums)", "sums = warpgroup_mma_wait(2, deps=sums)"),
+    "lines_last_planes_not_freed": ("lines.py", "for _last in gl.static_range(PLANES - 1)", "for _last in gl.static_range(PLANES - 2)"),
+    "lines_plane_too_early": ("lines.py", "for _first in gl.static_range(PLANES - 1)", "for _first in gl.static_range(PLANES - 2)"),
+    "lines_taps_not_waited_for": ("lines.py", "mbarrier.wait(w_full.index(w_stage), w_parity)", "pass"),
+    "lines_planes_of_the_other": ("lines.py", "at = stage + (WHICH * MINE + plane)", "at = stage + ((1 - WHICH) * MINE + plane)"),
+    "lines_beyond_the_ring": ("lines.py", "tl.where(at >= STAGES, at - STAGES, at)", "tl.where(at >= STAGES, 0, at)"),
+    "lines_side_by_side": ("lines.py", "tile // dilation * (LINES * dilation) + tile % dilation", "tile * LINES"),
+    "lines_of_the_first_group": ("lines.py", "w_at = [tap, group * produced, 0]", "w_at = [tap, 0, 0]"),
+    "lines_taps_not_turned": ("lines.py", "w_at = [taps - 1 - tap,", "w_at = [tap,"),
+    "lines_start_of_dgrad": ("host.py", "p - (k - 1) * by", "p - (k - 1)"),
     # the host
     "wgrad_skipped_taps_not_zeroed": ("host.py", "target.zero_()", "pass"),
     "dgrad_block_of_the_weight": ("host.py", 'return sides[::-1] if problem.pass_ == "dgrad" else sides', "return sides"),
@@ -73,6 +85,10 @@ def battery(engine: ModuleType, fault: str) -> None:
             return engine.launch(*arguments)
 
     emulated = SimpleNamespace(NAME="hopper", supports=tma.supports, configs=engine.configs, launch=launch)
+    if fault.startswith("lines") or fault == planting.SOUND:
+        lines(engine, emulated)
+    if fault.startswith("lines"):
+        return
     geometries = (
         dict(input_size=(2, 3, 5), kernel_size=(2, 2, 2), padding=(1, 0, 0, 1, 1, 0), channels_last=False, batch=2, out_channels=72),
         dict(in_channels=8, input_size=(2, 5, 6), kernel_size=(1, 3, 3), stride=(1, 2, 3), padding=(0, 0, 1, 0, 1, 2)),
@@ -105,6 +121,23 @@ def battery(engine: ModuleType, fault: str) -> None:
             run(
                 case, emulated, replace(engine.configs(case.geometry())[-1], brick_n=1, brick_d=1, brick_h=4, brick_w=8)
             )
+
+
+def lines(engine: ModuleType, emulated: SimpleNamespace) -> None:
+    """The battery of lines.py."""
+    from dataclasses import replace
+
+    from cases import Case, run
+
+    for pass_ in ("forward", "dgrad"):
+        for dilation, groups in (((1, 1, 1), 2), ((2, 3, 1), 1)):
+            case = Case(
+                pass_, in_channels=16 * groups, out_channels=16 * groups, groups=groups, input_size=(6, 7, 5),
+                kernel_size=(3, 2, 2), padding=(2, 1, 0, 2, 1, 0), dilation=dilation, dtype="float16",
+            )  # fmt: skip
+            offers = [config for config in engine.configs(case.geometry()) if isinstance(config, engine.LineConfig)]
+            for planes, stages in ((2, 2), (4, 5)):
+                run(case, emulated, replace(offers[0], planes=planes, lines=2, num_stages=stages))
 
 
 @pytest.fixture(scope="module")

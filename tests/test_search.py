@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import random
 import statistics
 import types
@@ -245,6 +246,12 @@ def test_only_torchs_own_and_nothing_at_all():
     assert search([(1.0, OURS, Knobs())], lambda *_: None, 12) == {} == search([], Bench(), 12)
 
 
-@pytest.mark.parametrize("other, distance", [(Knobs(), 0), (Knobs(64), 2), (Knobs(8, 1), 3), (Knobs(kind="b"), 1)])
+class OtherKnobs(Knobs):
+    """Of another kernel."""
+
+
+@pytest.mark.parametrize("other, distance", [
+    (Knobs(), 0), (Knobs(64), 2), (Knobs(8, 1), 3), (Knobs(kind="b"), 1), (OtherKnobs(), math.inf),
+])  # fmt: skip
 def test_distance_of_configs(other, distance):
     assert apart(Knobs(), other) == apart(other, Knobs()) == distance

@@ -123,7 +123,12 @@ def _knobs(config: Config) -> tuple[tuple[float, object], ...]:
 
 
 def apart(one: Config, other: Config) -> float:
-    """Distance of two configs of an engine: octaves between their numbers, and 1 for each choice that differs."""
+    """Distance of two configs of an engine: octaves between their numbers, and 1 for each choice that differs.
+
+    Configs of two kinds, of different kernels, say nothing about each other.
+    """
+    if type(one) is not type(other):
+        return math.inf
     pairs = zip(_knobs(one), _knobs(other), strict=True)
     return sum(abs(a - b) if mine == theirs else 1.0 for (a, mine), (b, theirs) in pairs)
 

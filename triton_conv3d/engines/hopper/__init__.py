@@ -5,21 +5,26 @@ Written in Gluon, the layer below Triton's language, because there the warps of 
 while the last one is written. Geometry, views and descriptors are those of engines/tma, and so are the bytes by design;
 partial sums of split reductions are float32 and added in a fixed order, so equal inputs give equal bits.
 
+Narrow layers may go by lines of pixels instead of bricks (lines.py; configs.py has the rule), which are read again for the
+taps that they share. Bytes by design: from memory the minimum as ever; from L2, for every tile of planes x lines of the
+result, (planes + kd - 1) x (lines + kh - 1) x kw lines of 64 pixels, and the weight once.
+
 What a brick covers beyond the end of the gradient in wgrad is multiplied by zeros: an infinity or NaN in the input there
 reaches taps that it would not meet by the definition.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ...problem import Operands, Problem
 from .. import tma
-from ..base import refused_by_kernels
-from ..tma import memory, work
-from .configs import BrickConfig, configs
+from ..base import Memory, Work, refused_by_kernels
+from .configs import BrickConfig, LineConfig, configs, line_work
 
-__all__ = ["NAME", "BrickConfig", "configs", "launch", "memory", "supports", "work"]
+__all__ = ["NAME", "BrickConfig", "LineConfig", "configs", "launch", "memory", "supports", "work"]
 
 NAME = "hopper"
 TRIAL = True  # it has not run on a GPU yet
@@ -39,7 +44,18 @@ def supports(problem: Problem) -> str | None:
     return MISSING or tma.supports(problem)
 
 
-def launch(problem: Problem, operands: Operands, config: BrickConfig) -> torch.Tensor:
+def memory(problem: Problem, config: BrickConfig | LineConfig) -> Memory:
+    return tma.memory(problem, config.brick if isinstance(config, LineConfig) else config)
+
+
+def work(problem: Problem, config: BrickConfig | LineConfig) -> Work:
+    """The launch as the cost model sees it."""
+    return line_work(problem, config) if isinstance(config, LineConfig) else tma.work(problem, config)
+
+
+def launch(problem: Problem, operands: Operands, config: BrickConfig | LineConfig) -> torch.Tensor:
     from . import host  # which needs Gluon
 
+    if isinstance(config, LineConfig):
+        return tma.launched(problem, operands, config.brick, functools.partial(host.lines, config), host.wgrad)
     return tma.launched(problem, operands, config, host.gather, host.wgrad)

@@ -1,16 +1,18 @@
-"""The configurations of the ring kernels, and which of them a problem can take."""
+"""The configurations of the ring kernels, by bricks or by lines, and which of them a problem can take."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ...problem import Problem
+from ..base import Config, Order, Work
 from ..implicit_gemm.configs import CHAIN, split_counts
-from ..tma.configs import BrickConfig, _fits, extent
-from ..tma.geometry import bricks, counts
+from ..tma import memory
+from ..tma.configs import SHARED_BYTES, BrickConfig, _fits, extent, produced, reduced
+from ..tma.geometry import Brick, bricks, counts, pixels
 
-__all__ = ["BrickConfig", "configs", "one_chain"]
+__all__ = ["BrickConfig", "LineConfig", "configs", "one_chain"]
 
 _WARPS = 8  # that multiply: two warpgroups. One more produces.
 _MOST_TILES = 3  # of those that fit, the largest, are offered
@@ -36,7 +38,47 @@ _WGRAD = (
     (64, 32, 64, _WARPS, 8),
     (64, 16, 64, _WARPS, 8),
 )
+LINE = 64  # pixels of a line
+_NARROW = 64  # channels
+_LINES = ((4, 4), (2, 4))  # (planes, lines) of a tile, the fewest loads a line first
+_SUMS = 512  # channels of all lines of a tile: each warpgroup has half of their sums, in 128 registers of a thread
+_LONG = ("gelu", "tanh")  # activations that have half the registers for sums, or Triton 3.9.0 spills
+W_STAGES = 2  # steps whose taps are there
+_MOST_PLANES = 8  # of the ring
+_BARRIERS = 1024  # bytes, and what the alignment of buffers takes
 _TOTALS = 128 * 128  # sums of a tile that leave registers for a second set of them, the total of several chains
+
+
+@dataclass(frozen=True)
+class LineConfig(Config):
+    """Of lines.py.
+
+    planes, lines: of a tile, lines of :data:`LINE` pixels.
+    block_n, block_k: channels that are computed, and that are summed over, all of a group: powers of two.
+    num_stages: planes of the ring, each with the lines above and below that the taps along H reach.
+    """
+
+    planes: int
+    lines: int
+    block_n: int
+    block_k: int
+    num_stages: int
+
+    @property
+    def brick(self) -> BrickConfig:
+        """What brick this tile would be."""
+        return BrickConfig(1, self.planes, self.lines, LINE, self.block_n, self.block_k, _WARPS, self.num_stages)
+
+    def halo(self, problem: Problem) -> tuple[int, int]:
+        """(planes, lines of a plane) that a tile reads for a tap along W."""
+        return self.planes + problem.kernel_size[0] - 1, self.lines + problem.kernel_size[1] - 1
+
+    def tiles(self, problem: Problem) -> Brick:
+        """Along n, d, h, w. The lines of a tile are those of a step of the dilation, as often as there are lines."""
+        n, d, h, w = pixels(problem)
+        by_d, by_h, _ = problem.dilation
+        d, h = by_d * -(-d // (by_d * self.planes)), by_h * -(-h // (by_h * self.lines))
+        return n, d, h, -(-w // LINE)
 
 
 def one_chain(problem: Problem, config: BrickConfig) -> bool:
@@ -51,8 +93,65 @@ def _holds(problem: Problem, config: BrickConfig) -> bool:
     return not wide or one_chain(problem, config)
 
 
-def configs(problem: Problem) -> tuple[BrickConfig, ...]:
-    """Every configuration that this problem can take, the smallest last."""
+def _narrow(problem: Problem) -> bool:
+    """Whether to offer lines: few channels on both sides, and taps along D or H, without a stride, that share them."""
+    if problem.pass_ == "wgrad" or problem.stride != (1, 1, 1) or problem.kernel_size[:2] == (1, 1):
+        return False
+    whole = problem.groups == 1 or reduced(problem) == _power(reduced(problem))  # else it would read another group
+    return whole and max(reduced(problem), produced(problem)) <= _NARROW
+
+
+def _power(channels: int) -> int:
+    """Channels of a tile."""
+    return 1 << (max(channels, 16) - 1).bit_length()
+
+
+def _line_bytes(problem: Problem, config: LineConfig) -> tuple[int, int, int]:
+    """Shared memory of a plane of the ring, of the taps of a step, and of what turns the sums of two lines round."""
+    plane = config.halo(problem)[1] * LINE * config.block_k
+    taps = problem.kernel_size[1] * config.block_n * config.block_k
+    return 2 * plane, 2 * W_STAGES * taps, 4 * 2 * LINE * config.block_n
+
+
+def _line_configs(problem: Problem) -> list[LineConfig]:
+    """Every tile whose sums fit into registers, and a plane more than a step needs into shared memory."""
+    found = []
+    for planes, lines in _LINES if _narrow(problem) else ():
+        config = LineConfig(planes, lines, _power(produced(problem)), _power(reduced(problem)), 0)
+        plane, taps, turned = _line_bytes(problem, config)
+        stages = min((SHARED_BYTES - _BARRIERS - taps - turned) // plane, _MOST_PLANES)
+        sums = planes * lines * config.block_n
+        most = _SUMS // 2 if problem.activation in _LONG else _SUMS
+        if sums <= most and stages > planes:
+            found.append(replace(config, num_stages=stages))
+    return found
+
+
+def line_work(problem: Problem, config: LineConfig) -> Work:
+    """The launch as the cost model sees it: a step is a tap along W and one along D."""
+    item, taps = problem.itemsize, problem.kernel_size
+    planes, lines = config.halo(problem)
+    rows, halo = config.planes * config.lines, planes * lines
+    read = item * halo * LINE * config.block_k / taps[0]
+    filters = item * taps[1] * config.block_n * config.block_k
+    tiles = math.prod(config.tiles(problem)) * problem.groups
+    return Work(
+        programs=tiles,
+        iterations=taps[0] * taps[2],
+        flops=2.0 * rows * LINE * taps[1] * config.block_n * config.block_k,
+        bytes_read=read + filters,
+        bytes_written=float(item * rows * LINE * config.block_n),
+        num_warps=_WARPS,
+        shared_bytes=sum(b * n for b, n in zip(_line_bytes(problem, config), (config.num_stages, 1, 1), strict=True)),
+        extra_bytes=2.0 * memory(problem, config.brick).copies,
+        stages=1 + config.num_stages - config.planes,
+        # Every pixel comes from memory once, and from L2 for each tap along W, and with the halo of each tile.
+        order=Order(tiles, 1, 1, read, float(filters), halo * taps[2] / rows),
+    )
+
+
+def configs(problem: Problem) -> tuple[BrickConfig | LineConfig, ...]:
+    """Every configuration that this problem can take, lines first, the smallest last."""
     base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
     tiles = [tile for tile in base if _fits(problem, tile)][:_MOST_TILES]
     offers = []
@@ -62,4 +161,4 @@ def configs(problem: Problem) -> tuple[BrickConfig, ...]:
         offers += [config for config in split if _holds(problem, config)][:_MOST_SPLITS]
     size, *tile = base[-1]
     smallest = BrickConfig(*bricks(problem, size)[0], *tile)
-    return (*(offer for offer in offers if offer != smallest), smallest)
+    return (*_line_configs(problem), *(offer for offer in offers if offer != smallest), smallest)

@@ -12,9 +12,10 @@ from ..implicit_gemm import dense
 from ..launching import GRID_LIMIT, launch_kernel
 from ..tma import _KNOWN_LAUNCHES, _descriptor, _gather_launch, _readable, _wgrad_launch
 from ..tma.geometry import MOST_VIEWS, View, Views, views
-from .configs import BrickConfig, one_chain
+from .configs import LINE, W_STAGES, BrickConfig, LineConfig, one_chain
 from .gather import gather_ring
 from .gluon import TensorDescriptor, gl
+from .lines import line_ring
 from .wgrad import wgrad_ring
 
 _MULTIPROCESSORS = 132  # of an H100 SXM and an H200: for launches that are only compiled
@@ -34,12 +35,24 @@ def gather(problem: Problem, operands: Operands, config: BrickConfig, target: to
     read_views = read.views or (_whole(x),)  # of which nothing is read where every tap meets padding: it gives the type
     xs = [_swizzled(_descriptor(x, view, read.stride, block)) for view in read_views]
     xs += [None] * (MOST_VIEWS - len(xs))
-    taps, filters, channels = problem.taps, problem.out_channels, problem.group_in
-    w_block = (1, *_weight_block(problem, config))
-    w_shape, w_strides = [taps, filters, channels], [channels, taps * channels, 1]
-    w = TensorDescriptor(dense(operands.weight), w_shape, w_strides, list(w_block), _shared(w_block))
+    w = _weight(problem, operands, config)
     tiles, arguments, options = _gather_arguments(problem, config)
     launch_kernel(gather_ring, _grid(target, tiles), (target, operands.bias, w, *xs, *arguments, tiles, *end), options)
+
+
+def lines(
+    config: LineConfig, problem: Problem, operands: Operands, brick: BrickConfig, target: torch.Tensor, end
+) -> None:
+    """forward and dgrad of narrow layers: a line is read once for every tap along it."""
+    x = _readable(operands.grad if problem.pass_ == "dgrad" else operands.input)
+    described = _swizzled(_descriptor(x, _whole(x), (1, 1, 1), (1, 1, 1, LINE, config.block_k)))
+    tiles, arguments, options = _line_arguments(problem, config)
+    launch_kernel(
+        line_ring,
+        _grid(target, tiles),
+        (target, operands.bias, _weight(problem, operands, brick), described, *arguments, tiles, *end),
+        options,
+    )
 
 
 def wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor) -> None:
@@ -57,6 +70,14 @@ def wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: tor
 
 def _whole(tensor: torch.Tensor) -> View:
     return View((0, 0, 0), tensor.shape[2:], (), (), ())
+
+
+def _weight(problem: Problem, operands: Operands, config: BrickConfig) -> TensorDescriptor:
+    """Blocks of (tap, filter, channel)."""
+    taps, filters, channels = problem.taps, problem.out_channels, problem.group_in
+    block = (1, *_weight_block(problem, config))
+    shape, strides = [taps, filters, channels], [channels, taps * channels, 1]
+    return TensorDescriptor(dense(operands.weight), shape, strides, list(block), _shared(block))
 
 
 def _weight_block(problem: Problem, config: BrickConfig) -> tuple[int, int]:
@@ -79,6 +100,31 @@ def _gather_arguments(problem: Problem, config: BrickConfig) -> tuple[int, tuple
         WIDTH=at_once // config.block_n if config.block_n >= _ROWS else pixels,
     )
     return programs * classes, (*arguments, problem.groups), _ring(gather_ring, options, config) | layouts
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _line_arguments(problem: Problem, config: LineConfig) -> tuple[int, tuple, dict]:
+    """The same, of lines."""
+    brick = config.brick
+    _, arguments, options = _gather_launch(problem, brick)
+    kernel, y_size, _, _, dilation, y_strides, _, reduced, produced, _ = arguments[4:]
+    low = problem.padding[::2]
+    if problem.pass_ == "dgrad":  # the last tap reads what is farthest below
+        start = tuple(p - (k - 1) * by for p, k, by in zip(low, kernel, dilation, strict=True))
+    else:
+        start = tuple(-p for p in low)
+    tiles_by = config.tiles(problem)
+    last = problem.result_layout == CHANNELS_LAST
+    layouts = dict(
+        W_RING=_shared(_weight_block(problem, brick)),
+        X_RING=_shared((LINE, config.block_k)),
+        SUMS=_sums(LINE, config.block_n, 1),
+        WRITTEN=_written(config.block_n, last, 1),
+    )
+    sizes = dict(PLANES=config.planes, LINES=config.lines, TAPS_H=problem.kernel_size[1], W_STAGES=W_STAGES)
+    options = _ring(line_ring, options, brick) | sizes | layouts | {"num_warps": 4}
+    arguments = (start, kernel, y_size, tiles_by, dilation, y_strides, reduced, produced, problem.groups)
+    return math.prod(tiles_by) * problem.groups, arguments, options
 
 
 @functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
@@ -126,17 +172,18 @@ def _swizzled(described) -> TensorDescriptor:
 
 
 @functools.cache
-def _sums(rows: int, columns: int):
-    """Layout of float32 sums: two warpgroups one above the other, or side by side where the rows are too few."""
-    beside = 2 if rows < _ROWS else 1
+def _sums(rows: int, columns: int, warpgroups: int = 2):
+    """Layout of float32 sums: two warpgroups one above the other, or side by side where the rows are too few; or one."""
+    beside = warpgroups if rows < _ROWS else 1
     shape = [16, min(columns // beside, _COLUMNS), 16]
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8 // beside, beside], instr_shape=shape)
+    warps = [4 * warpgroups // beside, beside]
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=warps, instr_shape=shape)
 
 
 @functools.cache
-def _written(channels: int, last: bool):
+def _written(channels: int, last: bool, warpgroups: int = 2):
     """Layout in which a tile of (channels, pixels) is written: along its channels if they are last, else its pixels."""
     if last:
         lanes = min(32, channels // _VECTOR)
-        return gl.BlockedLayout([_VECTOR, 1], [lanes, 32 // lanes], [1, 8], [0, 1])
-    return gl.BlockedLayout([1, 1], [4, 8], [8, 1], [1, 0])
+        return gl.BlockedLayout([_VECTOR, 1], [lanes, 32 // lanes], [1, 4 * warpgroups], [0, 1])
+    return gl.BlockedLayout([1, 1], [4, 8], [4 * warpgroups, 1], [1, 0])

@@ -37,14 +37,14 @@ def next_digit(digit, carry, size):
 
 
 @gluon.jit
-def barriers(STAGES: gl.constexpr):
-    """(full, empty): for each stage one that the copies complete, and one that the consumers do."""
+def barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr = 1):
+    """(full, empty): for each stage one that the copies complete, and one that all consumers do."""
     gl.static_assert(STAGES > 1, "a stage is freed by the step after it: the ring needs more than one stage")
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
     return full, empty
 
 

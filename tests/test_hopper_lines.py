@@ -1,0 +1,114 @@
+"""The hopper engine's kernel for narrow layers, emulated (gluon_emulator.py), or on a GPU of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cases import DEVICE, Case, make, run
+from test_hopper import ENGINE, RUNS, engine, few_programs, needs_gluon  # noqa: F401  a fixture among them
+
+pytest.importorskip("triton")
+from every_order import explore
+from gluon_emulator import emulating
+
+from triton_conv3d.engines.base import Config
+from triton_conv3d.problem import PASSES, Problem
+
+NARROW = dict(batch=2, in_channels=24, out_channels=40, input_size=(3, 5, 7), padding=(1,) * 6, dtype="float16")
+GEOMETRIES = {
+    "ragged": dict(),
+    "two_segments": dict(input_size=(2, 3, 67), batch=1, kernel_size=(2, 2, 3)),
+    "even_kernel": dict(kernel_size=(2, 4, 2), padding=(0, 1, 3, 0, 2, 1)),
+    "padding_above_kernel": dict(kernel_size=(2, 1, 1), padding=(2, 3, 3, 2, 0, 1), input_size=(2, 1, 3)),
+    "dilated": dict(dilation=(2, 1, 3), padding=(2, 2, 1, 1, 3, 4), input_size=(5, 4, 7), batch=1),
+    "dilated_along_h": dict(dilation=(1, 3, 1), kernel_size=(2, 2, 1), input_size=(3, 8, 4), batch=1),
+    "taps_along_d": dict(kernel_size=(5, 1, 1), padding=(2, 2, 0, 0, 0, 0), input_size=(9, 3, 4)),
+    "taps_along_h": dict(kernel_size=(1, 3, 2), padding=(0, 0, 2, 0, 1, 0), input_size=(5, 9, 4)),
+    "groups": dict(in_channels=32, out_channels=64, groups=2, batch=1, kernel_size=(2, 2, 2)),
+    "widest": dict(in_channels=64, out_channels=64, batch=1, kernel_size=(2, 2, 2)),
+    "one_pixel": dict(in_channels=8, out_channels=8, input_size=(1, 1, 1)),
+}
+
+
+def offered(problem: Problem) -> list[Config]:
+    return [config for config in ENGINE.configs(problem) if isinstance(config, ENGINE.LineConfig)]
+
+
+@RUNS
+@pytest.mark.parametrize("pass_", ["forward", "dgrad"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries(name: str, pass_: str, few_programs) -> None:  # noqa: F811
+    """As offered, and in small tiles by a ring that is gone round often."""
+    case = Case(pass_, **{**NARROW, **GEOMETRIES[name]}, bias=pass_ == "forward")
+    largest = offered(case.geometry())[0]
+    run(case, engine(name), largest)
+    run(case.replace(channels_last=False), engine(name), dataclasses.replace(largest, planes=2, lines=2, num_stages=3))
+
+
+@RUNS
+@pytest.mark.parametrize("channels_last", [True, False], ids=["ndhwc", "ncdhw"])
+def test_epilogue(channels_last: bool, few_programs) -> None:  # noqa: F811
+    """Bias, residual and activation; equal bits in another order of turns."""
+    case = Case("forward", **NARROW, bias=True, residual="cropped", activation="silu", channels_last=channels_last)
+    case = case.replace(layouts=("aligned_channel_slice", "contiguous"), exact=False)
+    config = offered(case.geometry())[-1]
+    assert torch.equal(run(case, engine("first"), config), run(case, engine("second"), config))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="in the emulator")
+@needs_gluon
+@pytest.mark.parametrize("kernel", [(1, 2, 1), (2, 1, 1), (2, 1, 2)], ids=str)
+def test_every_order_of_turns(kernel: tuple, few_programs) -> None:  # noqa: F811
+    """Nobody waits forever, nothing is overwritten or read too early, by none of the two consumers."""
+    case = Case("forward", in_channels=16, out_channels=16, input_size=(5, 2, 4), kernel_size=kernel, dtype="float16")
+    problem, operands = make(case)
+    programs = []
+    config = dataclasses.replace(offered(problem)[-1], planes=2, lines=2, num_stages=3)
+    with emulating(programs=programs):
+        ENGINE.launch(problem, operands, config)
+    for program in programs:
+        assert len(program.traces) == 3 and explore(program.traces) > sum(map(len, program.traces))
+
+
+@needs_gluon
+@pytest.mark.parametrize("changes, number", [
+    ({}, 2), (dict(pass_="dgrad"), 2), (dict(groups=2), 2), (dict(in_channels=64, out_channels=64), 1),
+    (dict(dilation=(1, 2, 3)), 2), (dict(kernel_size=(1, 7, 7)), 1), (dict(kernel_size=(1, 1, 3)), 0),
+    (dict(in_channels=72), 0), (dict(out_channels=128), 0), (dict(stride=(1, 1, 2)), 0), (dict(pass_="wgrad"), 0),
+    (dict(groups=2, in_channels=96), 0), (dict(activation="gelu"), 1),
+    (dict(activation="tanh", in_channels=64, out_channels=64), 0),
+], ids=str)  # fmt: skip
+def test_who_is_offered_lines(changes: dict, number: int) -> None:
+    base = dict(pass_="forward", batch=2, in_channels=32, out_channels=32, input_size=(32,) * 3, kernel_size=(3,) * 3)
+    problem = Problem(**{**base, "padding": (1,) * 6, "dtype": "bfloat16", "arch": "sm_90", **changes})
+    assert ENGINE.supports(problem) is None and len(offered(problem)) == number
+    for config in offered(problem):
+        assert config.num_stages > config.planes and ENGINE.work(problem, config).shared_bytes <= 232_448
+
+
+@needs_gluon
+def test_bytes_by_design() -> None:
+    """Of nnU-Net's top layer: lines and taps that the copies ask for, against those of a brick for every tap."""
+    size = (128, 128, 128)
+    problem = Problem("forward", 2, 32, 32, size, (3, 3, 3), padding=(1,) * 6, dtype="bfloat16", arch="sm_90")
+    read = {}
+    for config in ENGINE.configs(problem):
+        work = ENGINE.work(problem, config)
+        read[type(config)] = min(read.get(type(config), 1e12), work.programs * work.iterations * work.bytes_read)
+    lines, bricks = read[ENGINE.LineConfig], read[ENGINE.BrickConfig]
+    tiles, line, taps = 2 * 32 * 32 * 2, 64 * 32 * 2, 27 * 32 * 32 * 2
+    assert lines == tiles * (6 * 6 * 3 * line + taps)
+    assert bricks > 3.5 * lines
+
+
+@needs_gluon
+@pytest.mark.parametrize("pass_", PASSES)
+def test_memory_is_for_copies_alone(pass_: str) -> None:
+    problem = Problem(
+        pass_, 1, 32, 32, (8, 8, 8), (3, 3, 3), dtype="float16", arch="sm_90", layouts=("contiguous",) * 3
+    )
+    for config in offered(problem):
+        needed = ENGINE.memory(problem, config)
+        assert needed.workspace == 0 and needed.copies == ENGINE.memory(problem, ENGINE.configs(problem)[-1]).copies
