@@ -36,7 +36,7 @@ NAME = "halo"
 MEASURED = ()  # architectures; it has not run on a GPU yet
 _MOST_CHANNELS = 64  # wider layers multiply long enough to hide their loads
 _DEPTHS = range(2, 6)  # of a kernel: with one plane nothing is shared, and each depth is a kernel to compile
-_LEAST_GROUP = 16  # channels of a group: of the smallest product of tensor cores
+_LEAST_CHANNELS, _LEAST_OF_GROUP = 9, 16  # below, half of the smallest product of tensor cores is empty; of groups any part
 _LOAD, _PRODUCT = 12.0, 14.0  # instructions of a warp for each load and for each product of two tiles: SASS, sm_80 and sm_90
 _INTERPRETED, _INTERPRETED_LOAD, _INTERPRETED_PRODUCT = 12.0, 4.0, 2.0  # operations on tiles of a step, in the interpreter
 _MOST_BITS = 63  # one for every plane that a row reads and for every tap of H and W, in a 64-bit mask
@@ -52,8 +52,9 @@ def supports(problem: Problem) -> str | None:
     produced, reduced = channels(problem)
     if max(produced, reduced) > _MOST_CHANNELS:
         return f"{reduced} channels to sum over and {produced} to compute in a group: one is more than {_MOST_CHANNELS}"
-    if problem.groups > 1 and min(produced, reduced) < _LEAST_GROUP:
-        return f"{min(produced, reduced)} channels in a group: less than {_LEAST_GROUP}, the smallest tile"
+    least = _LEAST_CHANNELS if problem.groups == 1 else _LEAST_OF_GROUP
+    if min(produced, reduced) < least:
+        return f"{min(produced, reduced)} channels in a group leave products empty: less than {least}"
     if problem.kernel_size[0] not in _DEPTHS:
         return f"kernel depth {problem.kernel_size[0]}: planes are shared from {_DEPTHS[0]} to {_DEPTHS[-1]}"
     if problem.stride[0] != 1 or problem.dilation[0] != 1:

@@ -41,15 +41,16 @@ _TILES_32 = (
     (128, 64, 16, 2, 8, 3),
     (128, 32, 16, 4, 8, 3),
     (64, 32, 16, 2, 4, 3),
+    (128, 16, 16, 4, 4, 3),
     (32, 16, 16, 2, 2, 2),
 )
-_TILES_FMA = ((64, 32, 16, 4, 8, 2), (64, 32, 16, 2, 4, 2), (32, 16, 16, 2, 2, 2))
+_TILES_FMA = ((64, 64, 16, 2, 8, 2), (64, 32, 16, 4, 8, 2), (64, 32, 16, 2, 4, 2), (32, 16, 16, 2, 2, 2))
 
 # Stages in shared memory beside num_stages, as perf/machine_code.py finds: where products read registers (sm_80 and all
 # others but these) the last one is there; on sm_100 Triton 3.6 keeps what is multiplied once more.
 _MORE_STAGES = {"sm_90": 0, "sm_100": 1, "interpreter": 0}
 _LEAST_STAGES = 2
-_MOST_SUMS = 64  # of a thread, where operands are in registers too: with 128 sm_80 spills for kernels deeper than 3
+_MOST_SUMS = 64  # of a thread, but on sm_90: with 128 sm_80 spills for kernels deeper than 3, and on sm_100 Triton 3.6 fails
 
 
 def _tiles(problem: Problem) -> tuple[tuple[int, ...], ...]:
@@ -80,16 +81,17 @@ def _more_stages(problem: Problem) -> int:
 
 
 def configs(problem: Problem) -> tuple[HaloConfig, ...]:
-    """The tiles that are not more than twice as large as the result, with no more stages than there is room for."""
+    """The tiles that hold all channels and are not more than twice as large as the result, with as many stages as there is
+    room for; and the smallest."""
     *tiles, smallest = (HaloConfig(*tile) for tile in _tiles(problem))
     produced, depth, more, found = channels(problem)[0], problem.result_shape[2], _more_stages(problem), []
     for tile in tiles:
-        large = tile.block_n >= 2 * max(produced, 16) or tile.planes >= 2 * depth
-        large = large or tile.block_m >= 2 * rows(problem, tile.planes)
+        fits = produced <= tile.block_n < 2 * max(produced, 16)  # with fewer, the input would be read again for the others
+        fits = fits and tile.planes < 2 * depth and tile.block_m < 2 * rows(problem, tile.planes)
         wanted = max(tile.num_stages, _LEAST_STAGES - more)
         stages = min(wanted, shared_limit(problem) // step_bytes(problem, tile) - more)
         sums = tile.planes * tile.block_m * tile.block_n / (32 * tile.num_warps)
-        spills = gelu_spills(problem, sums, splits=1) or (more < 0 and sums > _MOST_SUMS)
-        if not large and not spills and stages >= _LEAST_STAGES:
+        spills = gelu_spills(problem, sums, splits=1) or (sums > _MOST_SUMS and problem.arch not in ("sm_90", "interpreter"))
+        if fits and not spills and stages >= _LEAST_STAGES:
             found.append(replace(tile, num_stages=stages))
     return (*found, smallest)
