@@ -54,6 +54,11 @@ def test_strides_of_h_and_w(name: str) -> None:
     run(case.replace(exact=False, layouts=("cropped", "contiguous")), ENGINE)
 
 
+@pytest.mark.parametrize("pass_", GATHER)
+def test_more_taps_than_32_bits_hold(pass_: str) -> None:
+    run(Case(pass_, in_channels=9, out_channels=10, input_size=(3, 1, 31), kernel_size=(2, 1, 30), dtype="float16"), ENGINE)
+
+
 @pytest.mark.parametrize("activation", ("leaky_relu", "gelu"))
 @pytest.mark.parametrize("residual", (None, "cropped", "channels_last"))
 def test_what_follows_the_sums(residual: str | None, activation: str) -> None:
@@ -68,7 +73,8 @@ def test_between_pages_that_fault(pass_: str, at_end: bool) -> None:
     """In this process: what reads outside kills it."""
     with guards(at_end) as fresh:
         for i, geometry in enumerate(GEOMETRIES.values()):
-            case = Case(pass_, dtype="float16", seed=i, bias=pass_ == "forward", **geometry)
+            fused = dict(bias=True, residual="channels_last", activation="relu") if pass_ == "forward" else {}
+            case = Case(pass_, dtype="float16", seed=i, **fused, **geometry)
             run(case, ENGINE, ENGINE.configs(case.geometry())[0], fresh)
 
 
