@@ -49,6 +49,8 @@ def supports(problem: Problem) -> str | None:
         return f"{problem.arch} was not compiled for: NVIDIA GPUs from sm_80 on"
     if problem.pass_ == "wgrad":
         return "wgrad: its sums belong to taps, which share no planes"
+    if problem.dtype == "float32" and problem.precision != "tf32":
+        return f"float32 as {problem.precision}: its products take longer than the loads that planes save, and spill"
     produced, reduced = channels(problem)
     if max(produced, reduced) > _MOST_CHANNELS:
         return f"{reduced} channels to sum over and {produced} to compute in a group: one is more than {_MOST_CHANNELS}"
@@ -94,7 +96,6 @@ def work(problem: Problem, config: HaloConfig) -> Work:
         num_warps=config.num_warps,
         shared_bytes=shared_bytes(problem, config),
         extra_bytes=2.0 * copied_bytes(problem),
-        tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
         sums=planes * m * n,
         vector_bytes=vector,
         stages=config.num_stages,

@@ -33,30 +33,22 @@ _TILES_16 = (
     (128, 64, 32, 4, 8, 3),
     (128, 64, 32, 2, 8, 2),
     (128, 32, 32, 4, 8, 2),
-    (128, 32, 32, 2, 4, 2),
+    (128, 32, 32, 2, 8, 2),
     (128, 16, 32, 4, 4, 2),
     (32, 16, 16, 2, 2, 2),
 )
 _TILES_32 = (
     (128, 64, 16, 2, 8, 3),
     (128, 32, 16, 4, 8, 3),
-    (64, 32, 16, 2, 4, 3),
     (128, 16, 16, 4, 4, 3),
     (32, 16, 16, 2, 2, 2),
 )
-_TILES_FMA = ((64, 64, 16, 2, 8, 2), (64, 32, 16, 4, 8, 2), (64, 32, 16, 2, 4, 2), (32, 16, 16, 2, 2, 2))
 
 # Stages in shared memory beside num_stages, as perf/machine_code.py finds: where products read registers (sm_80 and all
 # others but these) the last one is there; on sm_100 Triton 3.6 keeps what is multiplied once more.
 _MORE_STAGES = {"sm_90": 0, "sm_100": 1, "interpreter": 0}
 _LEAST_STAGES = 2
 _MOST_SUMS = 64  # of a thread, but on sm_90: with 128 sm_80 spills for kernels deeper than 3, and on sm_100 Triton 3.6 fails
-
-
-def _tiles(problem: Problem) -> tuple[tuple[int, ...], ...]:
-    if problem.dtype != "float32":
-        return _TILES_16
-    return _TILES_FMA if problem.precision == "ieee" else _TILES_32
 
 
 def rows(problem: Problem, planes: int) -> int:
@@ -83,7 +75,7 @@ def _more_stages(problem: Problem) -> int:
 def configs(problem: Problem) -> tuple[HaloConfig, ...]:
     """The tiles that hold all channels and are not more than twice as large as the result, with as many stages as there is
     room for; and the smallest."""
-    *tiles, smallest = (HaloConfig(*tile) for tile in _tiles(problem))
+    *tiles, smallest = (HaloConfig(*tile) for tile in (_TILES_32 if problem.dtype == "float32" else _TILES_16))
     produced, depth, more, found = channels(problem)[0], problem.result_shape[2], _more_stages(problem), []
     for tile in tiles:
         fits = produced <= tile.block_n < 2 * max(produced, 16)  # with fewer, the input would be read again for the others
