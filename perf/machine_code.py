@@ -2,6 +2,7 @@
 
     python -m perf.machine_code        the representative set, printed as a table
     python -m perf.machine_code --all  every config of every architecture and type, written to perf/results/machine_code
+    python -m perf.machine_code --all --engine halo  those of one engine, among the others as they were written before
 
 A launch is compiled exactly as it would be at run time: the engine's own ``launch`` runs with a driver that only names
 the architecture, and every kernel that it would start is compiled instead.
@@ -68,6 +69,8 @@ LAYERS = (
     Layer("folded", 1, 128),
     Layer("folded", 3, 128),
     Layer("folded", 128, 3),  # its dgrad: forward has too many channels
+    Layer("halo", 64, 64),
+    Layer("halo", 20, 20),
     Layer("depthwise", 64, 64, groups=64),
     Layer("depthwise", 64, 64, groups=64, channels_last=False),
 )
@@ -214,7 +217,7 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
         narrow = len(re.findall(r"LDGSTS", text)) - wide
     return Report(
         arch, problem.dtype, problem.precision, problem.pass_, engine.NAME, str(layer), str(config), name,
-        main and engine.work(problem, config).tensor_cores, main and filled and engine.NAME == "implicit_gemm",
+        main and engine.work(problem, config).tensor_cores, main and filled and engine.NAME in ("implicit_gemm", "halo"),
         registers, spills, kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow,
         main_loop(instructions)[0],
     )  # fmt: skip
@@ -281,23 +284,38 @@ def table(rows: list[Report]) -> str:
     return "\n".join([header, *lines])
 
 
+def _written(path: Path | None) -> list[Report]:
+    """The reports of a file; none without it."""
+    if not path or not path.is_file():
+        return []
+    names = {field.name for field in dataclasses.fields(Report)}
+    kernels = json.loads(path.read_text())["kernels"]
+    return [Report(**{name: value for name, value in kernel.items() if name in names}) for kernel in kernels]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.machine_code", description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every config of every layer and engine")
     parser.add_argument("--arch", choices=ARCHITECTURES, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--engine", choices=sorted({layer.engine for layer in LAYERS}), help="with --all: no other is compiled")
     parser.add_argument("--dtype", choices=[name for name, _ in TYPES], default="bfloat16", help="without --all")
     parser.add_argument("--out", type=Path, help="write the report as JSON (with --all, without --arch: where it is kept)")
     options = parser.parse_args()
+    out = options.out
+    if out is None and options.all and options.arch == ARCHITECTURES:
+        out = RESULTS / f"triton-{triton.__version__}.json"
+    before = _written(out) if options.engine else []
     rows = []
     for arch in options.arch:
         for dtype, precision in KEPT if options.all else [t for t in TYPES if t[0] == options.dtype]:
             for layer in LAYERS if options.all else LAYERS[:1]:
+                if options.engine not in (None, layer.engine):
+                    key = (arch, dtype, precision, layer.engine, str(layer))
+                    rows += [r for r in before if (r.arch, r.dtype, r.precision, r.engine, r.layer) == key]
+                    continue
                 found = list(reports(arch, dtype, precision, layer, None if options.all else 2))
                 print(table(found), flush=True)
                 rows += found
-    out = options.out
-    if out is None and options.all and options.arch == ARCHITECTURES:
-        out = RESULTS / f"triton-{triton.__version__}.json"
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         kernels = ",\n".join(json.dumps(dataclasses.asdict(row) | {"faults": row.faults()}) for row in rows)

@@ -12,13 +12,14 @@ In forward and dgrad an infinity or NaN in a channel therefore is NaN in what th
 Bytes by design. From memory: input, weight and output once, the minimum, where the wave of programs that runs at once
 keeps what it reads in L2 (cost_model._shared_reads counts it); besides, twice what is copied for its layout, and 8 bytes
 an element of the result for each split. From L2: every tile of the input once for each tap and column of tiles. Layers
-of few channels are therefore bound by L2, not by memory: "depthwise" and "folded" are for those that they take.
+of few channels are therefore bound by L2, not by memory: "depthwise", "folded" and "halo" are for those that they take.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 import triton.language as tl
@@ -44,7 +45,6 @@ __all__ = ["NAME", "GemmConfig", "configs", "launch", "memory", "supports", "wor
 NAME = "implicit_gemm"
 _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 _REDUCE_BLOCK = 1024  # elements of one program of the split reduction
-_WHOLE = GemmConfig(16, 16, 16, 1, 1)  # of any tile: copies do not depend on it
 _KNOWN_LAUNCHES = 4096  # whose arguments are kept: working them out takes longer than all else of an eager call
 
 
@@ -59,10 +59,15 @@ def supports(problem: Problem) -> str | None:
 
 
 def memory(problem: Problem, config: GemmConfig) -> Memory:
+    return Memory(workspace_bytes(problem, config), copied_bytes(problem))
+
+
+def copied_bytes(problem: Problem) -> int:
+    """Of the operands that are copied for their layout."""
     shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
     read = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}[problem.pass_]
     copied = [shapes[i] for i in read if problem.layouts[i] in _copied_layouts(problem, i)]
-    return Memory(workspace_bytes(problem, config), problem.itemsize * sum(map(math.prod, copied)))
+    return problem.itemsize * sum(map(math.prod, copied))
 
 
 def _copied_layouts(problem: Problem, role: int) -> tuple[str, ...]:
@@ -82,7 +87,7 @@ def _extents(problem: Problem) -> tuple[float, int, float, int, float, int, floa
     """(rows, columns, reduction in pixels or in taps, parity classes, taps through which a pixel is read, elements of the
     result, bytes copied) of one group's matrix product: what :func:`work` needs of a problem, whatever the config."""
     met = max(1.0, problem.taps / math.prod(problem.stride))
-    result, copies = math.prod(problem.result_shape), memory(problem, _WHOLE).copies
+    result, copies = math.prod(problem.result_shape), copied_bytes(problem)
     produced, reduced = channels(problem)
     if problem.pass_ == "wgrad":
         return produced, problem.taps * reduced, problem.pixels, 1, met, result, copies
@@ -147,7 +152,7 @@ def pixel_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int
     return tuple(0 if shape[dim] == 1 else strides[dim] for dim in (0, 2, 3, 4))
 
 
-def _in_units(values, unit: int) -> tuple[int, ...]:
+def in_units(values: Iterable[int], unit: int) -> tuple[int, ...]:
     return tuple(value // unit for value in values)
 
 
@@ -219,7 +224,7 @@ def _gather_launch(
     arguments = (
         problem.batch, x_shape[2:], y_shape[2:], problem.kernel_size,
         scale, start, step, stride, dilation, tap_step,
-        _in_units(x_pixels, x_unit), _in_units(w_strides, w_unit), (*_in_units(y_pixels, y_unit), y_strides[1]),
+        in_units(x_pixels, x_unit), in_units(w_strides, w_unit), (*in_units(y_pixels, y_unit), y_strides[1]),
         math.prod(y_shape) if split else 0, reduced // x_unit, produced // y_unit,
         (x_shape[1] // x_unit, y_shape[1] // y_unit, problem.group_out) if together > 1 else None, config.splits, tiles_m,
     )  # fmt: skip
@@ -272,7 +277,7 @@ def _wgrad_launch(
     arguments = (
         problem.pixels, problem.input_size, problem.output_size, problem.kernel_size,
         problem.stride, problem.padding[::2], problem.dilation,
-        _in_units(x_pixels, x_unit), dw_strides, math.prod(problem.weight_shape) if split else 0,
+        in_units(x_pixels, x_unit), dw_strides, math.prod(problem.weight_shape) if split else 0,
         group_in // x_unit, group_out // g_unit, problem.out_channels // g_unit,
         (problem.in_channels // x_unit, problem.group_in, problem.group_out) if together > 1 else None,
         config.splits, tiles_m,

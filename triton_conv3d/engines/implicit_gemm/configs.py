@@ -189,12 +189,17 @@ def _interpreter_tile(problem: Problem) -> GemmConfig:
     return GemmConfig(*(1 << max(4, (size - 1).bit_length()) for size in sizes), num_warps=1, num_stages=1)
 
 
+def shared_limit(problem: Problem) -> int:
+    """Bytes of shared memory that one block of the problem's GPU can have."""
+    return _SHARED_BYTES.get(problem.arch, min(_SHARED_BYTES.values()))
+
+
 def _fits(problem: Problem, tile: GemmConfig) -> bool:
     """The tile's stages fit into shared memory, and it is not more than twice what a side of the product needs."""
     rows, columns, _ = _extent(problem, packed_groups(problem, tile))
     stages = problem.itemsize * (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
     return (
-        stages <= _SHARED_BYTES.get(problem.arch, min(_SHARED_BYTES.values()))
+        stages <= shared_limit(problem)
         and tile.block_m < 2 * max(rows, 16)
         and tile.block_n < 2 * max(columns, 16)
     )

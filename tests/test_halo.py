@@ -1,0 +1,144 @@
+"""The engine that reuses planes along D: exact at every edge, in every tile, and what it leaves to others."""
+
+from __future__ import annotations
+
+import pytest
+from cases import Case, check_footprint, make, run
+from guarded import CROSSINGS, guards, run_large
+
+from triton_conv3d import engines
+from triton_conv3d.problem import Problem
+from triton_conv3d.tuning.select import ranking, refusals
+
+pytest.importorskip("triton")
+ENGINE, GEMM = engines.get("halo"), engines.get("implicit_gemm")
+GATHER = ("forward", "dgrad")
+LARGE = Problem("forward", 1, 64, 64, (64, 64, 64), (3, 3, 3), padding=(1,) * 6, device="NVIDIA H200", arch="sm_90")
+KINDS = (("float16", "ieee"), ("float32", "tf32"))
+
+# Odd channels, volumes narrower than a tile and not as deep as its planes, padding at one end.
+GEOMETRIES = {
+    "depth_2": dict(
+        batch=2, in_channels=9, out_channels=19, input_size=(5, 4, 3), kernel_size=(2, 2, 3), padding=(1, 0, 0, 1, 2, 1)
+    ),
+    "depth_3": dict(in_channels=33, out_channels=11, input_size=(2, 3, 9), kernel_size=(3, 1, 2), padding=(2, 0, 0, 0, 1, 0)),
+    "depth_5": dict(
+        batch=2, in_channels=24, out_channels=40, input_size=(7, 2, 3), kernel_size=(5, 2, 1), padding=(0, 3, 1, 1, 0, 0)
+    ),
+    "dilated": dict(in_channels=16, out_channels=9, input_size=(3, 7, 8), kernel_size=(2, 3, 2), dilation=(1, 2, 3)),
+    "groups": dict(in_channels=32, out_channels=48, groups=2, input_size=(4, 3, 3), kernel_size=(3, 1, 2), padding=(1,) * 6),
+}  # fmt: skip
+
+
+def tiles() -> list:
+    """(dtype, precision, config) of every tile; forward and dgrad share them."""
+    found = {}
+    for dtype, precision in KINDS:
+        for channels in (64, 32, 16):
+            for config in ENGINE.configs(LARGE.replace(dtype=dtype, precision=precision, out_channels=channels)):
+                found[dtype, precision, config] = None
+    return [pytest.param(*key, id="-".join((*key[:2], "x".join(map(str, vars(key[2]).values()))))) for key in found]
+
+
+@pytest.mark.parametrize("pass_", GATHER)
+@pytest.mark.parametrize("dtype, precision, config", tiles())
+def test_every_config_is_exact(dtype: str, precision: str, config, pass_: str) -> None:
+    for i, geometry in enumerate(GEOMETRIES.values() if dtype == "float16" else [GEOMETRIES["depth_3"]]):
+        run(Case(pass_, dtype=dtype, precision=precision, channels_last=i % 2 == 0, seed=i, **geometry), ENGINE, config)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_strides_of_h_and_w(name: str) -> None:
+    case = Case("forward", dtype="bfloat16", stride=(1, 2, 3), bias=True, **GEOMETRIES[name])
+    run(case, ENGINE)
+    run(case.replace(exact=False, layouts=("cropped", "contiguous")), ENGINE)
+
+
+@pytest.mark.parametrize("pass_", GATHER)
+def test_more_taps_than_32_bits_hold(pass_: str) -> None:
+    run(Case(pass_, in_channels=9, out_channels=10, input_size=(3, 1, 31), kernel_size=(2, 1, 30), dtype="float16"), ENGINE)
+
+
+@pytest.mark.parametrize("activation", ("leaky_relu", "gelu"))
+@pytest.mark.parametrize("residual", (None, "cropped", "channels_last"))
+def test_what_follows_the_sums(residual: str | None, activation: str) -> None:
+    fused = dict(bias=True, residual=residual, activation=activation, exact=activation == "leaky_relu")
+    for name in ("depth_2", "groups"):
+        run(Case("forward", dtype="float16", **fused, **GEOMETRIES[name]), ENGINE)
+
+
+@pytest.mark.parametrize("at_end", (False, True), ids=("start", "end"))
+@pytest.mark.parametrize("pass_", GATHER)
+def test_between_pages_that_fault(pass_: str, at_end: bool) -> None:
+    """In this process: what reads outside kills it."""
+    with guards(at_end) as fresh:
+        for i, geometry in enumerate(GEOMETRIES.values()):
+            fused = dict(bias=True, residual="channels_last", activation="relu") if pass_ == "forward" else {}
+            case = Case(pass_, dtype="float16", seed=i, **fused, **geometry)
+            run(case, ENGINE, ENGINE.configs(case.geometry())[0], fresh)
+
+
+@pytest.mark.parametrize("crossing", ("depth", "height"))
+@pytest.mark.parametrize("pass_", GATHER)
+def test_offsets_of_64_bits(pass_: str, crossing: str) -> None:
+    assert crossing in CROSSINGS
+    run_large(ENGINE, pass_, crossing)
+
+
+@pytest.mark.parametrize("which", (0, 1), ids=("first_operand", "second_operand"))
+@pytest.mark.parametrize("pass_", GATHER)
+def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
+    """A weight of dgrad may also meet the zeros around the gradient, but only in its own channel."""
+    problem, operands = make(Case(pass_, batch=2, in_channels=9, out_channels=10, padding=(1, 1, 0, 1, 2, 0), dtype="float16"))
+    check_footprint(
+        ENGINE, problem, operands, which,
+        lambda where: (slice(None), where[1]) if (pass_, which) == ("dgrad", 0) else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, reason", [
+    (dict(pass_="wgrad"), "wgrad"),
+    (dict(in_channels=65), "65 channels to sum over and 64"),
+    (dict(out_channels=72), "and 72 to compute"),
+    (dict(in_channels=8), "8 channels in a group leave products empty: less than 9"),
+    (dict(groups=8), "8 channels in a group leave products empty: less than 16"),
+    (dict(kernel_size=(1, 3, 3)), "kernel depth 1"),
+    (dict(kernel_size=(6, 1, 1)), "kernel depth 6"),
+    (dict(stride=(2, 1, 1)), "stride 2 and dilation 1 along D"),
+    (dict(dilation=(2, 1, 1)), "stride 1 and dilation 2 along D"),
+    (dict(pass_="dgrad", stride=(1, 2, 1)), "parity classes"),
+    (dict(input_size=(1, 64, 64)), "one plane"),
+    (dict(kernel_size=(3, 1, 62)), "63 bits"),
+    (dict(arch="gfx942"), "gfx942"),
+    (dict(dtype="float32"), "float32 as ieee"),
+    (dict(dtype="float32", precision="tf32x3"), "float32 as tf32x3"),
+    (dict(dtype="float64"), "float64"),
+    (dict(batch=0), "nothing to multiply"),
+    (dict(arch="cpu"), "TRITON_INTERPRET"),
+], ids=lambda value: str(value) if isinstance(value, dict) else "")  # fmt: skip
+def test_what_it_leaves_to_others(changes: dict, reason: str) -> None:
+    assert ENGINE.supports(LARGE) is None
+    assert reason in (ENGINE.supports(LARGE.replace(**changes)) or "")
+
+
+@pytest.mark.parametrize("pass_", GATHER)
+def test_it_reads_half_of_what_the_implicit_gemm_reads(pass_: str) -> None:
+    """From L2, of tiles alike; and is a candidate where candidates are measured, and never a plan by prediction."""
+    layer = LARGE.replace(pass_=pass_)
+
+    def read(engine) -> float:
+        works = [engine.work(layer, c) for c in engine.configs(layer) if (c.block_m, c.block_n) == (128, 64)]
+        return min(work.programs * work.iterations * work.bytes_read for work in works)
+
+    pixels, weights = 6 / (3 * 4), 1 / 4  # of 128 pixels and of 64 filters: 2 to 1
+    assert read(ENGINE) / read(GEMM) == pytest.approx((2 * pixels + weights) / 3)
+    assert "halo" in {engine.NAME for _, engine, _ in ranking(layer, measuring=True)}
+    assert "halo" not in {engine.NAME for _, engine, _ in ranking(layer)} and "on trial" in refusals(layer)["halo"]
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_86", "sm_90", "sm_100"))
+@pytest.mark.parametrize("depth", (2, 3, 5))
+def test_more_than_the_smallest_tile_has_room(depth: int, arch: str) -> None:
+    for dtype, precision in KINDS:
+        offers = ENGINE.configs(LARGE.replace(kernel_size=(depth, 3, 3), arch=arch, dtype=dtype, precision=precision))
+        assert 1 < len(offers) <= 6 and len(set(offers)) == len(offers)

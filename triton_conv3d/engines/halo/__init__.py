@@ -1,0 +1,162 @@
+"""halo: implicit GEMM for narrow layers, that reads a plane of the input once for all planes of the result it meets.
+
+    y[j, q] = sum over taps t and channels r of  x[j * scale + start + t * step, r] * w[q, r, t]
+
+forward as it stands; dgrad with the gradient as x, flipped taps and the channels' roles exchanged. With few channels an
+implicit GEMM is bound by its stream through L2: it reads every pixel once for each tap. Here a program owns P planes of
+the result, one behind the other along D, and a step, of one tap of H and W, loads the P + kd - 1 planes that they meet
+and the kd weights, each once, and multiplies all P * kd pairs. Operands whose channels are not dense and last are copied;
+the result is written in the format that torch returns. One sum for each element, in one order: equal inputs give equal bits.
+
+Bytes by design: input, weight and output once each from memory, the minimum, where a wave of programs keeps what it reads
+in L2; besides, twice what is copied for its layout. From L2: a pixel kh * kw * (P + kd - 1) / P times for every tile of the
+produced channels, instead of kd * kh * kw times: with 3x3x3 and P = 4 half as often. All weights once for every P planes
+of a tile, instead of once for each.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton.language as tl
+
+from ...problem import Operands, Problem
+from ..base import Memory, Order, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..implicit_gemm import channels_last, copied_bytes, dense, in_units, pixel_strides, unit
+from ..implicit_gemm.configs import channels
+from ..launching import launch_kernel
+from .configs import HaloConfig, configs, rows, shared_bytes, step_bytes
+from .kernels import halo_gemm
+
+__all__ = ["NAME", "HaloConfig", "configs", "launch", "memory", "supports", "work"]
+
+NAME = "halo"
+MEASURED = ()  # architectures; it has not run on a GPU yet
+_MOST_CHANNELS = 64  # wider layers multiply long enough to hide their loads
+_DEPTHS = range(2, 6)  # of a kernel: with one plane nothing is shared, and each depth is a kernel to compile
+_LEAST_CHANNELS, _LEAST_OF_GROUP = 9, 16  # below, half of the smallest product of tensor cores is empty; of groups any part
+_LOAD, _PRODUCT = 12.0, 14.0  # instructions of a warp for each load and for each product of two tiles: SASS, sm_80 and sm_90
+_INTERPRETED, _INTERPRETED_LOAD, _INTERPRETED_PRODUCT = 12.0, 4.0, 2.0  # operations on tiles of a step, in the interpreter
+_MOST_BITS = 63  # one for every plane that a row reads and for every tap of H and W, in a 64-bit mask
+
+
+def supports(problem: Problem) -> str | None:
+    if reason := refused_by_kernels(problem):
+        return reason
+    if problem.arch.startswith("gfx"):
+        return f"{problem.arch} was not compiled for: NVIDIA GPUs from sm_80 on"
+    if problem.pass_ == "wgrad":
+        return "wgrad: its sums belong to taps, which share no planes"
+    if problem.dtype == "float32" and problem.precision != "tf32":
+        return f"float32 as {problem.precision}: its products take longer than the loads that planes save, and spill"
+    produced, reduced = channels(problem)
+    if max(produced, reduced) > _MOST_CHANNELS:
+        return f"{reduced} channels to sum over and {produced} to compute in a group: one is more than {_MOST_CHANNELS}"
+    least = _LEAST_CHANNELS if problem.groups == 1 else _LEAST_OF_GROUP
+    if min(produced, reduced) < least:
+        return f"{min(produced, reduced)} channels in a group leave products empty: less than {least}"
+    if problem.kernel_size[0] not in _DEPTHS:
+        return f"kernel depth {problem.kernel_size[0]}: planes are shared from {_DEPTHS[0]} to {_DEPTHS[-1]}"
+    if problem.stride[0] != 1 or problem.dilation[0] != 1:
+        return f"stride {problem.stride[0]} and dilation {problem.dilation[0]} along D: planes are shared where both are 1"
+    if problem.pass_ == "dgrad" and problem.stride != (1, 1, 1):
+        return f"dgrad of stride {problem.stride}: it would need parity classes"
+    if problem.result_shape[2] < 2:
+        return "one plane of the result shares its input with no other"
+    if _bits(problem, max(config.planes for config in configs(problem))) > _MOST_BITS:
+        return f"kernel {problem.kernel_size} needs more than {_MOST_BITS} bits for what lies outside"
+    return None
+
+
+def _bits(problem: Problem, planes: int) -> int:
+    return planes - 1 + sum(problem.kernel_size)
+
+
+def memory(problem: Problem, config: HaloConfig) -> Memory:
+    return Memory(copies=copied_bytes(problem))
+
+
+def work(problem: Problem, config: HaloConfig) -> Work:
+    """The launch as the cost model sees it."""
+    m, n, k, planes, item = config.block_m, config.block_n, config.block_k, config.planes, problem.itemsize
+    (produced, reduced), depth = channels(problem), problem.kernel_size[0]
+    down, across = math.ceil(rows(problem, planes) / m), math.ceil(produced / n)
+    read = planes + depth - 1
+    vector = max(math.gcd(problem.alignment, reduced * item), item)
+    loads, products = step_bytes(problem, config) / (vector * 32 * config.num_warps), planes * depth
+    met = max(1.0, problem.taps / depth / math.prod(problem.stride)) * read / planes  # times that a pixel is read
+    return Work(
+        programs=down * across * problem.groups,
+        iterations=problem.taps // depth * math.ceil(reduced / k),
+        flops=2.0 * m * n * k * products,
+        bytes_read=float(step_bytes(problem, config)),
+        bytes_written=float(item * planes * m * n),
+        num_warps=config.num_warps,
+        shared_bytes=shared_bytes(problem, config),
+        extra_bytes=2.0 * copied_bytes(problem),
+        sums=planes * m * n,
+        vector_bytes=vector,
+        stages=config.num_stages,
+        order=Order(down, across, 1, float(item * k * m * read), float(item * k * n * depth), met),
+        instructions=_LOAD * loads + _PRODUCT * products,
+        operations=_INTERPRETED + _INTERPRETED_LOAD * (read + depth) + _INTERPRETED_PRODUCT * products,
+    )
+
+
+def launch(problem: Problem, operands: Operands, config: HaloConfig) -> torch.Tensor:
+    x = channels_last(operands.grad if problem.pass_ == "dgrad" else operands.input)
+    w = dense(operands.weight)
+    y = problem.empty_result(x.device)
+    grid, arguments, options = _launch(problem, config, x.stride(), aligned(x), aligned(w))
+    launch_kernel(halo_gemm, grid, (x, w, operands.bias, y, *arguments, *residual_and_slope(problem, operands)), options)
+    return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    problem: Problem, config: HaloConfig, strides: tuple[int, ...], x_aligned: bool, w_aligned: bool
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, arguments behind the tensors, options) for an x of these strides."""
+    dgrad = problem.pass_ == "dgrad"
+    x_shape, y_shape = problem.input_shape, problem.output_shape
+    start, step = tuple(-pad for pad in problem.padding[::2]), problem.dilation
+    if dgrad:  # position i reads grad at i + pad - t * dilation; of its planes the last tap's is the first
+        x_shape, y_shape = y_shape, x_shape
+        start = (problem.padding[0] - (problem.kernel_size[0] - 1), *problem.padding[2::2])
+        step = tuple(-d for d in problem.dilation)
+    produced, reduced = channels(problem)
+    y_strides = format_strides(y_shape, problem.memory_format)
+    y_pixels, x_pixels = pixel_strides(y_shape, y_strides), pixel_strides(x_shape, strides)
+    y_unit = unit(problem.itemsize, produced, y_shape[1], *y_pixels) if y_strides[1] == 1 else 1
+    x_unit = unit(problem.itemsize, reduced, x_shape[1], *x_pixels) if x_aligned else 1
+    w_unit = unit(problem.itemsize, problem.group_in) if w_aligned else 1
+    w_strides = (problem.taps * problem.group_in, problem.group_in)
+    tiles_m = -(-rows(problem, config.planes) // config.block_m)
+    arguments = (
+        problem.batch, x_shape[2:], y_shape[2:], problem.kernel_size, problem.stride, start, step,
+        in_units(x_pixels, x_unit), in_units(w_strides, w_unit), (*in_units(y_pixels, y_unit), y_strides[1]),
+        reduced // x_unit, produced // y_unit, tiles_m,
+    )  # fmt: skip
+    options = dict(
+        X_UNIT=x_unit,
+        W_UNIT=w_unit,
+        Y_UNIT=y_unit,
+        DGRAD=dgrad,
+        KERNEL_D=problem.kernel_size[0],
+        BIAS=problem.bias,
+        ACTIVATION=problem.activation,
+        EVEN=reduced <= config.block_k or reduced % config.block_k == 0,
+        INDEX=tl.int64 if problem.index64 else tl.int32,
+        BITS=tl.int32 if _bits(problem, config.planes) < 32 else tl.int64,
+        PRECISION=problem.precision,
+        UPCAST=upcast(problem),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        PLANES=config.planes,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return (tiles_m * -(-produced // config.block_n) * problem.groups, 1), arguments, options
