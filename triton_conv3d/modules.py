@@ -92,7 +92,7 @@ class Conv3d(nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
         if isinstance(weight, Tensor) and self.in_channels != weight.size(1) * self.groups:  # not a tracer's proxy
-            self._renew(input)
+            torch.compiler.disable(self._renew)(input)  # not a decorator: it imports the compiler, which takes a second
         return self._conv_forward(input, weight, self.bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,7 +102,6 @@ class Conv3d(nn.Conv3d):
             padding = 0
         return conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    @torch.compiler.disable
     def _renew(self, input: Tensor) -> None:
         """``in_channels`` was assigned: initialise the layer anew for it, once an input with that many arrives."""
         channels, weight = self.in_channels, self._parameters.get("weight")
