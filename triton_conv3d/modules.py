@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import warnings
 from collections.abc import Mapping
 
@@ -45,10 +46,19 @@ class UninitializedParameter(nn.UninitializedParameter):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if _asked_by_ddp():
+            raise RuntimeError(f"DistributedDataParallel needs initialised parameters: {_REMEDY}")
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except ValueError as error:
             raise ValueError(f"this parameter is not initialised: {_REMEDY}. {error}") from None
+
+
+def _asked_by_ddp() -> bool:
+    """Whether DDP's constructor reads a parameter, as it does before it refuses uninitialised ones in words of its own."""
+    reader = sys._getframe(2)  # the constructor, or a generator expression in it
+    constructor = nn.parallel.DistributedDataParallel.__init__.__code__
+    return any(frame is not None and frame.f_code is constructor for frame in (reader, reader.f_back))
 
 
 class Conv3d(nn.Conv3d):
