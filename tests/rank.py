@@ -93,6 +93,28 @@ def fsdp():
     model(samples(dist.get_rank())).sum().backward()
 
 
+def compiled(model: nn.Module):
+    return torch.compile(model, backend="triton_conv3d", options={"inner": "aot_eager"})
+
+
+@check
+def ddp_compiled():
+    model = materialize(network(), samples())
+    expected = gradients_alone(model)
+    wrapped = compiled(DistributedDataParallel(model))  # nothing is reduced once it is gone
+    wrapped(samples(dist.get_rank())).square().mean().backward()
+    compare([p.grad for p in model.parameters()], expected)
+
+
+@check
+def fsdp_compiled():
+    model = materialize(network(), samples())
+    expected = gradients_alone(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    compiled(model)(samples(dist.get_rank())).square().mean().backward()
+    compare([p.grad.full_tensor() for p in model.parameters()], expected)
+
+
 GPU = PROBLEM.replace(device="NVIDIA X1", arch="sm_90", dtype="float32")
 NAMES = {"gpu": GPU.device, "arch": GPU.arch, "torch": "2"}
 selecting = importlib.import_module("triton_conv3d.tuning.select")  # the name in the package is the function

@@ -145,8 +145,9 @@ def test_distributed_needs_parameters(one_process):
 
     with pytest.raises(RuntimeError, match="materialize"):
         fully_shard(LazyConv3d(6, 3))
-    with pytest.raises(RuntimeError, match="uninitialized parameters"):  # torch's own words
-        nn.parallel.DistributedDataParallel(LazyConv3d(6, 3))
+    for model in (LazyConv3d(6, 3), nn.Sequential(nn.Conv3d(3, 3, 1), LazyConv3d(6, 3))):
+        with pytest.raises(RuntimeError, match="DistributedDataParallel.*materialize"):
+            nn.parallel.DistributedDataParallel(model)
     model = nn.parallel.DistributedDataParallel(materialize(LazyConv3d(6, 3), X))
     model(X).sum().backward()
     assert model.module.weight.grad is not None

@@ -151,6 +151,13 @@ def test_renewed_values_are_those_of_a_new_layer():
     assert torch.equal(layer.weight, fresh.weight) and torch.equal(layer.bias, fresh.bias)
 
 
+def test_renewal_in_a_compiled_network():
+    layer = Conv3d(4, 6, 3)
+    compiled = torch.compile(layer, backend="eager")
+    compiled(X)
+    torch.testing.assert_close(renewed(compiled, X[:, :2]), layer(X[:, :2]))
+
+
 def test_training_goes_on_with_the_renewed_weight():
     layer = Conv3d(4, 6, 3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

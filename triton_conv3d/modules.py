@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import warnings
 from collections.abc import Mapping
 
@@ -45,10 +46,19 @@ class UninitializedParameter(nn.UninitializedParameter):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if _asked_by_ddp():
+            raise RuntimeError(f"DistributedDataParallel needs initialised parameters: {_REMEDY}")
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except ValueError as error:
             raise ValueError(f"this parameter is not initialised: {_REMEDY}. {error}") from None
+
+
+def _asked_by_ddp() -> bool:
+    """Whether DDP's constructor reads a parameter, as it does before it refuses uninitialised ones in words of its own."""
+    reader = sys._getframe(2)  # the constructor, or a generator expression in it
+    constructor = nn.parallel.DistributedDataParallel.__init__.__code__
+    return any(frame is not None and frame.f_code is constructor for frame in (reader, reader.f_back))
 
 
 class Conv3d(nn.Conv3d):
@@ -92,7 +102,7 @@ class Conv3d(nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
         if isinstance(weight, Tensor) and self.in_channels != weight.size(1) * self.groups:  # not a tracer's proxy
-            self._renew(input)
+            torch.compiler.disable(self._renew)(input)  # not a decorator: it imports the compiler, which takes a second
         return self._conv_forward(input, weight, self.bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,7 +112,6 @@ class Conv3d(nn.Conv3d):
             padding = 0
         return conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    @torch.compiler.disable
     def _renew(self, input: Tensor) -> None:
         """``in_channels`` was assigned: initialise the layer anew for it, once an input with that many arrives."""
         channels, weight = self.in_channels, self._parameters.get("weight")
