@@ -56,9 +56,9 @@ class UninitializedParameter(nn.UninitializedParameter):
 
 def _asked_by_ddp() -> bool:
     """Whether DDP's constructor reads a parameter, as it does before it refuses uninitialised ones in words of its own."""
-    reader = sys._getframe(2)  # the constructor, or a generator expression in it
-    constructor = nn.parallel.DistributedDataParallel.__init__.__code__
-    return any(frame is not None and frame.f_code is constructor for frame in (reader, reader.f_back))
+    reader = sys._getframe(1).f_back  # the constructor, or a generator expression in it
+    constructor = getattr(nn.parallel.DistributedDataParallel.__init__, "__code__", None)
+    return any(frame is not None and frame.f_code is constructor for frame in (reader, reader and reader.f_back))
 
 
 class Conv3d(nn.Conv3d):

@@ -89,9 +89,9 @@ def halo_gemm(
     in_q = q < produced
     w_filter = w_strides[0] * W_UNIT
     if DGRAD:  # w is (r, q, taps): the group picks r
-        w_tile = (group * reduced + k[:, None]) * w_filter + q[None, :]
+        w_tile = (group.to(INDEX) * reduced + k[:, None]) * w_filter + q[None, :]
     else:
-        w_tile = (group * produced + q[None, :]) * w_filter + k[:, None]
+        w_tile = (group.to(INDEX) * produced + q[None, :]) * w_filter + k[:, None]
     w_plane = taps_h * taps_w * w_strides[1] * W_UNIT
 
     sums = ()
