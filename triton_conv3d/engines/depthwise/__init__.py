@@ -14,15 +14,31 @@ tile, (rows + 2) (columns + 2) / (rows columns) for a kernel of 3, at most 1.5 f
 taps along D that L1 no longer holds). From L1, with strips of 4 x 4 pixels: 2.25 times.
 
 Instructions by design. Each output and channel takes one FMA a tap, and what the SASS of sm_90 shows beside them for
-3x3x3: "slide" 35 in all with strips of 4 x 4 in 16-bit types (38 with 2 x 2), 34 in float32 and along dense rows;
-"rows" 49; wgrad 36 to 38. A multiprocessor starts 128 a cycle, so 16-bit layers of 3x3x3 (4 bytes an output) are bound by
-that rate, not by memory: 3.6 outputs and 14.6 bytes a cycle at most. On 132 multiprocessors at 1.75 GHz that is 3.4 TB/s:
-above what an H100's memory gives (3.35 by its data sheet), 70 % of an H200's. float32 layers (8 bytes), kernels of up to
-16 taps and strided layers are bound by memory on both. Kernels above 64 taps are bound by products: 62 % of the
-instructions of 5x5x5 are FMAs. Since all 27 taps of a channel stay in registers, "slide" holds 2 channels of a 16-bit
-type in a thread and loads 4 bytes at a time (a warp the same whole lines of memory as with wider loads), or 4 channels in
-strips of 2 x 2: 8 bytes, 38 instructions. With 8 channels, 16 bytes, 27 float32 taps alone take 216 of 255 registers: the
-same SASS shows 170 to 776 spills and 52 to 60 instructions. "rows", float32, smaller kernels and dense rows load 16.
+3x3x3: "slide" 36 in all with strips of 4 x 4 in 16-bit types (38 with 2 x 2), 34 in float32 and along dense rows;
+"rows" 49; wgrad 36 to 38. A multiprocessor starts 128 a cycle, so 16-bit layers of 3x3x3 (4 bytes an output) are
+bound by that rate where memory is fast: 3.6 outputs and 14.2 bytes a cycle at most. On 132 multiprocessors at 1.75 GHz
+that is 3.3 TB/s: 98 % of what an H100's memory gives (3.35 by its data sheet), 68 % of an H200's. float32 layers (8
+bytes), kernels of up to 16 taps and strided layers are bound by memory on both. Kernels above 64 taps are bound by
+products: 62 % of the instructions of 5x5x5 are FMAs. Since all 27 taps of a channel stay in registers, "slide" holds 2
+channels of a 16-bit type in a thread and loads 4 bytes at a time (a warp the same whole lines of memory as with wider
+loads), or 4 channels in strips of 2 x 2: 8 bytes, 38 instructions. "rows", float32, smaller kernels and dense rows
+load 16.
+
+Why "slide" does not load 16 bytes (8 channels) in 16-bit types at 3x3x3: 27 float32 taps alone would take 216 of 255
+registers; that spills 170 to 776 times and takes 52 to 60 instructions. Forms that load float32 taps where they are
+used, forward with bias, beside 36.3 on sm_90 and 35.5 on sm_80 of the 4 x 4 strips of 2 channels (1 x 4: one row of 4
+columns; on sm_90 with Triton 3.9 where nothing else is said):
+
+    one block of code            1 x 4, 2 x 2    210 and 168 spills; 43 and 42 instructions
+    a loop over rows of taps     1 x 4           none on sm_80, sm_90 and gfx942, with 3.6 too; 39.1 to 39.3
+                                 1 x 6           68 spills; 39.4
+                                 1 x 8, 8 bytes  none on sm_80 and sm_90; 37.6
+    a branch around every row    1 x 4           none on sm_80 and sm_90; 40.5 and 40.9
+    of inputs                    1 x 6           none, with 3.6 too; 40.2. On sm_80 with 3.9: 12; 40.4
+                                 2 x 3           392 spills; 53
+
+Strips of few pixels need more inputs for an output, 4.5 of 1 x 4 against 2.25 of 4 x 4, and each is converted to
+float32: without spills, 16 bytes cost at least 8 % more instructions of a kernel that is bound by them.
 """
 
 from __future__ import annotations
@@ -157,7 +173,9 @@ def _gather(problem: Problem, operands: Operands, config: DepthwiseConfig) -> to
     y = problem.empty_result(x.device)
     if config.kernel == SLIDE:
         grid, arguments, options = _slide_launch(problem, config, x.stride(), aligned(x), w.stride())
-        launch_kernel(slide, grid, (x, w, operands.bias, y, *arguments, *residual_and_slope(problem, operands)), options)
+        launch_kernel(
+            slide, grid, (x, w, operands.bias, y, *arguments, *residual_and_slope(problem, operands)), options
+        )
         return y
     taps = torch.empty((*w.shape[2:], problem.out_channels), dtype=torch.float32, device=x.device)
     taps.copy_(w[:, 0].permute(1, 2, 3, 0))
