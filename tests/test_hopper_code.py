@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 BESIDES = {
     "plain": {},
     "gelu": {"bias": True, "residual": True, "activation": "gelu"},  # the longest of the activations
+    "tanh": {"bias": True, "residual": True, "activation": "tanh", "layouts": ("channels_last",) * 2 + ("contiguous",)},
     "contiguous": {"bias": True, "residual": True, "layouts": ("channels_last",) * 2 + ("contiguous",)},
     "index64": {"index64": True},
 }

@@ -197,6 +197,12 @@ def test_a_computed_weight_is_not_renewed():
         layer(X[:, :2])
 
 
+def test_a_computed_weight_in_a_compiled_network():
+    layer = nn.utils.parametrizations.weight_norm(Conv3d(4, 6, 3))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), nn.functional.conv3d(X, layer.weight, layer.bias))
+
+
 def test_assigned_channels_must_fit_the_groups():
     layer = Conv3d(4, 6, 3, groups=2)
     layer.in_channels = 3

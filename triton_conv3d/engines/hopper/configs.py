@@ -12,7 +12,7 @@ from ..tma import memory
 from ..tma.configs import SHARED_BYTES, BrickConfig, _fits, extent, produced, reduced
 from ..tma.geometry import Brick, bricks, counts, pixels
 
-__all__ = ["BrickConfig", "LineConfig", "configs", "one_chain"]
+__all__ = ["BrickConfig", "LineConfig", "configs", "one_chain", "spacing"]
 
 _WARPS = 8  # that multiply: two warpgroups. One more produces.
 _MOST_TILES = 3  # of those that fit, the largest, are offered
@@ -76,9 +76,14 @@ class LineConfig(Config):
     def tiles(self, problem: Problem) -> Brick:
         """Along n, d, h, w. The lines of a tile are those of a step of the dilation, as often as there are lines."""
         n, d, h, w = pixels(problem)
-        by_d, by_h, _ = problem.dilation
+        by_d, by_h, _ = spacing(problem)
         d, h = by_d * -(-d // (by_d * self.planes)), by_h * -(-h // (by_h * self.lines))
         return n, d, h, -(-w // LINE)
+
+
+def spacing(problem: Problem) -> Brick:
+    """From a line of a tile to the next, and from a tap to the next: the dilation, where there is more than one tap."""
+    return tuple(by if taps > 1 else 1 for by, taps in zip(problem.dilation, problem.kernel_size, strict=True))
 
 
 def one_chain(problem: Problem, config: BrickConfig) -> bool:
@@ -97,6 +102,8 @@ def _narrow(problem: Problem) -> bool:
     """Whether to offer lines: few channels on both sides, and taps along D or H, without a stride, that share them."""
     if problem.pass_ == "wgrad" or problem.stride != (1, 1, 1) or problem.kernel_size[:2] == (1, 1):
         return False
+    if any(by > size for by, size in zip(spacing(problem), pixels(problem)[1:], strict=True)):
+        return False  # no two lines would meet the same
     whole = problem.groups == 1 or reduced(problem) == _power(reduced(problem))  # else it would read another group
     return whole and max(reduced(problem), produced(problem)) <= _NARROW
 

@@ -12,7 +12,7 @@ from ..implicit_gemm import dense
 from ..launching import GRID_LIMIT, launch_kernel
 from ..tma import _KNOWN_LAUNCHES, _descriptor, _gather_launch, _readable, _wgrad_launch
 from ..tma.geometry import MOST_VIEWS, View, Views, views
-from .configs import LINE, W_STAGES, BrickConfig, LineConfig, one_chain
+from .configs import LINE, W_STAGES, BrickConfig, LineConfig, one_chain, spacing
 from .gather import gather_ring
 from .gluon import TensorDescriptor, gl
 from .lines import line_ring
@@ -107,7 +107,8 @@ def _line_arguments(problem: Problem, config: LineConfig) -> tuple[int, tuple, d
     """The same, of lines."""
     brick = config.brick
     _, arguments, options = _gather_launch(problem, brick)
-    kernel, y_size, _, _, dilation, y_strides, _, reduced, produced, _ = arguments[4:]
+    kernel, y_size, _, _, _, y_strides, _, reduced, produced, _ = arguments[4:]
+    dilation = spacing(problem)
     low = problem.padding[::2]
     if problem.pass_ == "dgrad":  # the last tap reads what is farthest below
         start = tuple(p - (k - 1) * by for p, k, by in zip(low, kernel, dilation, strict=True))
