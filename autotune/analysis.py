@@ -16,7 +16,6 @@ from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.plan import offered
 from triton_conv3d.tuning.search import OWN, Ranked
 from triton_conv3d.tuning.storage import parse
-from triton_conv3d.tuning.transfer import variant
 
 from .records import Key, Sweep
 
@@ -129,7 +128,7 @@ def _by_variant(of: Measured) -> dict[tuple[str, str], float]:
 
 @functools.cache
 def _text(config: Config) -> str:
-    return str(variant(config)).replace(" splits=1", "")
+    return str(config.whole()).replace(" splits=1", "")
 
 
 def tile_map(found: Sequence[Measured]) -> dict[str, dict[tuple[int, int], float]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from triton_conv3d.problem import Problem
 from triton_conv3d.tuning.search import OWN
 from triton_conv3d.tuning.select import ranking
-from triton_conv3d.tuning.transfer import variant
 from triton_conv3d.tuning.variants import MOST, kind, spelled
 from triton_conv3d.workload import Layer
 
@@ -49,7 +48,7 @@ def predicted(problems: Iterable[Problem]) -> dict[str, list[dict]]:
         of: dict[str, dict] = {}
         for seconds, engine, config in ranking(problem, measuring=True):
             if engine.NAME != OWN:
-                of.setdefault(kind(engine.NAME, problem), {}).setdefault(variant(config), seconds)
+                of.setdefault(kind(engine.NAME, problem), {}).setdefault(config.whole(), seconds)
         for name, times in of.items():
             found.setdefault(name, []).append(times)
     return found

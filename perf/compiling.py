@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -91,18 +92,17 @@ def compiled(kernels: Sequence[Kernel], processes: int) -> Iterator[Compiled | s
         RuntimeError: a process ended before its work was done.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    lines = [json.dumps([k.problem.to_dict(), k.engine, k.config.to_dict(), k.index]) for k in kernels]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     workers: list[subprocess.Popen] = []
     with contextlib.ExitStack() as stack:
-        for first in range(min(processes, len(lines))):
+        for first in range(min(processes, len(kernels))):
             worker = stack.enter_context(subprocess.Popen(_COMMAND, cwd=_ROOT, env=environment, **pipes))
             stack.callback(worker.kill)
             workers.append(worker)
             with contextlib.suppress(BrokenPipeError):  # it ended early: its answers will be missed
-                worker.stdin.write("\n".join(lines[first::processes]))
+                pickle.dump(kernels[first::processes], worker.stdin)
                 worker.stdin.close()
-        for index in range(len(lines)):
+        for index in range(len(kernels)):
             worker = workers[index % processes]
             answer = worker.stdout.readline()
             if not answer:
@@ -112,16 +112,13 @@ def compiled(kernels: Sequence[Kernel], processes: int) -> Iterator[Compiled | s
 
 
 def _work() -> None:
-    """A compiling process: a kernel a line on stdin, an answer a line on stdout."""
-    for line in sys.stdin.read().splitlines():
-        problem, name, config, index = json.loads(line)
-        problem, engine = Problem.from_dict(problem), engines.get(name)
-        kind = next(type(offer) for offer in engine.configs(problem) if offer.to_dict().keys() == config.keys())
-        config = kind(**config)
-        print(json.dumps(_compile(problem, engine, config, index)), flush=True)
+    """A compiling process: kernels on stdin, pickled, and an answer a line on stdout."""
+    for kernel in pickle.load(sys.stdin.buffer):
+        print(json.dumps(_compile(kernel)), flush=True)
 
 
-def _compile(problem: Problem, engine: ModuleType, config: Config, index: int) -> tuple[dict, list[str]] | str:
+def _compile(kernel: Kernel) -> tuple[dict, list[str]] | str:
+    problem, engine, config, index = kernel.problem, engines.get(kernel.engine), kernel.config, kernel.index
     try:
         with machine_code.compiling_for(problem.arch):
             launch = machine_code.launches(problem, _operands(problem), engine, config)[index]

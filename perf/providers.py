@@ -17,7 +17,6 @@ to himself, see :mod:`perf.threads`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
@@ -179,7 +178,7 @@ def tiles(problem: Problem, engine: ModuleType) -> list[Config]:
     """The configs that an engine offers; of those that differ in their splits only, the one predicted to be fastest."""
     best: dict[Config, tuple[float, Config]] = {}
     for config in engine.configs(problem):
-        whole = dataclasses.replace(config, splits=1) if hasattr(config, "splits") else config
+        whole = config.whole()
         predicted = cost_model.predict(problem, engine, config)
         if whole not in best or predicted < best[whole][0]:
             best[whole] = predicted, config

@@ -166,8 +166,8 @@ def test_a_process_that_dies_is_an_error(monkeypatch):
 def test_answers_come_in_order_and_nothing_is_left_running(monkeypatch):
     """Each of the processes answers with the batch sizes that it was asked for, and would not end by itself soon."""
     code = (
-        "import json, sys, time\n"
-        "for line in sys.stdin: print(json.dumps(str(json.loads(line)[0]['batch'])), flush=True)\n"
+        "import json, pickle, sys, time\n"
+        "for kernel in pickle.load(sys.stdin.buffer): print(json.dumps(str(kernel.problem.batch)), flush=True)\n"
         "time.sleep(20)"
     )
     monkeypatch.setattr(compiling, "_COMMAND", (sys.executable, "-c", code))

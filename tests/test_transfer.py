@@ -31,17 +31,17 @@ def test_a_config_keeps_its_tile_and_takes_the_splits_that_suit():
     offers = ranking(HERE, measuring=True)
     whole = next(config for _, _, config in gemms(THERE) if config.splits == 1)
     engine, config = transfer.transferred(HERE, entry(whole, time_us=1.0), offers)  # far faster than predicted
-    assert engine.NAME == "implicit_gemm" and transfer.variant(config) == whole
-    same = [seconds for seconds, _, c in gemms() if transfer.variant(c) == whole]
+    assert engine.NAME == "implicit_gemm" and config.whole() == whole
+    same = [seconds for seconds, _, c in gemms() if c.whole() == whole]
     assert len(same) > 1 and config.splits > 1 and dict((c, s) for s, _, c in gemms())[config] == min(same)
 
 
 def test_the_model_overrules_what_no_longer_suits():
     """The slowest tile here, though it was as fast there as the model said."""
-    kept = {transfer.variant(config) for _, _, config in gemms()}
-    poor = [config for _, _, config in gemms(THERE) if transfer.variant(config) in kept][-1]
+    kept = {config.whole() for _, _, config in gemms()}
+    poor = [config for _, _, config in gemms(THERE) if config.whole() in kept][-1]
     _, config = transfer.transferred(HERE, entry(poor), ranking(HERE, measuring=True))
-    assert transfer.variant(config) != transfer.variant(poor)
+    assert config.whole() != poor.whole()
 
 
 @pytest.mark.parametrize("part, chosen", [(0.3, "aten"), (3.0, "implicit_gemm"), (None, "implicit_gemm")])

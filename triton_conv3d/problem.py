@@ -19,7 +19,7 @@ NO_ACTIVATION = "none"
 ACTIVATIONS = (NO_ACTIVATION, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "hardswish")
 CHANNELS_LAST, CONTIGUOUS, VIEW, STRIDED = "channels_last", "contiguous", "view", "strided"
 VECTOR_BYTES = 16  # the widest load of one thread on every GPU that Triton targets
-_INT32_BYTES = 2**31 - 1  # beyond this byte extent a kernel needs 64-bit offsets
+INT32_BYTES = 2**31 - 1  # beyond this byte extent a kernel needs 64-bit offsets
 
 Triple = tuple[int, int, int]
 
@@ -392,4 +392,4 @@ def describe(
         arch=arch,
     )
     largest = max([*map(_byte_extent, tensors), math.prod(problem.result_shape) * problem.itemsize])
-    return problem.replace(index64=largest > _INT32_BYTES)
+    return problem.replace(index64=largest > INT32_BYTES)

@@ -9,6 +9,7 @@
     memory(problem, config) -> Memory      bytes that it needs beyond operands and result
     MEASURED = ("sm_90",)                  architectures whose results are published, if its code is for certain chips:
                                            on others no prediction makes it a plan, only a measurement there
+                                           (of a config with the field ``engine``, that engine's holds too)
     TRIAL = True                           if it is not even measured but where it is asked for, or in the mode ``full``
 """
 
@@ -28,6 +29,15 @@ from .launching import GRID_LIMIT
 @dataclass(frozen=True)
 class Config:
     """The knobs of one engine: frozen, comparable, self-describing. Engines derive their own."""
+
+    @property
+    def kind(self) -> object:
+        """What kernel it is of: configs of two kinds say nothing about each other."""
+        return type(self)
+
+    def whole(self) -> Config:
+        """What its compiled kernel depends on: every knob but the number of splits, which is a run-time value."""
+        return dataclasses.replace(self, splits=1) if hasattr(self, "splits") else self
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -10,7 +10,6 @@ Koren and Somekh, 2013).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import statistics
@@ -118,8 +117,7 @@ def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
 @functools.lru_cache(maxsize=4096)
 def _knobs(config: Config) -> tuple[tuple[float, object], ...]:
     """Each knob as (octave, choice): numbers by their logarithm, anything else by itself."""
-    values = (getattr(config, field.name) for field in dataclasses.fields(config))
-    return tuple((math.log2(v), None) if type(v) is int and v > 0 else (0.0, v) for v in values)
+    return tuple((math.log2(v), None) if type(v) is int and v > 0 else (0.0, v) for v in config.to_dict().values())
 
 
 def apart(one: Config, other: Config) -> float:
@@ -127,7 +125,7 @@ def apart(one: Config, other: Config) -> float:
 
     Configs of two kinds, of different kernels, say nothing about each other.
     """
-    if type(one) is not type(other):
+    if one.kind != other.kind:
         return math.inf
     pairs = zip(_knobs(one), _knobs(other), strict=True)
     return sum(abs(a - b) if mine == theirs else 1.0 for (a, mine), (b, theirs) in pairs)

@@ -204,6 +204,12 @@ def _on_trial(problem: Problem, engine: ModuleType, measuring: bool = False) -> 
     return getattr(engine, "TRIAL", False) and current.autotune != "full"
 
 
+def _rests_on_trial(problem: Problem, config: Config, measuring: bool = False) -> bool:
+    """Whether a config hands its work on to an engine that has still to prove itself."""
+    other = getattr(config, "engine", None)
+    return other is not None and _on_trial(problem, engines.get(other), measuring)
+
+
 def _searches(config: Config) -> bool:
     """Whether cuDNN measures its own algorithms for this config, at its first launch in every thread."""
     return getattr(config, "benchmark", False)
@@ -226,6 +232,7 @@ def ranking(problem: Problem, measuring: bool = False) -> list[tuple[float, Modu
         for engine in (engines.available().values() if forced is None else (engines.get(forced),))
         if engine.supports(problem) is None and not _on_trial(problem, engine, measuring)
         for config in _usable(problem, engine)
+        if not _rests_on_trial(problem, config, measuring)
     ]
     searching = {engine.NAME for engine, config in candidates if measuring and _searches(config)}
     candidates = [(e, config) for e, config in candidates if _searches(config) == (e.NAME in searching)]
@@ -270,7 +277,11 @@ def _exact(problem: Problem, entry: Entry, source: str) -> Plan | None:
 
 def _near(problem: Problem, entry: Entry) -> Plan | None:
     ranked = ranking(problem, measuring=True)
-    trusted = [item for item in ranked if item[1].NAME == entry.engine or not _on_trial(problem, item[1])]
+    trusted = [
+        (seconds, engine, config)
+        for seconds, engine, config in ranked
+        if engine.NAME == entry.engine or not (_on_trial(problem, engine) or _rests_on_trial(problem, config))
+    ]
     candidate = transfer.transferred(problem, entry, trusted)
     return None if candidate is None else Plan(candidate[0].NAME, candidate[1], "nearest")
 

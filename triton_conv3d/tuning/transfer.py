@@ -10,7 +10,6 @@ be off as much as that plan: its time there is the larger of the two.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 
 from ..problem import Problem
@@ -22,11 +21,6 @@ from .table import MAX_DISTANCE, distance
 
 NEIGHBOURS = 3  # similar problems whose plans are measured first
 _MARGIN = 0.8  # of the estimate of what was measured, that a config must stay below which was only predicted
-
-
-def variant(config) -> object:
-    """What a compiled kernel depends on: every knob but the number of splits, which is a run-time value."""
-    return dataclasses.replace(config, splits=1) if hasattr(config, "splits") else config
 
 
 def nearest(problem: Problem, entries: Iterable[Entry]) -> list[tuple[Entry, float]]:
@@ -48,7 +42,7 @@ def transferred(problem: Problem, entry: Entry, ranked: Sequence[Ranked]) -> Can
     config = offered(there, entry.engine, entry.config)
     if config is None or not ranked:
         return None
-    kin = [item for item in ranked if item[1].NAME == entry.engine and variant(item[2]) == variant(config)]
+    kin = [item for item in ranked if item[1].NAME == entry.engine and item[2].whole() == config.whole()]
     if not kin:
         return None
     seconds = entry.time_us * 1e-6

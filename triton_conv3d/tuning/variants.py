@@ -17,7 +17,6 @@ from pathlib import Path
 from ..engines.base import Config
 from ..problem import Problem
 from .search import Ranked
-from .transfer import variant
 
 MOST = 16  # of an engine, a pass and the bytes of an element
 _LOSS = 1.25  # times what all variants take: what it costs to compile one more for an unusual layer is paid back
@@ -27,7 +26,7 @@ FILE = Path(__file__).with_name("variants.json")
 @functools.lru_cache(maxsize=4096)
 def spelled(config: Config) -> str:
     """The variant of a config, as text."""
-    return " ".join(part for part in str(variant(config)).split(" ") if not part.startswith("splits="))
+    return " ".join(part for part in str(config.whole()).split(" ") if not part.startswith("splits="))
 
 
 def kind(engine: str, problem: Problem) -> str:

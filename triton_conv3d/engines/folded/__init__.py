@@ -46,7 +46,7 @@ from .kernels import folded_gemm, folded_wgrad
 __all__ = ["NAME", "FoldedConfig", "FoldedWgradConfig", "configs", "launch", "memory", "supports", "work"]
 
 NAME = "folded"
-_MOST_CHANNELS = 8  # of one group; from 16 on the steps of one tap's channels are full
+MOST_CHANNELS = 8  # of one group; from 16 on the steps of one tap's channels are full
 _WGRAD_STEP, _WGRAD_LOAD = 250.0, 14.0  # instructions of a warp in a step of wgrad, and for each load of x: SASS, sm_90
 _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 
@@ -55,8 +55,8 @@ def supports(problem: Problem) -> str | None:
     if reason := refused_by_kernels(problem):
         return reason
     produced, reduced = channels(problem)
-    if reduced > _MOST_CHANNELS:
-        return f"{reduced} channels to sum over in a group: more than {_MOST_CHANNELS}"
+    if reduced > MOST_CHANNELS:
+        return f"{reduced} channels to sum over in a group: more than {MOST_CHANNELS}"
     if reduced == produced == 1 and problem.groups > 1:
         return "depthwise: a tile would hold one channel"
     if sum(class_taps(problem)) > _MOST_TAP_BITS:

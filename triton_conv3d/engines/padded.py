@@ -1,0 +1,176 @@
+"""padded: channels that fill no vectors, in copies that do, for the engines that load vectors.
+
+With 45 or 230 channels of a 16-bit type (R(2+1)D) a pixel begins anywhere: no load of it is wider than 2 or 4 bytes, and no
+copy engine takes it. Here another engine computes the same convolution with more channels, from copies in which the new
+ones are zeros:
+
+    forward   x and w, with more channels to sum over; the result is written as it is
+    dgrad     grad and w, likewise; of x's gradient the new channels are left out, by one more copy
+    wgrad     x and grad, and of the weight's gradient the new channels and filters are left out
+
+Bytes by design: those of the other engine, and the copies once in each direction. An operand that the other engine would
+copy for its layout is copied here instead, so that there its padding costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
+from . import folded, halo, hopper, implicit_gemm, tma
+from .base import Config, Memory, Work, aligned, in_format, refused_by_kernels
+
+NAME = "padded"
+_ENGINES = {engine.NAME: engine for engine in (hopper, tma, halo, implicit_gemm)}  # the one that takes everything last
+_READ = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}  # roles: input, weight, output
+_RESULT = {"forward": 2, "dgrad": 0, "wgrad": 1}
+
+
+@dataclass(frozen=True)
+class PaddedConfig(Config):
+    """
+    engine: that computes from the copies.
+    config: its own, of the problem with more channels.
+    """
+
+    engine: str
+    config: Config
+
+    @property
+    def splits(self) -> int:
+        return getattr(self.config, "splits", 1)
+
+    @property
+    def kind(self) -> object:
+        return self.engine, self.config.kind
+
+    def whole(self) -> PaddedConfig:
+        return dataclasses.replace(self, config=self.config.whole())
+
+    def to_dict(self) -> dict:
+        return {"engine": self.engine, **self.config.to_dict()}
+
+
+def supports(problem: Problem) -> str | None:
+    if reason := refused_by_kernels(problem):
+        return reason
+    if problem.groups > 1:
+        return f"groups={problem.groups}: the channels of each would have to be moved apart"
+    if problem.dtype == "float32" and problem.precision == "ieee":
+        return "float32 as ieee: its products take longer than loads of any width"
+    read = (problem.in_channels,) if problem.pass_ == "forward" else (problem.in_channels, problem.out_channels)
+    odd = [channels for channels in read if channels != _rounded(problem, channels)]
+    if not odd:
+        return f"channels fill vectors of {VECTOR_BYTES} bytes as they are"
+    if min(odd) <= folded.MOST_CHANNELS:
+        return f"{min(odd)} channels: engine folded takes up to {folded.MOST_CHANNELS} as they are"
+    return implicit_gemm.supports(widened(problem))
+
+
+def _rounded(problem: Problem, channels: int) -> int:
+    vector = VECTOR_BYTES // problem.itemsize
+    return -(-channels // vector) * vector
+
+
+@functools.lru_cache(maxsize=4096)
+def widened(problem: Problem) -> Problem:
+    """The problem that the other engine computes: its operands are dense and aligned."""
+    forward = problem.pass_ == "forward"
+    wide = problem.replace(
+        in_channels=_rounded(problem, problem.in_channels),
+        out_channels=problem.out_channels if forward else _rounded(problem, problem.out_channels),
+        alignment=VECTOR_BYTES,
+    )
+    changed = (*_copied(problem, wide), *_cut(problem, wide))
+    layouts = tuple(CHANNELS_LAST if role in changed else layout for role, layout in enumerate(problem.layouts))
+    largest = max(map(math.prod, _shapes(wide))) * wide.itemsize
+    return wide.replace(layouts=layouts, index64=problem.index64 or largest > INT32_BYTES)
+
+
+def _shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    return problem.input_shape, problem.weight_shape, problem.output_shape
+
+
+def _copied(problem: Problem, wide: Problem) -> tuple[int, ...]:
+    """Roles of the operands that are copied: those with new channels, and views, whose alignment is not known."""
+    return tuple(
+        role
+        for role in _READ[problem.pass_]
+        if _shapes(problem)[role] != _shapes(wide)[role] or problem.layouts[role] == VIEW
+    )
+
+
+def _cut(problem: Problem, wide: Problem) -> tuple[int, ...]:
+    """The role of the result, if it has new channels."""
+    role = _RESULT[problem.pass_]
+    return (role,) if _shapes(problem)[role] != _shapes(wide)[role] else ()
+
+
+def configs(problem: Problem) -> tuple[PaddedConfig, ...]:
+    wide = widened(problem)
+    return tuple(
+        PaddedConfig(name, config)
+        for name, engine in _ENGINES.items()
+        if engine.supports(wide) is None
+        for config in engine.configs(wide)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _moved(problem: Problem) -> tuple[int, int, int]:
+    """(bytes of the copies, bytes that making them moves, launches that it takes)."""
+    wide, item = widened(problem), problem.itemsize
+    small, large = (tuple(map(math.prod, _shapes(p))) for p in (problem, wide))
+    copied, cut = _copied(problem, wide), _cut(problem, wide)
+    copies = item * sum(large[role] for role in (*copied, *cut))
+    moved = item * (sum(small[role] + large[role] for role in copied) + sum(2 * small[role] for role in cut))
+    sides = sum(a != b for role in copied for a, b in zip(_shapes(problem)[role], _shapes(wide)[role], strict=True))
+    return copies, moved, len(copied) + sides + len(cut)  # each side with something new is filled by itself
+
+
+def memory(problem: Problem, config: PaddedConfig) -> Memory:
+    """A dense operand that needs no new channels is copied too where its address is no multiple of 16: not counted."""
+    other = _ENGINES[config.engine].memory(widened(problem), config.config)
+    return Memory(other.workspace, other.copies + _moved(problem)[0])
+
+
+def work(problem: Problem, config: PaddedConfig) -> Work:
+    """The launches as the cost model sees them."""
+    other = _ENGINES[config.engine].work(widened(problem), config.config)
+    _, moved, launches = _moved(problem)
+    return dataclasses.replace(other, extra_bytes=other.extra_bytes + moved, launches=other.launches + launches)
+
+
+def launch(problem: Problem, operands: Operands, config: PaddedConfig) -> torch.Tensor:
+    wide = widened(problem)
+    input, weight, grad = (
+        None if tensor is None else _filled(tensor, shape, layout)
+        for tensor, shape, layout in zip(operands[:3], _shapes(wide), wide.layouts, strict=True)
+    )
+    result = _ENGINES[config.engine].launch(wide, operands._replace(input=input, weight=weight, grad=grad), config.config)
+    if not _cut(problem, wide):
+        return result
+    return in_format(result[: problem.result_shape[0], : problem.result_shape[1]], problem.memory_format)
+
+
+def _filled(tensor: torch.Tensor, shape: tuple[int, ...], layout: str) -> torch.Tensor:
+    """The tensor in this larger shape, zeros after it; itself where the other engine can read it as it is, or copies it."""
+    rows, channels = tensor.shape[:2]
+    if (rows, channels) == shape[:2] and (layout != CHANNELS_LAST or _readable(tensor)):
+        return tensor
+    copy = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=torch.channels_last_3d)
+    copy[:rows, :channels] = tensor
+    if channels < shape[1]:
+        copy[:rows, channels:] = 0
+    if rows < shape[0]:
+        copy[rows:] = 0
+    return copy
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    return aligned(tensor) and tensor.is_contiguous(memory_format=torch.channels_last_3d)
