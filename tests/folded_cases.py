@@ -11,7 +11,7 @@ from triton_conv3d import engines
 
 
 def draw(pass_: str, seed: int) -> tuple[Case, object]:
-    """A case with 1 to 8 channels to sum over, and a config of few programs."""
+    """A case with 1 to 8 channels to sum over, or of wgrad so many filters, and a config of few programs."""
     rng = random.Random(f"folded-{pass_}-{seed}")
     folded = engines.get("folded")
 
@@ -19,14 +19,15 @@ def draw(pass_: str, seed: int) -> tuple[Case, object]:
         return tuple(rng.choice(choices) for _ in range(3))
 
     while True:
-        groups = rng.choice((1, 1, 1, 2, 3))
-        gather = pass_ == "dgrad"
-        few, many = groups * rng.choice((1, 1, 2, 3, 4, 5, 8)), groups * rng.choice((2, 3, 8, 16, 17, 40))
+        head = pass_ == "wgrad" and rng.random() < 0.3
+        groups = 1 if head else rng.choice((1, 1, 1, 2, 3))
+        gather = pass_ == "dgrad" or head
+        few, many = groups * rng.choice((1, 1, 2, 3, 4, 5, 8)), groups * rng.choice((9, 16, 17, 40) if head else (2, 3, 8, 16, 17, 40))
         dtype = rng.choice(DTYPES)
         case = Case(
             pass_, batch=rng.choice((1, 2)), in_channels=many if gather else few,
             out_channels=few if gather else many, input_size=triple(1, 2, 3, 4, 5, 6),
-            kernel_size=triple(1, 2, 3, 3, 5), stride=triple(1, 1, 2, 3),
+            kernel_size=triple(1, 2, 3, 3, 5), stride=(1, 1, 1) if head else triple(1, 1, 2, 3),
             padding=tuple(rng.choice((0, 1, 1, 2)) for _ in range(6)), dilation=triple(1, 1, 2), groups=groups,
             bias=pass_ == "forward" and rng.random() < 0.5, dtype=dtype,
             precision=rng.choice(PRECISIONS) if dtype == "float32" else "ieee",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ LARGE = Problem("forward", 2, 3, 512, (64, 64, 64), (3, 3, 3), arch="sm_90", dev
     if getattr(config, "splits", 1) == 1
 ])  # fmt: skip
 def test_every_config_is_exact(pass_: str, config) -> None:
-    channels = dict(in_channels=37, out_channels=3) if pass_ == "dgrad" else dict(in_channels=3, out_channels=37)
+    first, head = dict(in_channels=3, out_channels=37), dict(in_channels=37, out_channels=3)
+    channels = head if pass_ == "dgrad" else first
     for shape in (
         dict(batch=2, input_size=(3, 7, 5), kernel_size=(3, 2, 3), padding=(1, 1, 0, 1, 1, 0)),
         dict(input_size=(1, 1, 300), kernel_size=(1, 1, 2)),
@@ -51,10 +53,14 @@ def test_every_config_is_exact(pass_: str, config) -> None:
         run(Case(pass_, dtype="float16", **channels, **shape), "folded", config)
     if pass_ == "wgrad":
         run(Case(pass_, dtype="float16", **channels, **shape), "folded", dataclasses.replace(config, splits=3))
+        run(Case(pass_, dtype="float16", channels_last=False, **head, **shape), "folded", config)
 
 
 @pytest.mark.parametrize("changes, reason", [
     (dict(in_channels=9), "9 channels"),
+    (dict(pass_="wgrad", in_channels=9, out_channels=9), "9 channels and filters"),
+    (dict(pass_="wgrad", in_channels=32, stride=(1, 2, 1), out_channels=3), "with stride (1, 2, 1)"),
+    (dict(pass_="wgrad", in_channels=32, groups=2, out_channels=6), "groups=2"),
     (dict(pass_="dgrad", out_channels=3, stride=(64, 64, 64), kernel_size=(1, 1, 1)), "parity classes"),
     (dict(pass_="dgrad", in_channels=6, out_channels=3, groups=3, stride=(64, 64, 8)), "of 32768 parity classes"),
     (dict(groups=3, out_channels=3), "depthwise"),
@@ -72,6 +78,20 @@ def test_what_it_leaves_to_others(changes: dict, reason: str) -> None:
 def test_nothing_is_copied_for_a_layout(pass_: str) -> None:
     problem = LARGE.replace(pass_=pass_, in_channels=3, out_channels=8, layouts=("contiguous", "strided", "contiguous"))
     assert engines.get("folded").memory(problem, engines.get("folded").configs(problem)[0]).copies == 0
+
+
+def test_a_head_reads_its_input_once() -> None:
+    """wgrad of 128 channels and 3 filters, whose 27 taps are one tile of 81 rows."""
+    folded, gemm = engines.get("folded"), engines.get("implicit_gemm")
+    problem = LARGE.replace(pass_="wgrad", in_channels=128, out_channels=3, padding=(1,) * 6)
+
+    def read(engine, config) -> float:
+        work = engine.work(problem, config)
+        return work.programs * work.iterations * work.bytes_read / (problem.itemsize * math.prod(problem.input_shape))
+
+    wide = next(config for config in folded.configs(problem) if (config.block_m, config.block_n) == (128, 64))
+    assert read(folded, wide) == pytest.approx((128 + 64) / 64)  # and of the gathered gradient as much as its tile holds
+    assert min(read(gemm, config) for config in gemm.configs(problem)) > 27
 
 
 def test_long_sums_of_wgrad_join_a_total() -> None:

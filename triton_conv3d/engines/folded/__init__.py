@@ -9,11 +9,12 @@ layout of input and weight is read as it is.
 
     dw[q, r] = sum over output pixels j of  x[j * stride - pad + tap * dilation, channel] * grad[j, q]
 
-wgrad has the folded side as the wide one. Which taps of a pixel lie inside is worked out once for each pixel and each tap,
+wgrad has the folded side as the wide one. With few filters of many channels, a head, these are folded instead: the sum is
+taken over the pixels of the input, each of them read once, and the gradient is what taps gather. Which taps of a pixel lie inside is worked out once for each pixel and each tap,
 not for each pair. Its pixels are shared out among splits; their partial sums are float32 and added in a fixed order.
 
 Bytes by design: input, weight and output once each from memory (the input's reuse by taps is from L1 and L2), which is
-the minimum; between 1 and 2 bytes in L1 for each product of a pixel and a tap. wgrad reads the gradient again for every
+the minimum; between 1 and 2 bytes in L1 for each product of a pixel and a tap. wgrad reads the wide side again for every
 tile of folded taps and channels (of 128: one for up to 4 channels of 27 taps), and 8 bytes an element of dw for each split.
 """
 
@@ -31,6 +32,7 @@ from ..implicit_gemm import pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN, channels
 from ..launching import GRID_LIMIT, launch_kernel
 from .configs import (
+    MOST_CHANNELS,
     REGISTERS,
     WGRAD_REGISTERS,
     FoldedConfig,
@@ -38,15 +40,17 @@ from .configs import (
     class_taps,
     classes,
     configs,
+    exchanged,
+    sides,
     tap_step,
+    walked,
     wgrad_tiles,
 )
 from .kernels import folded_gemm, folded_wgrad
 
-__all__ = ["NAME", "FoldedConfig", "FoldedWgradConfig", "configs", "launch", "memory", "supports", "work"]
+__all__ = ["MOST_CHANNELS", "NAME", "FoldedConfig", "FoldedWgradConfig", "configs", "launch", "memory", "supports", "work"]
 
 NAME = "folded"
-MOST_CHANNELS = 8  # of one group; from 16 on the steps of one tap's channels are full
 _WGRAD_STEP, _WGRAD_LOAD = 250.0, 14.0  # instructions of a warp in a step of wgrad, and for each load of x: SASS, sm_90
 _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 
@@ -54,9 +58,12 @@ _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 def supports(problem: Problem) -> str | None:
     if reason := refused_by_kernels(problem):
         return reason
-    produced, reduced = channels(problem)
+    produced, reduced = sides(problem)
     if reduced > MOST_CHANNELS:
-        return f"{reduced} channels to sum over in a group: more than {MOST_CHANNELS}"
+        few = "channels and filters" if problem.pass_ == "wgrad" else "channels to sum over"
+        return f"{reduced} {few} in a group: more than {MOST_CHANNELS}"
+    if exchanged(problem) and (problem.stride != (1, 1, 1) or problem.groups > 1):
+        return f"few filters of many channels, with stride {problem.stride} and groups={problem.groups}: only with 1"
     if reduced == produced == 1 and problem.groups > 1:
         return "depthwise: a tile would hold one channel"
     if sum(class_taps(problem)) > _MOST_TAP_BITS:
@@ -100,7 +107,7 @@ def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
     result = math.prod(problem.weight_shape)
     return Work(
         programs=wgrad_tiles(problem, config) * problem.groups * config.splits,
-        iterations=math.ceil(math.ceil(problem.pixels / k) / config.splits),
+        iterations=math.ceil(math.ceil(walked(problem) / k) / config.splits),
         flops=2.0 * m * n * k,
         bytes_read=float(item * (m + n) * k),
         bytes_written=float((4 if split else item) * m * n),
@@ -131,6 +138,8 @@ def _wgrad(problem: Problem, operands: Operands, config: FoldedWgradConfig) -> t
     dw = problem.empty_result(x.device)
     split = config.splits > 1
     target = x.new_empty((config.splits, dw.numel()), dtype=torch.float32) if split else dw
+    if exchanged(problem):
+        x, grad = grad, x
     grid, arguments, options = _wgrad_launch(problem, config, x.stride(), grad.stride(), aligned(grad))
     launch_kernel(folded_wgrad, grid, (grad, x, target, *arguments), options)
     if split:
@@ -142,16 +151,21 @@ def _wgrad(problem: Problem, operands: Operands, config: FoldedWgradConfig) -> t
 def _wgrad_launch(
     problem: Problem, config: FoldedWgradConfig, x_strides: tuple[int, ...], g_strides: tuple[int, ...], g_aligned: bool
 ) -> tuple[tuple[int, int], tuple, dict]:
-    """(grid, arguments behind the tensors, options) for operands of these strides."""
+    """(grid, arguments behind the tensors, options) for an x that is folded and a grad that is walked along, of these
+    strides: where they are exchanged, position i of the input meets the gradient at i + pad - tap * dilation."""
     columns, split = problem.taps * problem.group_in, config.splits > 1
     last = split or problem.result_layout == CHANNELS_LAST
-    pixels = pixel_strides(problem.output_shape, g_strides)
-    g_unit = unit(problem.itemsize, problem.group_out, *pixels) if g_aligned and g_strides[1] == 1 else 1
+    filters, tap, channel = (columns, problem.group_in, 1) if last else (columns, 1, problem.taps)
+    x_shape, g_shape, pad, dilation = problem.input_shape, problem.output_shape, problem.padding[::2], problem.dilation
+    if exchanged(problem):
+        x_shape, g_shape, filters, channel = g_shape, x_shape, channel, filters
+        pad, dilation = (tuple(-by for by in triple) for triple in (pad, dilation))
+    pixels, wide = pixel_strides(g_shape, g_strides), sides(problem)[0]
+    g_unit = unit(problem.itemsize, wide, *pixels) if g_aligned and g_strides[1] == 1 else 1
     arguments = (
-        problem.pixels, problem.input_size, problem.output_size, problem.stride, problem.padding[::2], problem.dilation,
-        x_strides, (*(stride // g_unit for stride in pixels), g_strides[1]),
-        (columns, problem.group_in, 1) if last else (columns, 1, problem.taps),
-        math.prod(problem.weight_shape) if split else 0, problem.group_out // g_unit, config.splits,
+        walked(problem), x_shape[2:], g_shape[2:], problem.stride, pad, dilation,
+        x_strides, (*(stride // g_unit for stride in pixels), g_strides[1]), (filters, tap, channel),
+        math.prod(problem.weight_shape) if split else 0, wide // g_unit, config.splits,
     )  # fmt: skip
     options = dict(
         G_UNIT=g_unit,
@@ -168,7 +182,7 @@ def _options(problem: Problem, config: FoldedConfig, kernel: Triple) -> dict:
         KERNEL_D=kernel[0],
         KERNEL_H=kernel[1],
         KERNEL_W=kernel[2],
-        REDUCED=channels(problem)[1],
+        REDUCED=sides(problem)[1],
         INDEX=tl.int64 if problem.index64 else tl.int32,
         BITS=tl.int32 if sum(kernel) < 32 else tl.int64,
         PRECISION=problem.precision,

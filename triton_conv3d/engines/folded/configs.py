@@ -27,12 +27,15 @@ class FoldedConfig(Config):
 @dataclass(frozen=True)
 class FoldedWgradConfig(FoldedConfig):
     """
-    block_m, block_n: tile of the result: folded taps and channels x filters. block_k: pixels of one step.
+    block_m, block_n: tile of the result: folded taps and channels x filters, or folded taps and filters x channels.
+    block_k: pixels of one step.
     splits: parts of the pixels that run in parallel, each with its float32 partial sums.
     """
 
     splits: int = 1
 
+
+MOST_CHANNELS = 8  # of one group; from 16 on the steps of one tap's channels are full
 
 # Of a thread, by tile: left alone, NVIDIA's compiler spills to fit one program more.
 REGISTERS = {(128, 128): {"maxnreg": 255}, (128, 64): {"maxnreg": 128}}
@@ -58,6 +61,22 @@ _WGRAD_TILES = (
 )
 
 
+def exchanged(problem: Problem) -> bool:
+    """Whether a wgrad folds the filters, because they are the few: then its pixels are the input's."""
+    return problem.pass_ == "wgrad" and problem.group_in > MOST_CHANNELS
+
+
+def sides(problem: Problem) -> tuple[int, int]:
+    """(wide, folded) channels of one group: the columns of the result's tile, and those that join the taps."""
+    produced, reduced = channels(problem)
+    return (reduced, produced) if exchanged(problem) else (produced, reduced)
+
+
+def walked(problem: Problem) -> int:
+    """Pixels that a wgrad sums over."""
+    return problem.batch * math.prod(problem.input_size) if exchanged(problem) else problem.pixels
+
+
 def classes(problem: Problem) -> int:
     """Parity classes of a dgrad: input positions of equal remainder, which meet the same taps."""
     return math.prod(problem.stride) if problem.pass_ == "dgrad" else 1
@@ -77,7 +96,7 @@ def class_taps(problem: Problem) -> Triple:
 
 def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
     """The tiles that are not more than twice as wide as there are channels, the smallest last."""
-    produced, reduced = channels(problem)
+    produced, reduced = sides(problem)
     wide = 2 * max(16, produced)
     if problem.pass_ != "wgrad":
         return tuple(tile for tile in _TILES if tile.block_n < wide)
@@ -89,9 +108,9 @@ def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
 
 def wgrad_tiles(problem: Problem, tile: FoldedConfig) -> int:
     """Programs of one group and split."""
-    produced, reduced = channels(problem)
+    produced, reduced = sides(problem)
     return math.ceil(problem.taps * reduced / tile.block_m) * math.ceil(produced / tile.block_n)
 
 
 def _splits(problem: Problem, tile: FoldedConfig) -> tuple[int, ...]:
-    return split_counts(problem, wgrad_tiles(problem, tile) * problem.groups, math.ceil(problem.pixels / tile.block_k))
+    return split_counts(problem, wgrad_tiles(problem, tile) * problem.groups, math.ceil(walked(problem) / tile.block_k))

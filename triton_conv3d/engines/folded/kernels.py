@@ -2,6 +2,7 @@
 
     folded_gemm   y[j, q] = sum over r = (tap, channel) of  x[j * scale + start + tap * step, channel] * w[q, channel, tap]
     folded_wgrad  dw[q, r] = sum over output pixels j of  x[j * stride - pad + tap * dilation, channel] * grad[j, q]
+                  or, for few filters, with the roles of x and grad exchanged, and -pad and -dilation
 """
 
 import triton
@@ -141,7 +142,7 @@ def folded_wgrad(
     dilation,
     x_strides,  # (n, channel, d, h, w), in elements
     g_strides,  # (n, d, h, w) in G_UNIT, channel in elements
-    dw_strides,  # (filter, tap, channel), in elements
+    dw_strides,  # (filter, tap, channel), in elements: of a head (channel, tap, filter), as are all roles of the two
     split_stride,  # elements from one split's partial sums to the next
     produced,  # filters of one group, in G_UNIT
     splits,
