@@ -231,6 +231,25 @@ def test_errors_are_not_above_the_peers(dtype: str, pass_: str) -> None:
     tolerances.check_peer(*measured)
 
 
+def test_wgrad_gathers_the_narrower_side() -> None:
+    """Of 96 channels and 24 filters, with the same bytes and products as of 24 and 96; not with a stride or groups, and
+    not where the input has many more pixels than the gradient."""
+    from triton_conv3d.engines.implicit_gemm.configs import exchanged
+
+    gemm = engines.get("implicit_gemm")
+    wide = large("wgrad", "float16", "ieee").replace(in_channels=96, out_channels=24, padding=(1,) * 6)
+
+    def least(problem: Problem, what: str) -> float:
+        works = [gemm.work(problem, config) for config in gemm.configs(problem) if config.splits == 1]
+        return min(getattr(work, what) * work.programs * work.iterations for work in works)
+
+    for what in ("bytes_read", "flops"):
+        assert least(wide, what) == least(wide.replace(in_channels=24, out_channels=96), what)
+        assert least(wide.replace(stride=(1, 1, 2)), what) > 0.6 * least(wide, what)  # half of the pixels
+    frame = dict(in_channels=128, out_channels=64, input_size=(3, 66, 66))
+    assert exchanged(wide.replace(**frame)) and not exchanged(wide.replace(padding=(0,) * 6, **frame))  # of which one is left
+
+
 def test_equal_bits_in_every_run() -> None:
     case = Case("wgrad", in_channels=5, out_channels=7, padding=(1,) * 6, exact=False, dtype="float16")
     gemm = engines.get("implicit_gemm")

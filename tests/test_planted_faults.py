@@ -64,7 +64,9 @@ FAULTS = {
     "wgrad_group_of_gradient": (KERNELS, "(group * group_out + k)[None, :]", "(group + k)[None, :]"),
     # padding, stride, dilation, parity classes
     "padding_at_the_end": (HOST, "low, stride, dilation = problem.padding[::2]", "low, stride, dilation = problem.padding[1::2]"),
-    "wgrad_padding_at_the_end": (HOST, "problem.stride, problem.padding[::2], problem.dilation", "problem.stride, problem.padding[1::2], problem.dilation"),
+    "wgrad_padding_at_the_end": (HOST, "pad, dilation = problem.padding[::2], problem.dilation", "pad, dilation = problem.padding[1::2], problem.dilation"),
+    "wgrad_exchanged_padding": (HOST, "tuple(-by for by in pad)", "pad"),
+    "wgrad_exchanged_weight": (HOST, "away, (channel, tap, filters)", "away, (filters, tap, channel)"),
     "wgrad_stride_forgotten": (KERNELS, "xh = yh * stride[1] - pad[1]", "xh = yh - pad[1]"),
     "wgrad_dilation_of_width": (KERNELS, "tap_w = tap % kernel[2] * dilation[2]", "tap_w = tap % kernel[2] * dilation[1]"),
     "dgrad_step_forward": (HOST, "step = tuple(-d // g for d, g in", "step = tuple(d // g for d, g in"),

@@ -31,8 +31,8 @@ class Config:
     """The knobs of one engine: frozen, comparable, self-describing. Engines derive their own."""
 
     @property
-    def kind(self) -> object:
-        """What kernel it is of: configs of two kinds say nothing about each other."""
+    def family(self) -> object:
+        """What kernel it is of: configs of two families say nothing about each other."""
         return type(self)
 
     def whole(self) -> Config:

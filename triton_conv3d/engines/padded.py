@@ -46,8 +46,8 @@ class PaddedConfig(Config):
         return getattr(self.config, "splits", 1)
 
     @property
-    def kind(self) -> object:
-        return self.engine, self.config.kind
+    def family(self) -> object:
+        return self.engine, self.config.family
 
     def whole(self) -> PaddedConfig:
         return dataclasses.replace(self, config=self.config.whole())

@@ -123,9 +123,9 @@ def _knobs(config: Config) -> tuple[tuple[float, object], ...]:
 def apart(one: Config, other: Config) -> float:
     """Distance of two configs of an engine: octaves between their numbers, and 1 for each choice that differs.
 
-    Configs of two kinds, of different kernels, say nothing about each other.
+    Configs of two families, of different kernels, say nothing about each other.
     """
-    if one.kind != other.kind:
+    if one.family != other.family:
         return math.inf
     pairs = zip(_knobs(one), _knobs(other), strict=True)
     return sum(abs(a - b) if mine == theirs else 1.0 for (a, mine), (b, theirs) in pairs)

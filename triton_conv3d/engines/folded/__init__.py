@@ -9,9 +9,10 @@ layout of input and weight is read as it is.
 
     dw[q, r] = sum over output pixels j of  x[j * stride - pad + tap * dilation, channel] * grad[j, q]
 
-wgrad has the folded side as the wide one. With few filters of many channels, a head, these are folded instead: the sum is
-taken over the pixels of the input, each of them read once, and the gradient is what taps gather. Which taps of a pixel lie inside is worked out once for each pixel and each tap,
-not for each pair. Its pixels are shared out among splits; their partial sums are float32 and added in a fixed order.
+wgrad has the folded side as the wide one. With fewer filters than channels, as of a head, these are folded instead, and the
+sum is taken over the pixels of the input (implicit_gemm.configs.exchanged). Which taps of a pixel lie inside is worked out
+once for each pixel and each tap, not for each pair. Its pixels are shared out among splits; their partial sums are float32
+and added in a fixed order.
 
 Bytes by design: input, weight and output once each from memory (the input's reuse by taps is from L1 and L2), which is
 the minimum; between 1 and 2 bytes in L1 for each product of a pixel and a tap. wgrad reads the wide side again for every
@@ -26,10 +27,10 @@ import math
 import torch
 import triton.language as tl
 
-from ...problem import CHANNELS_LAST, Operands, Problem, Triple
+from ...problem import Operands, Problem, Triple
 from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
-from ..implicit_gemm import pixel_strides, reduce, unit
-from ..implicit_gemm.configs import CHAIN, channels
+from ..implicit_gemm import pixel_strides, reduce, unit, wgrad_roles
+from ..implicit_gemm.configs import CHAIN, channels, exchanged, walked
 from ..launching import GRID_LIMIT, launch_kernel
 from .configs import (
     MOST_CHANNELS,
@@ -40,10 +41,7 @@ from .configs import (
     class_taps,
     classes,
     configs,
-    exchanged,
-    sides,
     tap_step,
-    walked,
     wgrad_tiles,
 )
 from .kernels import folded_gemm, folded_wgrad
@@ -58,12 +56,10 @@ _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 def supports(problem: Problem) -> str | None:
     if reason := refused_by_kernels(problem):
         return reason
-    produced, reduced = sides(problem)
+    produced, reduced = channels(problem)
     if reduced > MOST_CHANNELS:
-        few = "channels and filters" if problem.pass_ == "wgrad" else "channels to sum over"
-        return f"{reduced} {few} in a group: more than {MOST_CHANNELS}"
-    if exchanged(problem) and (problem.stride != (1, 1, 1) or problem.groups > 1):
-        return f"few filters of many channels, with stride {problem.stride} and groups={problem.groups}: only with 1"
+        what = "channels that taps gather" if problem.pass_ == "wgrad" else "channels to sum over"
+        return f"{reduced} {what} in a group: more than {MOST_CHANNELS}"
     if reduced == produced == 1 and problem.groups > 1:
         return "depthwise: a tile would hold one channel"
     if sum(class_taps(problem)) > _MOST_TAP_BITS:
@@ -151,20 +147,14 @@ def _wgrad(problem: Problem, operands: Operands, config: FoldedWgradConfig) -> t
 def _wgrad_launch(
     problem: Problem, config: FoldedWgradConfig, x_strides: tuple[int, ...], g_strides: tuple[int, ...], g_aligned: bool
 ) -> tuple[tuple[int, int], tuple, dict]:
-    """(grid, arguments behind the tensors, options) for an x that is folded and a grad that is walked along, of these
-    strides: where they are exchanged, position i of the input meets the gradient at i + pad - tap * dilation."""
-    columns, split = problem.taps * problem.group_in, config.splits > 1
-    last = split or problem.result_layout == CHANNELS_LAST
-    filters, tap, channel = (columns, problem.group_in, 1) if last else (columns, 1, problem.taps)
-    x_shape, g_shape, pad, dilation = problem.input_shape, problem.output_shape, problem.padding[::2], problem.dilation
-    if exchanged(problem):
-        x_shape, g_shape, filters, channel = g_shape, x_shape, channel, filters
-        pad, dilation = (tuple(-by for by in triple) for triple in (pad, dilation))
-    pixels, wide = pixel_strides(g_shape, g_strides), sides(problem)[0]
+    """(grid, arguments behind the tensors, options) for an x that is gathered and a grad that is walked along."""
+    split = config.splits > 1
+    x_shape, g_shape, geometry, dw_strides = wgrad_roles(problem, split)
+    pixels, wide = pixel_strides(g_shape, g_strides), channels(problem)[0]
     g_unit = unit(problem.itemsize, wide, *pixels) if g_aligned and g_strides[1] == 1 else 1
     arguments = (
-        walked(problem), x_shape[2:], g_shape[2:], problem.stride, pad, dilation,
-        x_strides, (*(stride // g_unit for stride in pixels), g_strides[1]), (filters, tap, channel),
+        walked(problem), x_shape[2:], g_shape[2:], *geometry,
+        x_strides, (*(stride // g_unit for stride in pixels), g_strides[1]), dw_strides,
         math.prod(problem.weight_shape) if split else 0, wide // g_unit, config.splits,
     )  # fmt: skip
     options = dict(
@@ -182,7 +172,7 @@ def _options(problem: Problem, config: FoldedConfig, kernel: Triple) -> dict:
         KERNEL_D=kernel[0],
         KERNEL_H=kernel[1],
         KERNEL_W=kernel[2],
-        REDUCED=sides(problem)[1],
+        REDUCED=channels(problem)[1],
         INDEX=tl.int64 if problem.index64 else tl.int32,
         BITS=tl.int32 if sum(kernel) < 32 else tl.int64,
         PRECISION=problem.precision,

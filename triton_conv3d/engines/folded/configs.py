@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...problem import Problem, Triple
 from ..base import Config
-from ..implicit_gemm.configs import channels, split_counts
+from ..implicit_gemm.configs import channels, split_counts, walked
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,6 @@ _WGRAD_TILES = (
 )
 
 
-def exchanged(problem: Problem) -> bool:
-    """Whether a wgrad folds the filters, because they are the few: then its pixels are the input's."""
-    return problem.pass_ == "wgrad" and problem.group_in > MOST_CHANNELS
-
-
-def sides(problem: Problem) -> tuple[int, int]:
-    """(wide, folded) channels of one group: the columns of the result's tile, and those that join the taps."""
-    produced, reduced = channels(problem)
-    return (reduced, produced) if exchanged(problem) else (produced, reduced)
-
-
-def walked(problem: Problem) -> int:
-    """Pixels that a wgrad sums over."""
-    return problem.batch * math.prod(problem.input_size) if exchanged(problem) else problem.pixels
-
-
 def classes(problem: Problem) -> int:
     """Parity classes of a dgrad: input positions of equal remainder, which meet the same taps."""
     return math.prod(problem.stride) if problem.pass_ == "dgrad" else 1
@@ -96,7 +80,7 @@ def class_taps(problem: Problem) -> Triple:
 
 def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
     """The tiles that are not more than twice as wide as there are channels, the smallest last."""
-    produced, reduced = sides(problem)
+    produced, reduced = channels(problem)
     wide = 2 * max(16, produced)
     if problem.pass_ != "wgrad":
         return tuple(tile for tile in _TILES if tile.block_n < wide)
@@ -108,7 +92,7 @@ def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
 
 def wgrad_tiles(problem: Problem, tile: FoldedConfig) -> int:
     """Programs of one group and split."""
-    produced, reduced = sides(problem)
+    produced, reduced = channels(problem)
     return math.ceil(problem.taps * reduced / tile.block_m) * math.ceil(produced / tile.block_n)
 
 

@@ -5,6 +5,9 @@ The convolution as a matrix product whose left operand is never built: pixels x 
 channels are not dense and last are copied; the result is written in the format that torch returns. Partial sums of
 split reductions are float32 and added in a fixed order, so equal inputs give equal bits.
 
+wgrad gathers the narrower of input and gradient where it can (configs.exchanged). With fewer filters than channels an
+infinity or NaN in the input then reaches taps of its channel that it would not meet by the definition.
+
 Small groups share a tile: their weights are blocks on its diagonal, zeros elsewhere (configs.packed_groups). Of g groups
 a tile multiplies g times what it must, instead of leaving as much of it empty, and loads the channels of all as vectors.
 In forward and dgrad an infinity or NaN in a channel therefore is NaN in what the groups of its tile compute of that pixel.
@@ -37,7 +40,7 @@ from ..base import (
     upcast,
 )
 from ..launching import launch_kernel
-from .configs import CHAIN, GROUP_M, GemmConfig, channels, configs, packed_groups, workspace_bytes
+from .configs import CHAIN, GROUP_M, GemmConfig, channels, configs, exchanged, packed_groups, walked, workspace_bytes
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
 
 __all__ = ["NAME", "GemmConfig", "configs", "launch", "memory", "supports", "work"]
@@ -71,8 +74,8 @@ def copied_bytes(problem: Problem) -> int:
 
 
 def _copied_layouts(problem: Problem, role: int) -> tuple[str, ...]:
-    """What is gathered from may be a view; the weight, and the gradient that wgrad walks along, are dense."""
-    dense = role == 1 or (problem.pass_, role) == ("wgrad", 2)
+    """What is gathered from may be a view; the weight, and what wgrad walks along, are dense."""
+    dense = role == 1 or (problem.pass_ == "wgrad" and role == (0 if exchanged(problem) else 2))
     return (CONTIGUOUS, STRIDED, VIEW) if dense else (CONTIGUOUS, STRIDED)
 
 
@@ -90,7 +93,7 @@ def _extents(problem: Problem) -> tuple[float, int, float, int, float, int, floa
     result, copies = math.prod(problem.result_shape), copied_bytes(problem)
     produced, reduced = channels(problem)
     if problem.pass_ == "wgrad":
-        return produced, problem.taps * reduced, problem.pixels, 1, met, result, copies
+        return produced, problem.taps * reduced, walked(problem), 1, met, result, copies
     classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1  # which share pixels and taps evenly
     pixels = result // (produced * problem.groups) / classes
     return pixels, produced, problem.taps / classes, classes, met, result, copies
@@ -246,8 +249,12 @@ def _gather_launch(
 
 
 def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:
-    """wgrad: filters x pixels times pixels x (taps, channels); the pixels are shared out among the splits."""
-    x, grad = channels_last(operands.input), dense(operands.grad)
+    """wgrad: filters x pixels times pixels x (taps, channels); the pixels are shared out among the splits.
+
+    Or channels x pixels times pixels x (taps, filters), with the roles of the two exchanged.
+    """
+    x, grad = (operands.grad, operands.input) if exchanged(problem) else (operands.input, operands.grad)
+    x, grad = channels_last(x), dense(grad)
     dw = problem.empty_result(x.device)
     split = config.splits > 1
     target = x.new_empty((config.splits, dw.numel()), dtype=torch.float32) if split else dw
@@ -262,28 +269,37 @@ def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Te
 def _wgrad_launch(
     problem: Problem, config: GemmConfig, strides: tuple[int, ...], x_aligned: bool, grad_aligned: bool
 ) -> tuple[tuple[int, int], tuple, dict]:
-    """(grid, arguments behind the tensors, options) for an x of these strides."""
-    columns = problem.taps * problem.group_in
+    """(grid, arguments behind the tensors, options) for an x of these strides that is gathered."""
+    produced, reduced = channels(problem)
     together = packed_groups(problem, config)
-    group_out, group_in = (together * count for count in channels(problem))
-    tiles_m = -(-group_out // config.block_m)
-    tiles_n = -(-columns * together // config.block_n)
+    tiles_m = -(-together * produced // config.block_m)
+    tiles_n = -(-together * problem.taps * reduced // config.block_n)
     split = config.splits > 1
-    last = split or problem.result_layout == CHANNELS_LAST
-    dw_strides = (columns, problem.group_in, 1) if last else (columns, 1, problem.taps)
-    x_pixels = pixel_strides(problem.input_shape, strides)
-    x_unit = unit(problem.itemsize, group_in, problem.in_channels, *x_pixels) if x_aligned else 1
-    g_unit = unit(problem.itemsize, group_out, problem.out_channels) if grad_aligned else 1
+    x_shape, g_shape, geometry, dw_strides = wgrad_roles(problem, split)
+    x_pixels = pixel_strides(x_shape, strides)
+    x_unit = unit(problem.itemsize, together * reduced, x_shape[1], *x_pixels) if x_aligned else 1
+    g_unit = unit(problem.itemsize, together * produced, g_shape[1]) if grad_aligned else 1
     arguments = (
-        problem.pixels, problem.input_size, problem.output_size, problem.kernel_size,
-        problem.stride, problem.padding[::2], problem.dilation,
+        walked(problem), x_shape[2:], g_shape[2:], problem.kernel_size, *geometry,
         in_units(x_pixels, x_unit), dw_strides, math.prod(problem.weight_shape) if split else 0,
-        group_in // x_unit, group_out // g_unit, problem.out_channels // g_unit,
-        (problem.in_channels // x_unit, problem.group_in, problem.group_out) if together > 1 else None,
-        config.splits, tiles_m,
+        together * reduced // x_unit, together * produced // g_unit, g_shape[1] // g_unit,
+        (x_shape[1] // x_unit, reduced, produced) if together > 1 else None, config.splits, tiles_m,
     )  # fmt: skip
     options = dict(X_UNIT=x_unit, G_UNIT=g_unit, CHAIN=CHAIN, **_constants(problem, config), **_options(config))
     return (tiles_m * tiles_n * -(-problem.groups // together) * config.splits, 1), arguments, options
+
+
+def wgrad_roles(problem: Problem, split: bool) -> tuple[tuple, tuple, tuple, tuple]:
+    """What a wgrad kernel gathers as x, and walks along as grad: (shape of x, shape of grad, (stride, pad, dilation),
+    strides of the weight's gradient by (channel of grad, tap, channel of x)); partial sums have channels last."""
+    columns = problem.taps * problem.group_in
+    last = split or problem.result_layout == CHANNELS_LAST
+    filters, tap, channel = (columns, problem.group_in, 1) if last else (columns, 1, problem.taps)
+    pad, dilation = problem.padding[::2], problem.dilation
+    if not exchanged(problem):
+        return problem.input_shape, problem.output_shape, (problem.stride, pad, dilation), (filters, tap, channel)
+    away = (problem.stride, tuple(-by for by in pad), tuple(-by for by in dilation))
+    return problem.output_shape, problem.input_shape, away, (channel, tap, filters)
 
 
 def reduce(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ _SHARED_BYTES = {
 @dataclass(frozen=True)
 class GemmConfig(Config):
     """
-    block_m, block_n: tile of the result: pixels x channels; for wgrad filters x (taps, channels).
+    block_m, block_n: tile of the result: pixels x channels; for wgrad filters x (taps, channels), or channels x (taps,
+        filters), see :func:`exchanged`.
     block_k: length of one step of the reduction.
     num_warps, num_stages: as Triton's launch options.
     splits: parts of the reduction that run in parallel, each with its float32 partial sums.
@@ -145,10 +147,35 @@ def _base(problem: Problem) -> tuple[GemmConfig, ...]:
     return _WGRAD_32 if wgrad else _GATHER_32
 
 
+@functools.lru_cache(maxsize=4096)
+def exchanged(problem: Problem) -> bool:
+    """Whether a wgrad walks along the input and gathers the gradient through the taps, and not the other way round.
+
+    Each tap gathers its own pixels: of the narrower side, that is less, and the wider one fills the rows of a tile. Through
+    tap t position i of the input meets the gradient at i + pad - t * dilation, where the stride is 1.
+    """
+    if problem.pass_ != "wgrad" or problem.groups > 1 or problem.stride != (1, 1, 1):
+        return False
+    inner, outer, positions = problem.in_channels, problem.out_channels, problem.batch * math.prod(problem.input_size)
+    return _wgrad_reads(problem, inner, outer, positions) < _wgrad_reads(problem, outer, inner, problem.pixels)
+
+
+def _wgrad_reads(problem: Problem, along: int, gathered: int, pixels: int) -> int:
+    """What the largest tile reads in all, up to a factor: of so many channels along its rows, and gathered by each tap."""
+    tile = _base(problem)[0]
+    rows = min(max(along, 16), tile.block_m)
+    return pixels * gathered * -(-along // tile.block_m) * (rows + tile.block_n)
+
+
 def channels(problem: Problem) -> tuple[int, int]:
-    """(produced, reduced) channels of one group; of wgrad its filters, and the channels of its columns."""
+    """(produced, reduced) channels of one group; of wgrad those of the side walked along, and of the gathered one."""
     inner = (problem.group_out, problem.group_in)
-    return inner[::-1] if problem.pass_ == "dgrad" else inner
+    return inner[::-1] if problem.pass_ == "dgrad" or exchanged(problem) else inner
+
+
+def walked(problem: Problem) -> int:
+    """Pixels that a wgrad sums over."""
+    return problem.batch * math.prod(problem.input_size) if exchanged(problem) else problem.pixels
 
 
 def packed_groups(problem: Problem, tile: GemmConfig) -> int:
@@ -171,7 +198,7 @@ def _extent(problem: Problem, together: int) -> tuple[int, int, int]:
     """(rows, columns, reduction) of the matrix product of so many groups, of the largest parity class."""
     produced, reduced = (together * count for count in channels(problem))
     if problem.pass_ == "wgrad":
-        return produced, problem.taps * reduced, problem.pixels
+        return produced, problem.taps * reduced, walked(problem)
     if problem.pass_ == "forward":
         return problem.pixels, produced, problem.taps * reduced
     per_class = [-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True)]

@@ -290,7 +290,7 @@ def wgrad_gemm(
     pad,
     dilation,
     x_strides,  # (n, d, h, w) in X_UNIT
-    dw_strides,  # (k, tap, c) in elements
+    dw_strides,  # (k, tap, c) in elements; where x and grad are exchanged, k is a channel and c a filter
     split_stride,
     group_in,  # input channels of one program in X_UNIT
     group_out,  # filters of one program in G_UNIT
@@ -393,7 +393,7 @@ def wgrad_gemm(
     if packed is not None:  # the other products are of channels with filters of another group
         in_dw &= (k // packed[2])[:, None] == (c // packed[1])[None, :]
         c = c % packed[1]
-    dw_columns = tap * dw_strides[1] + c * dw_strides[2]
+    dw_columns = tap * dw_strides[1] + c.to(INDEX) * dw_strides[2]
     dw_tile = dw_ptr + split.to(INDEX) * split_stride + (dw_rows[:, None] + dw_columns[None, :])
     tl.store(dw_tile, rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=in_dw)
 
