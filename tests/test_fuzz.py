@@ -12,6 +12,7 @@ import pytest
 from cases import LAYOUTS, Case, engines_for, fuzz, fuzz_case, make, run
 
 from triton_conv3d import engines
+from triton_conv3d.engines.implicit_gemm.configs import exchanged
 from triton_conv3d.problem import PASSES
 
 IN_CI, LONG = 300, 3_000
@@ -88,10 +89,12 @@ def test_fuzzer_reaches_everything(pass_: str) -> None:
         seen["groups"] += case.groups > 1
         seen["depthwise"] += case.groups > 1 and problem.group_in == 1
         seen["split"] += getattr(config, "splits", 1) > 1
+        seen["exchanged"] += engine == "implicit_gemm" and exchanged(problem)
     assert abs(seen["odd channels"] - IN_CI // 2) <= IN_CI // 20
     wanted = ["float16", "bfloat16", "float32", "ieee", "tf32", "tf32x3", *LAYOUTS, "implicit_gemm", "aten", "exact"]
     wanted += ["random", "last=True", "last=False", "strided", "dilated", "asymmetric", "stride above kernel"]
     wanted += ["kernel above input", "groups", "depthwise", "split"] + ["bias=True"] * (pass_ == "forward")
+    wanted += ["exchanged"] * (pass_ == "wgrad")
     assert {name: seen[name] for name in wanted if seen[name] < 8} == {}
 
 

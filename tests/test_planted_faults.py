@@ -124,7 +124,10 @@ def _check_pass(pass_: str, engine: ModuleType) -> None:
                 smallest = engine.configs(case.geometry())[-1]
                 run(case, engine, smallest, fresh)
                 run(case, engine, dataclasses.replace(smallest, splits=3), fresh)
-    half = Case(pass_, in_channels=24, out_channels=24, input_size=(3, 3, 4), kernel_size=(1, 2, 3), dtype="float16")
+    half = Case(
+        pass_, in_channels=40, out_channels=24, input_size=(3, 3, 4), kernel_size=(1, 2, 3), padding=(0, 0, 1, 0, 1, 1),
+        dtype="float16",
+    )  # fmt: skip
     smallest = engine.configs(half.geometry())[-1]
     for splits in (1, 3):
         run(half.replace(exact=False), engine, dataclasses.replace(smallest, splits=splits))
