@@ -30,7 +30,7 @@ import triton.language as tl
 from ...problem import Operands, Problem, Triple
 from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..implicit_gemm import pixel_strides, reduce, unit, wgrad_roles
-from ..implicit_gemm.configs import CHAIN, channels, exchanged, walked
+from ..implicit_gemm.configs import CHAIN, exchanged, sides, walked
 from ..launching import GRID_LIMIT, launch_kernel
 from .configs import (
     MOST_CHANNELS,
@@ -56,7 +56,7 @@ _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 def supports(problem: Problem) -> str | None:
     if reason := refused_by_kernels(problem):
         return reason
-    produced, reduced = channels(problem)
+    produced, reduced = sides(problem)
     if reduced > MOST_CHANNELS:
         what = "channels that taps gather" if problem.pass_ == "wgrad" else "channels to sum over"
         return f"{reduced} {what} in a group: more than {MOST_CHANNELS}"
@@ -81,7 +81,7 @@ def work(problem: Problem, config: FoldedConfig) -> Work:
     m, n, k = config.block_m, config.block_n, config.block_k
     if problem.pass_ == "wgrad":
         return _wgrad_work(problem, config)
-    (produced, reduced), copies = channels(problem), problem.groups * classes(problem)
+    (produced, reduced), copies = sides(problem), problem.groups * classes(problem)
     pixels = math.prod(problem.result_shape) / (produced * copies)
     return Work(
         programs=math.ceil(pixels / m) * math.ceil(produced / n) * copies,
@@ -150,7 +150,7 @@ def _wgrad_launch(
     """(grid, arguments behind the tensors, options) for an x that is gathered and a grad that is walked along."""
     split = config.splits > 1
     x_shape, g_shape, geometry, dw_strides = wgrad_roles(problem, split)
-    pixels, wide = pixel_strides(g_shape, g_strides), channels(problem)[0]
+    pixels, wide = pixel_strides(g_shape, g_strides), sides(problem)[0]
     g_unit = unit(problem.itemsize, wide, *pixels) if g_aligned and g_strides[1] == 1 else 1
     arguments = (
         walked(problem), x_shape[2:], g_shape[2:], *geometry,
@@ -172,7 +172,7 @@ def _options(problem: Problem, config: FoldedConfig, kernel: Triple) -> dict:
         KERNEL_D=kernel[0],
         KERNEL_H=kernel[1],
         KERNEL_W=kernel[2],
-        REDUCED=channels(problem)[1],
+        REDUCED=sides(problem)[1],
         INDEX=tl.int64 if problem.index64 else tl.int32,
         BITS=tl.int32 if sum(kernel) < 32 else tl.int64,
         PRECISION=problem.precision,
@@ -190,7 +190,7 @@ def _launch(
     problem: Problem, config: FoldedConfig, x_strides: tuple[int, ...], w_strides: tuple[int, ...]
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for operands of these strides."""
-    produced = channels(problem)[0]
+    produced = sides(problem)[0]
     low, parity, rows = problem.padding[::2], None, problem.output_size
     if problem.pass_ == "dgrad":  # position i reads grad at (i + pad - t * dilation) / stride, where that divides
         x_shape, y_shape = problem.output_shape, problem.input_shape

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...problem import Problem, Triple
 from ..base import Config
-from ..implicit_gemm.configs import channels, split_counts, walked
+from ..implicit_gemm.configs import sides, split_counts, walked
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def class_taps(problem: Problem) -> Triple:
 
 def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
     """The tiles that are not more than twice as wide as there are channels, the smallest last."""
-    produced, reduced = channels(problem)
+    produced, reduced = sides(problem)
     wide = 2 * max(16, produced)
     if problem.pass_ != "wgrad":
         return tuple(tile for tile in _TILES if tile.block_n < wide)
@@ -92,7 +92,7 @@ def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
 
 def wgrad_tiles(problem: Problem, tile: FoldedConfig) -> int:
     """Programs of one group and split."""
-    produced, reduced = channels(problem)
+    produced, reduced = sides(problem)
     return math.ceil(problem.taps * reduced / tile.block_m) * math.ceil(produced / tile.block_n)
 
 

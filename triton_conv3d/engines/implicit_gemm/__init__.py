@@ -40,7 +40,7 @@ from ..base import (
     upcast,
 )
 from ..launching import launch_kernel
-from .configs import CHAIN, GROUP_M, GemmConfig, channels, configs, exchanged, packed_groups, walked, workspace_bytes
+from .configs import CHAIN, GROUP_M, GemmConfig, configs, exchanged, packed_groups, sides, walked, workspace_bytes
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
 
 __all__ = ["NAME", "GemmConfig", "configs", "launch", "memory", "supports", "work"]
@@ -91,7 +91,7 @@ def _extents(problem: Problem) -> tuple[float, int, float, int, float, int, floa
     result, bytes copied) of one group's matrix product: what :func:`work` needs of a problem, whatever the config."""
     met = max(1.0, problem.taps / math.prod(problem.stride))
     result, copies = math.prod(problem.result_shape), copied_bytes(problem)
-    produced, reduced = channels(problem)
+    produced, reduced = sides(problem)
     if problem.pass_ == "wgrad":
         return produced, problem.taps * reduced, walked(problem), 1, met, result, copies
     classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1  # which share pixels and taps evenly
@@ -104,7 +104,7 @@ def work(problem: Problem, config: GemmConfig) -> Work:
     item = problem.itemsize
     m, n, k, splits = config.block_m, config.block_n, config.block_k, config.splits
     extent_m, extent_n, reduction, classes, met, result, copies = _extents(problem)
-    together, reduced = packed_groups(problem, config), channels(problem)[1]
+    together, reduced = packed_groups(problem, config), sides(problem)[1]
     wgrad = problem.pass_ == "wgrad"
     rows, columns = math.ceil(extent_m * (together if wgrad else 1) / m), math.ceil(extent_n * together / n)
     row_bytes, column_bytes = float(item * m * k), float(item * n * k)
@@ -200,7 +200,7 @@ def _gather_launch(
     if dgrad:
         x_shape, y_shape = y_shape, x_shape
     together = packed_groups(problem, config)
-    produced, reduced = (together * count for count in channels(problem))
+    produced, reduced = (together * count for count in sides(problem))
     low, stride, dilation = problem.padding[::2], problem.stride, problem.dilation
     strided = dgrad and stride != (1, 1, 1)
     common = tuple(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
@@ -270,7 +270,7 @@ def _wgrad_launch(
     problem: Problem, config: GemmConfig, strides: tuple[int, ...], x_aligned: bool, grad_aligned: bool
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for an x of these strides that is gathered."""
-    produced, reduced = channels(problem)
+    produced, reduced = sides(problem)
     together = packed_groups(problem, config)
     tiles_m = -(-together * produced // config.block_m)
     tiles_n = -(-together * problem.taps * reduced // config.block_n)

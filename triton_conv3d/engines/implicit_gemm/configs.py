@@ -168,9 +168,15 @@ def _wgrad_reads(problem: Problem, along: int, gathered: int, pixels: int) -> in
 
 
 def channels(problem: Problem) -> tuple[int, int]:
-    """(produced, reduced) channels of one group; of wgrad those of the side walked along, and of the gathered one."""
+    """(produced, reduced) channels of one group; of wgrad its filters and its input channels."""
     inner = (problem.group_out, problem.group_in)
-    return inner[::-1] if problem.pass_ == "dgrad" or exchanged(problem) else inner
+    return inner[::-1] if problem.pass_ == "dgrad" else inner
+
+
+def sides(problem: Problem) -> tuple[int, int]:
+    """The same, but of wgrad those of the side that is walked along, and of the gathered one."""
+    produced, reduced = channels(problem)
+    return (reduced, produced) if exchanged(problem) else (produced, reduced)
 
 
 def walked(problem: Problem) -> int:
@@ -185,7 +191,7 @@ def packed_groups(problem: Problem, tile: GemmConfig) -> int:
     """
     if problem.groups == 1:
         return 1
-    produced, reduced = channels(problem)
+    produced, reduced = sides(problem)
     held = tile.block_m // produced if problem.pass_ == "wgrad" else min(tile.block_k // reduced, tile.block_n // produced)
     if held >= problem.groups:
         return problem.groups
@@ -196,7 +202,7 @@ def packed_groups(problem: Problem, tile: GemmConfig) -> int:
 
 def _extent(problem: Problem, together: int) -> tuple[int, int, int]:
     """(rows, columns, reduction) of the matrix product of so many groups, of the largest parity class."""
-    produced, reduced = (together * count for count in channels(problem))
+    produced, reduced = (together * count for count in sides(problem))
     if problem.pass_ == "wgrad":
         return produced, problem.taps * reduced, walked(problem)
     if problem.pass_ == "forward":
@@ -212,7 +218,7 @@ def _interpreter_tile(problem: Problem) -> GemmConfig:
     if problem.pass_ == "wgrad":
         sizes = (min(rows, 64), min(columns, 256), min(reduction, 128))
     else:
-        sizes = (min(rows, 4096), min(columns, 64), min(channels(problem)[1] * problem.groups, 32))
+        sizes = (min(rows, 4096), min(columns, 64), min(sides(problem)[1] * problem.groups, 32))
     return GemmConfig(*(1 << max(4, (size - 1).bit_length()) for size in sizes), num_warps=1, num_stages=1)
 
 
