@@ -2,7 +2,7 @@
 
     python -m perf.machine_code        the representative set, printed as a table
     python -m perf.machine_code --all  every config of every architecture and type, written to perf/results/machine_code
-    python -m perf.machine_code --all --engine halo  those of one engine, among the others as they were written before
+    python -m perf.machine_code --all --engine halo  those of one engine (and --arch), the others as they were written before
 
 A launch is compiled exactly as it would be at run time: the engine's own ``launch`` runs with a driver that only names
 the architecture, and every kernel that it would start is compiled instead.
@@ -299,17 +299,18 @@ def main() -> int:
     parser.add_argument("--arch", choices=ARCHITECTURES, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--engine", choices=sorted({layer.engine for layer in LAYERS}), help="with --all: no other is compiled")
     parser.add_argument("--dtype", choices=[name for name, _ in TYPES], default="bfloat16", help="without --all")
-    parser.add_argument("--out", type=Path, help="write the report as JSON (with --all, without --arch: where it is kept)")
+    kept = "write the report as JSON (with --all, of one engine or of all architectures: where it is kept)"
+    parser.add_argument("--out", type=Path, help=kept)
     options = parser.parse_args()
     out = options.out
-    if out is None and options.all and options.arch == ARCHITECTURES:
+    if out is None and options.all and (options.engine or options.arch == ARCHITECTURES):
         out = RESULTS / f"triton-{triton.__version__}.json"
     before = _written(out) if options.engine else []
     rows = []
-    for arch in options.arch:
+    for arch in ARCHITECTURES if options.engine else options.arch:
         for dtype, precision in KEPT if options.all else [t for t in TYPES if t[0] == options.dtype]:
             for layer in LAYERS if options.all else LAYERS[:1]:
-                if options.engine not in (None, layer.engine):
+                if options.engine not in (None, layer.engine) or arch not in options.arch:
                     key = (arch, dtype, precision, layer.engine, str(layer))
                     rows += [r for r in before if (r.arch, r.dtype, r.precision, r.engine, r.layer) == key]
                     continue
