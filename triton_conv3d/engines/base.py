@@ -32,6 +32,12 @@ class Config:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
+    def replace(self, **knobs) -> Config:
+        """The same with other knobs, faster than dataclasses.replace: a ranking makes a hundred."""
+        config = object.__new__(type(self))
+        config.__dict__.update(self.__dict__, **knobs)
+        return config
+
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.to_dict().items()) or "-"
 
