@@ -14,7 +14,7 @@ import types
 from pathlib import Path
 
 import pytest
-from simulated import random_problem
+from simulated import percentile, random_problem
 
 from triton_conv3d import configure
 from triton_conv3d.engines import aten, implicit_gemm
@@ -203,20 +203,34 @@ def test_registers_and_instructions_are_those_of_machine_code(gpu, kernel, item)
     """Half of all configs within a quarter; of the few that AMD's compiler makes of wgrad in float32, within a half."""
     kernels = compiled()[gpu, kernel, item]
     bound = 0.5 if (gpu, kernel, item) == ("gf", "wgrad", 4) else 0.25
-    for count, name in ((cost_model.registers, "registers"), (cost_model.instructions, "loop")):
-        error = statistics.median(abs(count(problem, work) / seen[name] - 1) for problem, work, seen in kernels)
+    for count, name in ((cost_model.Code.registers, "registers"), (cost_model.Code.instructions, "loop")):
+        counted = ((count(cost_model.code(problem), work), seen[name]) for problem, work, seen in kernels)
+        error = statistics.median(abs(ours / theirs - 1) for ours, theirs in counted)
         assert error <= bound, name
 
 
-def test_ranking_takes_less_than_a_millisecond():
-    draw = random.Random(3)
-    problems = [random_problem(draw, "NVIDIA H200", "sm_90") for _ in range(150)]
-    problems = [problem for problem in problems if min(problem.output_size) > 0]
+GPUS = (("NVIDIA H200", "sm_90"), ("NVIDIA A100", "sm_80"), ("NVIDIA B200", "sm_100"), ("AMD Instinct MI300X", "gfx942"))
+
+
+def processor_time(function) -> float:
     begin = time.process_time()
-    for problem in problems:
-        ranking(problem)
-    mean = (time.process_time() - begin) / len(problems)
-    assert mean < 1e-3, f"{mean * 1e3:.2f} ms"
+    function()
+    return time.process_time() - begin
+
+
+def test_ranking_takes_less_than_a_millisecond():
+    """Of a new problem; in the tail too, by as many small objects as Python makes meanwhile, on whatever machine."""
+    draw = random.Random(3)
+    problems = [random_problem(draw, *GPUS[i % len(GPUS)]) for i in range(240)]
+    ranked, made = [[] for _ in problems], []
+    for run in range(3):
+        for times, problem in zip(ranked, problems, strict=True):
+            new = problem.replace(device=f"{problem.device} {run}")  # of which no cache knows anything
+            times.append(processor_time(lambda new=new: ranking(new, measuring=True)))
+            made.append(processor_time(lambda: [dataclasses.replace(WORK, programs=i) for i in range(100)]))
+    times = [min(times) for times in ranked]
+    assert statistics.mean(times) < 1e-3
+    assert percentile(times, 0.95) < 4.8 * statistics.median(made)  # it was 3.2 of them: 0.77 ms beside 0.24
 
 
 class TestFitted:

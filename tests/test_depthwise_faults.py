@@ -31,8 +31,8 @@ FAULTS = {
     # geometry
     "kernel_flipped": ("axes.py", "ahead = open_plane if DGRAD else", "ahead = kernel - 1 - open_plane if DGRAD else"),
     "ring_short": ("axes.py", "max((kernel - 1) * dilation + 1, stride)", "(kernel - 1) * dilation + 1"),
-    "dilation_of_height": ("geometry.py", "(met.kernel[i], stride[i], dilation[i], met.pad[i])", "(met.kernel[i], stride[i], dilation[2], met.pad[i])"),
-    "padding_at_the_end": ("geometry.py", "dilation[i], met.pad[i])", "dilation[i], problem.padding[2 * i + 1])"),
+    "dilation_of_height": ("strips.py", "(met.kernel[i], stride[i], dilation[i], met.pad[i])", "(met.kernel[i], stride[i], dilation[2], met.pad[i])"),
+    "padding_at_the_end": ("strips.py", "dilation[i], met.pad[i])", "dilation[i], problem.padding[2 * i + 1])"),
     "first_tap_lost": ("__init__.py", "w = met_taps(problem).of(operands.weight)", "w = operands.weight[(..., *map(slice, met_taps(problem).kernel))]"),
     "part_of_depth_starts_late": ("kernels.py", "first + pad_d - (RING - 1)", "first + pad_d"),
     "part_of_row_not_shifted": ("kernels.py", "xw + parts * SHIFT, x_size[2]", "xw, x_size[2]"),

@@ -115,20 +115,20 @@ class Problem:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    @property
+    @functools.cached_property
     def itemsize(self) -> int:
         return self.torch_dtype.itemsize
 
-    @property
+    @functools.cached_property
     def taps(self) -> int:
         return math.prod(self.kernel_size)
 
-    @property
+    @functools.cached_property
     def group_in(self) -> int:
         """Input channels of one group."""
         return self.in_channels // self.groups
 
-    @property
+    @functools.cached_property
     def group_out(self) -> int:
         """Output channels of one group."""
         return self.out_channels // self.groups
@@ -150,6 +150,10 @@ class Problem:
         """Shape of what this pass computes."""
         return {"forward": self.output_shape, "dgrad": self.input_shape, "wgrad": self.weight_shape}[self.pass_]
 
+    @functools.cached_property
+    def result_elements(self) -> int:
+        return math.prod(self.result_shape)
+
     @property
     def result_layout(self) -> str:
         return self.layouts[{"forward": 2, "dgrad": 0, "wgrad": 1}[self.pass_]]
@@ -159,7 +163,7 @@ class Problem:
         """Memory format of what this pass computes."""
         return torch.channels_last_3d if self.result_layout == CHANNELS_LAST else torch.contiguous_format
 
-    @property
+    @functools.cached_property
     def pixels(self) -> int:
         """Output pixels of the whole batch, N * Do * Ho * Wo."""
         return self.batch * math.prod(self.output_size)
@@ -169,7 +173,7 @@ class Problem:
         """Multiplications and additions of the pass, padding counted as work (the field's convention)."""
         return 2 * self.pixels * self.out_channels * self.group_in * self.taps
 
-    @property
+    @functools.cached_property
     def min_bytes(self) -> int:
         """Bytes of input, weight, output, bias and residual, each once: what any kernel has to move."""
         sizes = (self.input_shape, self.weight_shape, self.output_shape)

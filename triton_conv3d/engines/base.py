@@ -37,10 +37,16 @@ class Config:
 
     def whole(self) -> Config:
         """What its compiled kernel depends on: every knob but the number of splits, which is a run-time value."""
-        return dataclasses.replace(self, splits=1) if hasattr(self, "splits") else self
+        return self.replace(splits=1) if hasattr(self, "splits") else self
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+    def replace(self, **knobs) -> Config:
+        """The same with other knobs, faster than dataclasses.replace: a ranking makes a hundred."""
+        config = object.__new__(type(self))
+        config.__dict__.update(self.__dict__, **knobs)
+        return config
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.to_dict().items()) or "-"

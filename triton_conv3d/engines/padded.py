@@ -14,7 +14,6 @@ copy for its layout is copied here instead, so that there its padding costs noth
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ from dataclasses import dataclass
 import torch
 
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
-from . import folded, halo, hopper, implicit_gemm, tma
+from . import folded, halo, implicit_gemm, tma
 from .base import Config, Memory, Work, aligned, in_format, refused_by_kernels
 
 NAME = "padded"
-_ENGINES = {engine.NAME: engine for engine in (hopper, tma, halo, implicit_gemm)}  # the one that takes everything last
+_ENGINES = {engine.NAME: engine for engine in (tma, halo, implicit_gemm)}  # the one that takes everything last
 _READ = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}  # roles: input, weight, output
 _RESULT = {"forward": 2, "dgrad": 0, "wgrad": 1}
 
@@ -50,7 +49,7 @@ class PaddedConfig(Config):
         return self.engine, self.config.family
 
     def whole(self) -> PaddedConfig:
-        return dataclasses.replace(self, config=self.config.whole())
+        return self.replace(config=self.config.whole())
 
     def to_dict(self) -> dict:
         return {"engine": self.engine, **self.config.to_dict()}
@@ -141,9 +140,11 @@ def memory(problem: Problem, config: PaddedConfig) -> Memory:
 
 def work(problem: Problem, config: PaddedConfig) -> Work:
     """The launches as the cost model sees them."""
-    other = _ENGINES[config.engine].work(widened(problem), config.config)
+    work = _ENGINES[config.engine].work(widened(problem), config.config)
     _, moved, launches = _moved(problem)
-    return dataclasses.replace(other, extra_bytes=other.extra_bytes + moved, launches=other.launches + launches)
+    work.extra_bytes += moved
+    work.launches += launches
+    return work
 
 
 def launch(problem: Problem, operands: Operands, config: PaddedConfig) -> torch.Tensor:

@@ -78,23 +78,54 @@ RATES = {
 }
 _UNKNOWN = RATES["A100"]  # any other GPU: the order of candidates depends on ratios, which are alike
 
-# Of a main loop, by (AMD, wgrad, bytes of an element): registers of a thread = a + b * its sums + c * its loads, and
-# instructions of a warp = d + e * loads. Least squares over every config compiled for sm_80, sm_90, sm_100 and gfx942
-# (perf/results/machine_code; tests/test_cost_model.py holds them against it).
-_CODE = {
-    (False, False, 2): (36.0, 1.25, 3.0, 56.0, 10.7),
-    (False, False, 4): (32.0, 1.5, 4.7, 44.0, 21.0),
-    (False, True, 2): (59.0, 1.75, 8.7, 5.0, 44.0),
-    (False, True, 4): (47.0, 0.0, 25.0, 35.0, 55.0),
-    (True, False, 2): (35.0, 1.8, 6.6, 60.0, 11.2),
-    (True, False, 4): (28.0, 2.5, 8.4, 47.0, 34.0),
-    (True, True, 2): (89.0, 2.8, 5.7, 117.0, 30.0),
-    (True, True, 4): (85.0, 4.9, 0.0, 0.0, 75.0),
-}
 _REGISTERS = 128  # of a thread, where an engine does not count its sums
 _MOST_REGISTERS = 255
 _MOST_WARPS = 64  # that a multiprocessor holds
 _ISSUED = 4  # warps' instructions that a multiprocessor starts in a cycle
+
+
+@dataclass(frozen=True)
+class Code:
+    """What compilers make of a main loop, of ``warp`` threads in a warp: registers of a thread = a + b * its sums + c * its
+    loads, and instructions of a warp = d + e * loads."""
+
+    warp: int
+    a: float
+    b: float
+    c: float
+    d: float
+    e: float
+
+    def loads(self, work: Work) -> float:
+        """Of one thread in one step."""
+        return work.bytes_read / (work.vector_bytes * work.num_warps * self.warp)
+
+    def registers(self, work: Work) -> float:
+        """Of one thread."""
+        if not work.sums:
+            return _REGISTERS
+        needed = self.a + self.b * work.sums / (work.num_warps * self.warp) + self.c * self.loads(work)
+        return min(needed, _MOST_REGISTERS)
+
+    def instructions(self, work: Work) -> float:
+        """Of one warp in one step; 0 where an engine counts them among its products."""
+        if work.instructions or not work.sums:
+            return work.instructions
+        return self.d + self.e * self.loads(work)
+
+
+# By (AMD, wgrad, bytes of an element). Least squares over every config compiled for sm_80, sm_90, sm_100 and gfx942
+# (perf/results/machine_code; tests/test_cost_model.py holds them against it).
+_CODE = {
+    (False, False, 2): Code(32, 36.0, 1.25, 3.0, 56.0, 10.7),
+    (False, False, 4): Code(32, 32.0, 1.5, 4.7, 44.0, 21.0),
+    (False, True, 2): Code(32, 59.0, 1.75, 8.7, 5.0, 44.0),
+    (False, True, 4): Code(32, 47.0, 0.0, 25.0, 35.0, 55.0),
+    (True, False, 2): Code(64, 35.0, 1.8, 6.6, 60.0, 11.2),
+    (True, False, 4): Code(64, 28.0, 2.5, 8.4, 47.0, 34.0),
+    (True, True, 2): Code(64, 89.0, 2.8, 5.7, 117.0, 30.0),
+    (True, True, 4): Code(64, 85.0, 4.9, 0.0, 0.0, 75.0),
+}
 
 # Seconds in Triton's interpreter, fitted to small layers: before and after the steps of a program, of an operation on
 # tiles whatever their size, and what each element adds that is loaded.
@@ -116,18 +147,24 @@ def defaults(device: str) -> Rates:
     return next((rates for name, rates in RATES.items() if name in device), _UNKNOWN)
 
 
+def code(problem: Problem) -> Code | None:
+    """None for a type that no kernel computes."""
+    return _CODE.get((problem.arch.startswith("gfx"), problem.pass_ == "wgrad", problem.itemsize))
+
+
 class _Shared:
     """What all candidates of a problem have in common, worked out once."""
 
     def __init__(self, problem: Problem, gpu: Rates):
         self.problem, self.gpu = problem, gpu
         self.roofline = roofline(problem, gpu)
-        self.warp = 64 if problem.arch.startswith("gfx") else 32
+        self.code = code(problem)
         # Flop/s that products reach, of one multiprocessor: (without tensor cores, with them).
         parts = ((False, gpu.fma_part), (True, gpu.tensor_part))
         self.products = tuple(part * _peak(problem, gpu, tensor) / gpu.units for tensor, part in parts)
         self.issue = _ISSUED * gpu.issue_part * gpu.clock
         self.l2, self.memory = gpu.cache_part * gpu.cache_rate, gpu.memory_part * gpu.bandwidth
+        self.added = math.prod(problem.output_shape) * problem.itemsize if problem.residual else 0
 
 
 def predict(problem: Problem, engine: ModuleType, config: Config, gpu: Rates | None = None) -> float:
@@ -157,22 +194,21 @@ def _predict(shared: _Shared, engine: ModuleType, config: Config) -> float:
 
 def _predicted(shared: _Shared, work: Work) -> float:
     """Waves of programs, one after the other; the last may be a small one."""
-    gpu, problem = shared.gpu, shared.problem
+    gpu = shared.gpu
     slots = gpu.units * _resident(shared, work)
     waves, rest = divmod(work.programs, slots)
-    issued = work.num_warps * instructions(problem, work) / shared.issue
+    issued = work.num_warps * shared.code.instructions(work) / shared.issue
     main = waves * _wave(shared, work, issued, slots) if waves else 0.0
     main += _wave(shared, work, issued, rest) if rest else 0.0
-    added = math.prod(problem.output_shape) * problem.itemsize if problem.residual else 0
     # Of a split reduction this holds the partial sums: written as float32 here, and read again (extra_bytes).
-    writes = (work.extra_bytes + added + work.programs * work.bytes_written) / shared.memory
+    writes = (work.extra_bytes + shared.added + work.programs * work.bytes_written) / shared.memory
     # Small programs without tensor cores write while others of their multiprocessor read.
     return work.launches * gpu.launch + (main + writes if work.tensor_cores else max(main, writes))
 
 
 def _resident(shared: _Shared, work: Work) -> int:
     """Programs that a multiprocessor holds: by shared memory, registers and warps (CUDA's occupancy calculation)."""
-    by_registers = shared.gpu.registers / (work.num_warps * shared.warp * registers(shared.problem, work))
+    by_registers = shared.gpu.registers / (work.num_warps * shared.code.warp * shared.code.registers(work))
     by_shared = shared.gpu.shared / max(work.shared_bytes, 1)
     return max(1, int(min(by_registers, by_shared, _MOST_WARPS / work.num_warps)))
 
@@ -213,38 +249,6 @@ def _shared_reads(order: Order, iterations: int, programs: int, cache: int) -> f
     if down * row * iterations > cache:
         row = order.row_bytes
     return down * row + across * order.column_bytes
-
-
-def _code(problem: Problem) -> tuple[float, ...]:
-    return _CODE[problem.arch.startswith("gfx"), problem.pass_ == "wgrad", problem.itemsize]
-
-
-def _threads(problem: Problem, work: Work) -> int:
-    return work.num_warps * (64 if problem.arch.startswith("gfx") else 32)
-
-
-def _loads(problem: Problem, work: Work) -> float:
-    """Of one thread in one step."""
-    return work.bytes_read / (work.vector_bytes * _threads(problem, work))
-
-
-def registers(problem: Problem, work: Work) -> float:
-    """Of one thread."""
-    if not work.sums:
-        return _REGISTERS
-    fixed, each_sum, each_load, _, _ = _code(problem)
-    needed = fixed + each_sum * work.sums / _threads(problem, work) + each_load * _loads(problem, work)
-    return min(needed, _MOST_REGISTERS)
-
-
-def instructions(problem: Problem, work: Work) -> float:
-    """Of one warp in one step; 0 where an engine counts them among its products."""
-    if not work.sums:
-        return 0.0
-    if work.instructions:
-        return work.instructions
-    *_, fixed, each_load = _code(problem)
-    return fixed + each_load * _loads(problem, work)
 
 
 def _peak(problem: Problem, gpu: Rates, tensor_cores: bool = True) -> float:

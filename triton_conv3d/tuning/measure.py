@@ -39,7 +39,7 @@ _budget: float | None = None
 
 def quarantined(engine: str, config: Config, arch: str) -> bool:
     """Whether this config gave a wrong result on this architecture in this process."""
-    return (engine, config, arch) in _quarantine
+    return bool(_quarantine) and (engine, config, arch) in _quarantine  # most often empty, and hashing takes its time
 
 
 @contextlib.contextmanager

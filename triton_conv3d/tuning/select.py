@@ -226,16 +226,12 @@ def ranking(problem: Problem, measuring: bool = False) -> list[tuple[float, Modu
     Raises:
         ValueError: the forced engine does not exist.
     """
-    forced = settings.current().engine
-    candidates = [
-        (engine, config)
-        for engine in (engines.available().values() if forced is None else (engines.get(forced),))
-        if engine.supports(problem) is None and not _on_trial(problem, engine, measuring)
-        for config in _usable(problem, engine)
-        if not _rests_on_trial(problem, config, measuring)
-    ]
-    searching = {engine.NAME for engine, config in candidates if measuring and _searches(config)}
-    candidates = [(e, config) for e, config in candidates if _searches(config) == (e.NAME in searching)]
+    forced, candidates = settings.current().engine, []
+    for engine in engines.available().values() if forced is None else (engines.get(forced),):
+        if engine.supports(problem) is None and not _on_trial(problem, engine, measuring):
+            usable = [config for config in _usable(problem, engine) if not _rests_on_trial(problem, config, measuring)]
+            searching = measuring and any(map(_searches, usable))
+            candidates += [(engine, config) for config in usable if _searches(config) == searching]
     ranked = cost_model.rank(problem, candidates)
     if problem.arch == "interpreter":  # asked for the kernels: torch's own convolution only where they cannot
         ranked.sort(key=lambda item: item[1].NAME == _ATEN)

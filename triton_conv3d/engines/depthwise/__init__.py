@@ -52,24 +52,10 @@ import triton.language as tl
 from ...problem import STRIDED, VECTOR_BYTES, Operands, Problem, met_taps
 from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..launching import launch_kernel
-from .axes import ring_size, strip_step
 from .configs import WORKSPACE_LIMIT, DepthwiseConfig, configs, partial_bytes, register_limit, smallest
-from .geometry import (
-    ROWS,
-    SLIDE,
-    Plan,
-    axes,
-    channel_unit,
-    channels_dense,
-    instructions,
-    lanes_last,
-    parts_of_row,
-    plan,
-    produced,
-    read_bytes,
-    unsplit,
-)
+from .geometry import Plan, plan, unsplit, whole_plan
 from .kernels import rows, slide
+from .strips import ROWS, SLIDE, axes, channels_dense, parts_of_row, ring_size, strip_step
 from .wgrad import reduce_partials, wgrad
 
 __all__ = ["NAME", "DepthwiseConfig", "configs", "launch", "memory", "supports", "work"]
@@ -92,14 +78,10 @@ def supports(problem: Problem) -> str | None:
 
 
 def memory(problem: Problem, config: DepthwiseConfig) -> Memory:
-    read = {"forward": (0,), "dgrad": (2,), "wgrad": (0, 2)}[problem.pass_]
-    shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
-    copies = sum(problem.itemsize * math.prod(shapes[i]) for i in read if problem.layouts[i] == STRIDED)
-    if problem.pass_ == "wgrad":
-        return Memory(partial_bytes(problem, config), copies)
-    if config.kernel == ROWS:
-        copies += 4 * problem.out_channels * met_taps(problem).count
-    return Memory(0, copies)
+    at = axes(problem)
+    if at.wgrad:
+        return Memory(partial_bytes(problem, config), at.copies)
+    return Memory(0, at.copies + (4 * problem.out_channels * at.count if config.kernel == ROWS else 0))
 
 
 def launch(problem: Problem, operands: Operands, config: DepthwiseConfig) -> torch.Tensor:
@@ -110,30 +92,31 @@ def launch(problem: Problem, operands: Operands, config: DepthwiseConfig) -> tor
 
 def work(problem: Problem, config: DepthwiseConfig) -> Work:
     """The launch as the cost model sees it: one step computes one plane of the result, for a program's tile."""
-    at = plan(problem, config)
-    outputs = config.rows * config.columns * at.lanes
-    steps = at.chunk + (ring_size(axes(problem).depth, False) - 1 if config.kernel == SLIDE else 0)
-    item, whole = problem.itemsize, unsplit(config)
-    if problem.pass_ == "wgrad":
-        programs = at.tiles[0] * math.prod(at.blocks) * config.splits
-        written, steps = 4.0 * at.tile[0] * math.prod(at.block), steps * at.share
-        issued, read = 1 / math.prod(at.blocks), read_bytes(problem, whole, at.tile) / math.prod(at.blocks)
+    whole = whole_plan(problem, unsplit(config))
+    chunk, chunks, share = whole.parts(config.splits)
+    outputs = config.rows * config.columns * whole.lanes
+    at, item = axes(problem), problem.itemsize
+    steps = chunk + (ring_size(at.depth, False) - 1 if config.kernel == SLIDE else 0)
+    if at.wgrad:
+        blocks = math.prod(whole.blocks)
+        programs, steps = whole.tiles[0] * blocks * config.splits, steps * share
+        written, issued, read = 4.0 * whole.tile[0] * math.prod(whole.block), 1 / blocks, whole.read_bytes / blocks
     else:
-        programs = math.prod(at.tiles) * at.chunks * problem.batch * math.prod(at.classes)
-        written, issued, read = float(outputs * item * at.chunk), 1.0, read_bytes(problem, whole, at.tile)
+        programs = math.prod(whole.tiles) * chunks * problem.batch * math.prod(whole.classes)
+        written, issued, read = float(outputs * item * chunk), 1.0, whole.read_bytes
     used = memory(problem, config)
     return Work(
         programs=programs,
         iterations=steps,
-        flops=2.0 * outputs * instructions(problem, whole) * issued,
+        flops=2.0 * outputs * whole.instructions * issued,
         bytes_read=read,
         bytes_written=written,
         num_warps=config.num_warps,
         shared_bytes=0,
         extra_bytes=2.0 * used.copies + used.workspace,
-        launches=1 + (problem.pass_ == "wgrad" or config.kernel == ROWS),
+        launches=1 + (at.wgrad or config.kernel == ROWS),
         tensor_cores=False,
-        operations=config.rows * config.columns * instructions(problem, whole),  # unrolled
+        operations=config.rows * config.columns * whole.instructions,  # unrolled
     )
 
 
@@ -186,8 +169,8 @@ def _gather(problem: Problem, operands: Operands, config: DepthwiseConfig) -> to
 
 def _common(problem: Problem, config: DepthwiseConfig, at: Plan) -> dict:
     return {
-        "C_UNIT": channel_unit(problem),
-        "LAST": lanes_last(problem),
+        "C_UNIT": axes(problem).unit,
+        "LAST": axes(problem).last,
         "INDEX": tl.int64 if problem.index64 else tl.int32,
         "COLUMNS": config.columns,
         "BLOCK": at.lanes,
@@ -218,12 +201,12 @@ def _slide_launch(
     problem: Problem, config: DepthwiseConfig, strides: tuple[int, ...], aligned: bool, w_strides: tuple[int, ...]
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for an x and a weight of these strides."""
-    at, axis, unit = plan(problem, config), axes(problem), channel_unit(problem)
-    step = strip_step(config.columns, axis.width, problem.pass_ == "dgrad")
+    at, axis, unit = plan(problem, config), axes(problem), axes(problem).unit
+    step = strip_step(config.columns, axis.width, axis.dgrad)
     sizes, x, y, options = _sides(problem, config, strides, aligned, step)
     arguments = (
         *sizes, met_taps(problem).pad[0], x.strides, (w_strides[0], *w_strides[2:]), y.strides,
-        produced(problem)[0] // unit, (at.tile[0] // unit, *at.tile[1:]), at.tiles, at.strips, at.chunk, at.chunks,
+        axis.channels // unit, (at.tile[0] // unit, *at.tile[1:]), at.tiles, at.strips, at.chunk, at.chunks,
     )  # fmt: skip
     options = dict(
         **options, MULTIPLIER=problem.out_channels // problem.in_channels, DEPTH=axis.depth, HEIGHT=axis.height,
@@ -238,7 +221,7 @@ def _rows_launch(
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for an x of these strides."""
     dgrad = problem.pass_ == "dgrad"
-    at, axis, met, unit = plan(problem, config), axes(problem), met_taps(problem), channel_unit(problem)
+    at, axis, met, unit = plan(problem, config), axes(problem), met_taps(problem), axes(problem).unit
     part, parts, shift = parts_of_row(problem)
     whole = part == axis.width[0]
     step = strip_step(config.columns, axis.width, dgrad)
@@ -253,7 +236,7 @@ def _rows_launch(
         scale, start, step = stride, tuple(-p for p in pad), dilation
     arguments = (
         *sizes, met.kernel, scale, start, step, at.classes, dilation, tap_step, x.strides, y.strides,
-        produced(problem)[0] // unit, problem.out_channels // unit, problem.out_channels // problem.in_channels, parts,
+        axis.channels // unit, problem.out_channels // unit, problem.out_channels // problem.in_channels, parts,
         (at.tile[0] // unit, *at.tile[1:]), at.tiles, at.strips[1], at.chunk, at.chunks,
     )  # fmt: skip
     options.update(
@@ -294,7 +277,7 @@ def _wgrad_launch(
     grad_aligned: bool,
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for operands of these strides."""
-    at, axis, unit = plan(problem, config), axes(problem), channel_unit(problem)
+    at, axis, unit = plan(problem, config), axes(problem), axes(problem).unit
     step = strip_step(config.columns, axis.width, False)
     shift = at.block[2] * problem.dilation[2] if at.blocks[2] > 1 else 0
     x = _Side(problem, 0, x_strides, x_aligned, math.gcd(step, shift))

@@ -11,11 +11,12 @@ import triton
 def positions(OUTPUTS, AXIS, DGRAD):
     """Input positions that a strip of so many outputs meets, in increasing order."""
     kernel, stride, dilation, pad = AXIS
-    pairs = [(o, t) for o in range(OUTPUTS) for t in range(kernel)]
-    if DGRAD:  # output o meets the gradient at (o + pad - t * dilation) / stride, where stride divides
-        ahead = [o + pad - t * dilation for o, t in pairs]
-        return sorted({a // stride for a in ahead if a % stride == 0})
-    return sorted({o * stride + t * dilation - pad for o, t in pairs})
+    ahead = [pad - t * dilation for t in range(kernel)]
+    if DGRAD:  # output o meets the gradient at (o + ahead) / stride, where stride divides
+        met = [range(-(-a // stride), (OUTPUTS - 1 + a) // stride + 1) for a in ahead]
+    else:  # and the input at o * stride - ahead
+        met = [range(-a, OUTPUTS * stride - a, stride) for a in ahead]
+    return sorted(set().union(*met))
 
 
 @triton.constexpr_function

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...problem import VECTOR_BYTES, Problem, met_taps
 from ..base import Config
-from .axes import ring_size
-from .geometry import ROWS, SLIDE, axes, channel_unit, instructions, lanes_last, plan, produced, registers
+from .geometry import Plan, whole_plan
+from .strips import ROWS, SLIDE, Strip, axes
 
 CHAIN = 16_384  # products of one wgrad accumulator: bounds its rounding errors
 WORKSPACE_LIMIT = 64 * 2**20  # bytes of float32 partial sums
@@ -50,7 +49,8 @@ def register_limit(problem: Problem, config: DepthwiseConfig) -> dict[str, int]:
     if not problem.arch.startswith("sm_"):
         return {}
     hopper = int(problem.arch[3:]) >= 90
-    return {"maxnreg": 168 if registers(problem, config) <= _THIRD[hopper] else 255}
+    taken = Strip(problem, config.kernel, config.rows, config.columns).registers(config.vector)
+    return {"maxnreg": 168 if taken <= _THIRD[hopper] else 255}
 
 
 # (rows, columns) of a strip, by kernel; the second with dense rows of pixels, which are read and written in vectors.
@@ -66,18 +66,21 @@ _DENSE_STRIPS = {
 
 def _candidates(problem: Problem, kernel: str) -> list[DepthwiseConfig]:
     """Every strip that registers hold, the least instructions for one output that is wanted first."""
-    last, (_, (_, height, width)) = lanes_last(problem), produced(problem)
-    steps = problem.stride[1:] if problem.pass_ == "dgrad" else (1, 1)
-    vectors = [v for v in (1, 2, 4, 8) if v <= VECTOR_BYTES // problem.itemsize] if last else [1]
-    unit = channel_unit(problem)
+    at, (_, height, width) = axes(problem), axes(problem).size
+    along_h, along_w = problem.stride[1:] if at.dgrad else (1, 1)
+    most = min(VECTOR_BYTES // problem.itemsize, max(at.unit, 2)) if at.last else 1
+    vectors = [vector for vector in (1, 2, 4, 8) if vector <= most]
     found = {}
-    for strip, vector in itertools.product((_STRIPS if last else _DENSE_STRIPS)[kernel], vectors):
-        rows, columns = (-(-size // step) * step for size, step in zip(strip, steps, strict=True))
-        config = DepthwiseConfig(kernel, 1 if kernel == ROWS else rows, columns, vector)
-        filled = [size / (-(-size // outputs) * outputs) for size, outputs in ((height, config.rows), (width, columns))]
-        fits = vector <= max(unit, 2) and registers(problem, config) <= _REGISTERS[problem.pass_]
-        if fits and min(filled) >= 0.5:
-            found[config] = instructions(problem, config) / math.prod(filled)
+    for rows, columns in (_STRIPS if at.last else _DENSE_STRIPS)[kernel]:
+        rows, columns = 1 if kernel == ROWS else -(-rows // along_h) * along_h, -(-columns // along_w) * along_w
+        filled = height / (-(-height // rows) * rows), width / (-(-width // columns) * columns)
+        if min(filled) < 0.5:
+            continue
+        strip = Strip(problem, kernel, rows, columns)
+        for vector in vectors:
+            if strip.registers(vector) <= _REGISTERS[problem.pass_]:
+                config = DepthwiseConfig(kernel, rows, columns, vector)
+                found[config] = strip.instructions(vector) / (filled[0] * filled[1])
     return sorted(found, key=found.get)
 
 
@@ -85,34 +88,42 @@ def _candidates(problem: Problem, kernel: str) -> list[DepthwiseConfig]:
 def smallest(problem: Problem) -> DepthwiseConfig:
     """Any problem can take it."""
     if problem.pass_ == "wgrad":
-        return replace(_ONE, splits=_short_splits(problem, _ONE, 1))
-    return replace(_ONE, kernel=ROWS, columns=problem.stride[2] if problem.pass_ == "dgrad" else 1)
+        return _ONE.replace(splits=_short_splits(whole_plan(problem, _ONE), _ONE, 1))
+    return _ONE.replace(kernel=ROWS, columns=problem.stride[2] if problem.pass_ == "dgrad" else 1)
 
 
 def partial_bytes(problem: Problem, config: DepthwiseConfig) -> int:
-    return 4 * config.splits * problem.out_channels * met_taps(problem).count
+    return config.splits * _split_bytes(problem)
 
 
-def _short_splits(problem: Problem, config: DepthwiseConfig, splits: int) -> int:
-    """Splits of wgrad, at least so many, that keep an accumulator within CHAIN products."""
+def _split_bytes(problem: Problem) -> int:
+    """Partial sums of one split of wgrad."""
+    return 4 * problem.out_channels * met_taps(problem).count
+
+
+def _short_splits(whole: Plan, config: DepthwiseConfig, splits: int) -> int:
+    """Splits of wgrad, the fewest from so many on, that keep an accumulator within CHAIN products."""
+    parts = -(-splits // whole.share)  # of the depth
     while True:
-        at = plan(problem, replace(config, splits=splits))
-        products = at.share * at.chunk * config.rows * config.columns
-        if products <= CHAIN:
-            return splits
-        splits = max(splits + 1, splits * products // (2 * CHAIN))
+        chunk, chunks, _ = whole.parts(parts * whole.share)
+        held = CHAIN // (chunk * config.rows * config.columns)
+        if held:
+            splits = max(splits, -(-whole.share * chunks // held))
+            if splits <= parts * whole.share:
+                return splits
+        splits, parts = parts * whole.share + 1, parts + 1
 
 
 def _splits(problem: Problem, config: DepthwiseConfig) -> list[int]:
-    whole = plan(problem, replace(config, splits=1))
-    depth = produced(problem)[1][0]
-    if problem.pass_ == "wgrad":
+    at, whole = axes(problem), whole_plan(problem, config)
+    depth = at.size[0]
+    if at.wgrad:
         programs = whole.tiles[0] * math.prod(whole.blocks)
-        most = min(WORKSPACE_LIMIT // partial_bytes(problem, replace(config, splits=1)), whole.share * depth)
-        wanted = {_short_splits(problem, config, max(1, min(target // programs, most))) for target in _SPLIT_PROGRAMS}
+        most = min(WORKSPACE_LIMIT // _split_bytes(problem), whole.share * depth)
+        wanted = {_short_splits(whole, config, max(1, min(target // programs, most))) for target in _SPLIT_PROGRAMS}
         return sorted(splits for splits in wanted if splits <= most)
     programs = math.prod(whole.tiles) * problem.batch * math.prod(whole.classes)
-    halo = ring_size(axes(problem).depth, problem.pass_ == "dgrad") - 1 if config.kernel == SLIDE else 0
+    halo = at.ring - 1 if config.kernel == SLIDE else 0
     if problem.min_bytes > _CACHED:  # planes that two parts read come from memory twice: at most 1.25 times in all
         halo *= 4
     most = max(1, depth // max(1, halo))
@@ -128,6 +139,6 @@ def configs(problem: Problem) -> tuple[DepthwiseConfig, ...]:
     kept = [*kept[:_KEPT], *[c for c in kept[_KEPT:] if c.rows == 1][:1]]  # small strips for small problems
     if problem.pass_ != "wgrad":
         kept += _candidates(problem, ROWS)[:2]
-    offers = [replace(config, splits=splits) for config in kept for splits in _splits(problem, config)]
+    offers = [config.replace(splits=splits) for config in kept for splits in _splits(problem, config)]
     last = smallest(problem)
     return (*(offer for offer in offers if offer != last), last)

@@ -82,7 +82,7 @@ def work(problem: Problem, config: FoldedConfig) -> Work:
     if problem.pass_ == "wgrad":
         return _wgrad_work(problem, config)
     (produced, reduced), copies = sides(problem), problem.groups * classes(problem)
-    pixels = math.prod(problem.result_shape) / (produced * copies)
+    pixels = problem.result_elements / (produced * copies)
     return Work(
         programs=math.ceil(pixels / m) * math.ceil(produced / n) * copies,
         iterations=math.ceil(math.prod(class_taps(problem)) * reduced / k),
@@ -100,7 +100,6 @@ def work(problem: Problem, config: FoldedConfig) -> Work:
 
 def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
     m, n, k, item, split = config.block_m, config.block_n, config.block_k, problem.itemsize, config.splits > 1
-    result = math.prod(problem.weight_shape)
     return Work(
         programs=wgrad_tiles(problem, config) * problem.groups * config.splits,
         iterations=math.ceil(math.ceil(walked(problem) / k) / config.splits),
@@ -109,7 +108,7 @@ def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
         bytes_written=float((4 if split else item) * m * n),
         num_warps=config.num_warps,
         shared_bytes=item * n * k * config.num_stages,
-        extra_bytes=float(result * (4 * config.splits + item)) if split else 0.0,
+        extra_bytes=float(problem.result_elements * (4 * config.splits + item)) if split else 0.0,
         launches=1 + split,
         tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
         sums=m * n,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...problem import Problem, Triple
 from ..base import Config
@@ -86,9 +86,13 @@ def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
     if problem.pass_ != "wgrad":
         return tuple(tile for tile in _TILES if tile.block_n < wide)
     high = 2 * max(16, problem.taps * reduced)
-    tiles = [tile for tile in _WGRAD_TILES if tile.block_n < wide and tile.block_m < high]
-    offers = [replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile)]
-    return (*(offer for offer in offers if offer != _WGRAD_TILES[-1]), _WGRAD_TILES[-1])
+    offers, smallest = [], _WGRAD_TILES[-1]
+    for tile in _WGRAD_TILES:
+        if tile.block_n < wide and tile.block_m < high:
+            _, *more = _splits(problem, tile)
+            offers += [tile] if tile is not smallest else []
+            offers += [tile.replace(splits=splits) for splits in more]
+    return (*offers, smallest)
 
 
 def wgrad_tiles(problem: Problem, tile: FoldedConfig) -> int:

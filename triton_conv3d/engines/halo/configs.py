@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...problem import Problem
 from ..base import Config
@@ -85,5 +85,5 @@ def configs(problem: Problem) -> tuple[HaloConfig, ...]:
         sums = tile.planes * tile.block_m * tile.block_n / (32 * tile.num_warps)
         spills = gelu_spills(problem, sums, splits=1) or (sums > _MOST_SUMS and problem.arch not in ("sm_90", "interpreter"))
         if fits and not spills and stages >= _LEAST_STAGES:
-            found.append(replace(tile, num_stages=stages))
+            found.append(tile.replace(num_stages=stages))
     return (*found, smallest)

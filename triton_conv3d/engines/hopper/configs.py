@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...problem import Problem
 from ..base import Config, Order, Work
@@ -130,7 +130,7 @@ def _line_configs(problem: Problem) -> list[LineConfig]:
         sums = planes * lines * config.block_n
         most = _SUMS // 2 if problem.activation in _LONG else _SUMS
         if sums <= most and stages > planes:
-            found.append(replace(config, num_stages=stages))
+            found.append(config.replace(num_stages=stages))
     return found
 
 
@@ -164,7 +164,7 @@ def configs(problem: Problem) -> tuple[BrickConfig | LineConfig, ...]:
     offers = []
     for size, *tile in tiles:
         whole = BrickConfig(*bricks(problem, size)[0], *tile)
-        split = (replace(whole, splits=splits) for splits in split_counts(problem, *extent(problem, whole)))
+        split = (whole.replace(splits=splits) for splits in split_counts(problem, *extent(problem, whole)))
         offers += [config for config in split if _holds(problem, config)][:_MOST_SPLITS]
     size, *tile = base[-1]
     smallest = BrickConfig(*bricks(problem, size)[0], *tile)

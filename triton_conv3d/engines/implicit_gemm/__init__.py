@@ -86,26 +86,23 @@ def launch(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Te
 
 
 @functools.lru_cache(maxsize=1024)
-def _extents(problem: Problem) -> tuple[float, int, float, int, float, int, float]:
-    """(rows, columns, reduction in pixels or in taps, parity classes, taps through which a pixel is read, elements of the
-    result, bytes copied) of one group's matrix product: what :func:`work` needs of a problem, whatever the config."""
+def _extents(problem: Problem) -> tuple[float, int, float, int, float, int, int]:
+    """(rows, columns, reduction in pixels or in taps, parity classes, taps through which a pixel is read, reduced channels,
+    bytes copied) of one group's matrix product: what :func:`work` needs of a problem, whatever the config."""
     met = max(1.0, problem.taps / math.prod(problem.stride))
-    result, copies = math.prod(problem.result_shape), copied_bytes(problem)
-    produced, reduced = sides(problem)
+    (produced, reduced), copies = sides(problem), copied_bytes(problem)
     if problem.pass_ == "wgrad":
-        return produced, problem.taps * reduced, walked(problem), 1, met, result, copies
+        return produced, problem.taps * reduced, walked(problem), 1, met, reduced, copies
     classes = math.prod(problem.stride) if problem.pass_ == "dgrad" else 1  # which share pixels and taps evenly
-    pixels = result // (produced * problem.groups) / classes
-    return pixels, produced, problem.taps / classes, classes, met, result, copies
+    pixels = problem.result_elements // (produced * problem.groups) / classes
+    return pixels, produced, problem.taps / classes, classes, met, reduced, copies
 
 
 def work(problem: Problem, config: GemmConfig) -> Work:
     """The launch as the cost model sees it."""
-    item = problem.itemsize
+    item, wgrad, together = problem.itemsize, problem.pass_ == "wgrad", packed_groups(problem, config)
     m, n, k, splits = config.block_m, config.block_n, config.block_k, config.splits
-    extent_m, extent_n, reduction, classes, met, result, copies = _extents(problem)
-    together, reduced = packed_groups(problem, config), sides(problem)[1]
-    wgrad = problem.pass_ == "wgrad"
+    extent_m, extent_n, reduction, classes, met, reduced, copies = _extents(problem)
     rows, columns = math.ceil(extent_m * (together if wgrad else 1) / m), math.ceil(extent_n * together / n)
     row_bytes, column_bytes = float(item * m * k), float(item * n * k)
     if wgrad:
@@ -122,7 +119,7 @@ def work(problem: Problem, config: GemmConfig) -> Work:
         bytes_written=float((4 if splits > 1 else item) * m * n),
         num_warps=config.num_warps,
         shared_bytes=item * (m + n) * k * config.num_stages,
-        extra_bytes=2.0 * copies + (workspace_bytes(problem, config) + result * item if splits > 1 else 0.0),
+        extra_bytes=2.0 * copies + (workspace_bytes(problem, config) + problem.result_elements * item if splits > 1 else 0.0),
         launches=1 + (splits > 1),
         tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
         sums=m * n,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ _SHARED_BYTES = {
     "gfx942": 65_536,
     "interpreter": 232_448,
 }
+_LEAST_SHARED_BYTES = min(_SHARED_BYTES.values())
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,10 @@ def gelu_spills(problem: Problem, sums: float, splits: int) -> bool:
 
 def spills(problem: Problem, config: GemmConfig) -> bool:
     """Whether the config is known to keep registers in memory, and so is not offered."""
-    if problem.arch not in ("sm_90", "interpreter") and config.block_m * config.block_n > _LARGEST_ELSEWHERE:
+    sums = config.block_m * config.block_n
+    if sums > _LARGEST_ELSEWHERE and problem.arch not in ("sm_90", "interpreter"):
         return True
-    if gelu_spills(problem, config.block_m * config.block_n / (32 * config.num_warps), config.splits):
+    if gelu_spills(problem, sums / (32 * config.num_warps), config.splits):
         return True
     strided = problem.pass_ == "dgrad" and problem.stride != (1, 1, 1)
     kind = "strided dgrad" if strided else problem.pass_
@@ -138,13 +139,18 @@ def _spilling(arch: str, kind: str, split: bool) -> tuple[tuple[int, int, int], 
     return _SPILLING.get((arch, kind), ()) + (_SPILLING_SPLIT.get((arch, kind), ()) if split else ())
 
 
-def _base(problem: Problem) -> tuple[GemmConfig, ...]:
-    wgrad = problem.pass_ == "wgrad"
-    if problem.dtype != "float32":
-        return _WGRAD_16 if wgrad else _GATHER_16
-    if problem.precision == "ieee":
-        return _WGRAD_FMA if wgrad else _GATHER_FMA
-    return _WGRAD_32 if wgrad else _GATHER_32
+@functools.cache
+def _base(amd: bool, wgrad: bool, dtype: str, precision: str) -> tuple[GemmConfig, ...]:
+    """The tiles of a kind of problem, the smallest last."""
+    if dtype != "float32":
+        tiles = _WGRAD_16 if wgrad else _GATHER_16
+    elif precision == "ieee":
+        tiles = _WGRAD_FMA if wgrad else _GATHER_FMA
+    else:
+        tiles = _WGRAD_32 if wgrad else _GATHER_32
+    if amd:  # two stages are its software pipeline, and its warps have 64 threads
+        tiles = (t.replace(num_warps=1 if t.num_warps == 2 else t.num_warps, num_stages=2) for t in tiles)
+    return tuple(dict.fromkeys(tiles))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -162,7 +168,7 @@ def exchanged(problem: Problem) -> bool:
 
 def _wgrad_reads(problem: Problem, along: int, gathered: int, pixels: int) -> int:
     """What the largest tile reads in all, up to a factor: of so many channels along its rows, and gathered by each tap."""
-    tile = _base(problem)[0]
+    tile = _base(problem.arch.startswith("gfx"), True, problem.dtype, problem.precision)[0]
     rows = min(max(along, 16), tile.block_m)
     return pixels * gathered * -(-along // tile.block_m) * (rows + tile.block_n)
 
@@ -202,14 +208,20 @@ def packed_groups(problem: Problem, tile: GemmConfig) -> int:
 
 def _extent(problem: Problem, together: int) -> tuple[int, int, int]:
     """(rows, columns, reduction) of the matrix product of so many groups, of the largest parity class."""
-    produced, reduced = (together * count for count in sides(problem))
+    (produced, reduced), (pixels, taps) = sides(problem), _largest_class(problem)
     if problem.pass_ == "wgrad":
-        return produced, problem.taps * reduced, walked(problem)
-    if problem.pass_ == "forward":
-        return problem.pixels, produced, problem.taps * reduced
-    per_class = [-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True)]
+        return together * produced, taps * together * reduced, pixels
+    return pixels, together * produced, taps * together * reduced
+
+
+@functools.lru_cache(maxsize=4096)
+def _largest_class(problem: Problem) -> tuple[int, int]:
+    """(pixels, taps) of the largest parity class."""
+    if problem.pass_ != "dgrad":
+        return walked(problem), problem.taps
+    pixels = [-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True)]
     taps = [-(-k // s) for k, s in zip(problem.kernel_size, problem.stride, strict=True)]
-    return problem.batch * math.prod(per_class), produced, math.prod(taps) * reduced
+    return problem.batch * math.prod(pixels), math.prod(taps)
 
 
 def _interpreter_tile(problem: Problem) -> GemmConfig:
@@ -224,7 +236,7 @@ def _interpreter_tile(problem: Problem) -> GemmConfig:
 
 def shared_limit(problem: Problem) -> int:
     """Bytes of shared memory that one block of the problem's GPU can have."""
-    return _SHARED_BYTES.get(problem.arch, min(_SHARED_BYTES.values()))
+    return _SHARED_BYTES.get(problem.arch, _LEAST_SHARED_BYTES)
 
 
 def _fits(problem: Problem, tile: GemmConfig) -> bool:
@@ -238,12 +250,8 @@ def _fits(problem: Problem, tile: GemmConfig) -> bool:
     )
 
 
-def result_elements(problem: Problem) -> int:
-    return math.prod(problem.result_shape)
-
-
 def workspace_bytes(problem: Problem, config: GemmConfig) -> int:
-    return 4 * config.splits * result_elements(problem) if config.splits > 1 else 0
+    return 4 * config.splits * problem.result_elements if config.splits > 1 else 0
 
 
 def _splits(problem: Problem, tile: GemmConfig) -> tuple[int, ...]:
@@ -261,21 +269,22 @@ def split_counts(problem: Problem, tiles: int, steps: int) -> tuple[int, ...]:
     Args:
         tiles: programs of one split. steps: of a program that is not split.
     """
-    most = min(steps // 4, WORKSPACE_LIMIT // (4 * result_elements(problem)))
+    most = min(steps // 4, WORKSPACE_LIMIT // (4 * problem.result_elements))
     wanted = {min(programs // tiles, most) for programs in _SPLIT_PROGRAMS}
     return (1, *sorted(count for count in wanted if count > 1))
 
 
 def configs(problem: Problem) -> tuple[GemmConfig, ...]:
     """Every configuration that this problem can take, the smallest last. All splits above 1 share a compiled kernel."""
-    base = tuple(tile for tile in _base(problem) if not spills(problem, tile))
-    if problem.arch.startswith("gfx"):  # two stages are AMD's software pipeline, and its warps have 64 threads
-        base = [dataclasses.replace(t, num_warps=1 if t.num_warps == 2 else t.num_warps, num_stages=2) for t in base]
-        base = tuple(dict.fromkeys(base))
-    tiles = [tile for tile in base if _fits(problem, tile)] or [base[-1]]
+    base = _base(problem.arch.startswith("gfx"), problem.pass_ == "wgrad", problem.dtype, problem.precision)
+    base = [tile for tile in base if not spills(problem, tile)]
+    smallest, offers = base[-1], []
+    tiles = [tile for tile in base if _fits(problem, tile)] or [smallest]
     if problem.arch == "interpreter":
         tiles.insert(0, _interpreter_tile(problem))
-    offers = [t if n == 1 else dataclasses.replace(t, splits=n) for t in tiles for n in _splits(problem, t)]
-    offers = [offer for offer in offers if not spills(problem, offer)]
-    smallest = base[-1]
-    return (*(offer for offer in offers if offer != smallest), smallest)
+    for tile in tiles:
+        _, *more = _splits(problem, tile)
+        split = [tile.replace(splits=splits) for splits in more]
+        offers += [tile] if tile is not smallest else []
+        offers += split if split and not spills(problem, split[0]) else []
+    return (*offers, smallest)

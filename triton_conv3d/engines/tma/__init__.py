@@ -34,7 +34,7 @@ from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN
 from ..launching import launch_kernel
 from .configs import BrickConfig, configs, extent, is_flat, produced, reduced, swapped, workspace_bytes
-from .geometry import MOST_VIEWS, View, Views, counts, views
+from .geometry import MOST_VIEWS, View, Views, counts, views, views_along
 from .kernels import gather_bricks, wgrad_bricks
 
 __all__ = ["NAME", "BrickConfig", "configs", "launch", "memory", "supports", "work"]
@@ -70,18 +70,23 @@ def supports(problem: Problem) -> str | None:
 
 
 def memory(problem: Problem, config: BrickConfig) -> Memory:
+    return Memory(workspace_bytes(problem, config), _copied_bytes(problem))
+
+
+@functools.lru_cache(maxsize=4096)
+def _copied_bytes(problem: Problem) -> int:
     shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
     read = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}[problem.pass_]
     copied = {0: (CONTIGUOUS, STRIDED), 1: (CONTIGUOUS, STRIDED, VIEW), 2: (CONTIGUOUS, STRIDED)}
     copies = [shapes[i] for i in read if problem.layouts[i] in copied[i]]
-    return Memory(workspace_bytes(problem, config), problem.itemsize * sum(map(math.prod, copies)))
+    return problem.itemsize * sum(map(math.prod, copies))
 
 
 def work(problem: Problem, config: BrickConfig) -> Work:
     """The launch as the cost model sees it."""
     item, split = problem.itemsize, config.splits > 1
     tiles, steps = extent(problem, config)
-    used, result = memory(problem, config), math.prod(problem.result_shape)
+    used, result = memory(problem, config), problem.result_elements
     met = max(1.0, problem.taps / math.prod(problem.stride))  # taps through which a pixel is read
     m, n, k = (math.prod(config.brick), config.block_n, config.block_k)
     columns = math.ceil(produced(problem) / n)
@@ -100,7 +105,7 @@ def work(problem: Problem, config: BrickConfig) -> Work:
         num_warps=config.num_warps,
         shared_bytes=item * (m + n) * k * config.num_stages,
         extra_bytes=2.0 * used.copies + (2.0 * used.workspace + result * item if split else 0.0),
-        launches=split + (len(views(problem, config.brick).views) if problem.pass_ == "wgrad" else 1),
+        launches=split + (math.prod(views_along(problem, config.brick)) if problem.pass_ == "wgrad" else 1),
         stages=config.num_stages,
         order=order,
         operations=_INTERPRETED_OPERATIONS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...problem import VIEW, Problem
 from ..base import Config
@@ -165,7 +165,7 @@ def is_flat(problem: Problem, config: BrickConfig) -> bool:
 
 
 def workspace_bytes(problem: Problem, config: BrickConfig) -> int:
-    return 4 * config.splits * math.prod(problem.result_shape) if config.splits > 1 else 0
+    return 4 * config.splits * problem.result_elements if config.splits > 1 else 0
 
 
 def extent(problem: Problem, config: BrickConfig) -> tuple[int, int]:
@@ -191,6 +191,6 @@ def configs(problem: Problem) -> tuple[BrickConfig, ...]:
     offers = []
     for size, *tile in tiles:
         whole = BrickConfig(*brick_of(problem, size, wgrad and swapped(tile[1])), *tile)
-        split = [replace(whole, splits=n) for n in split_counts(problem, *extent(problem, whole)) if n > 1]
+        split = [whole.replace(splits=n) for n in split_counts(problem, *extent(problem, whole)) if n > 1]
         offers += [config for config in (whole, *split) if not spills(problem, config)]
     return (*(offer for offer in offers if offer != smallest), smallest)

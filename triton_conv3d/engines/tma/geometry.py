@@ -61,10 +61,11 @@ def _axes(problem: Problem, brick: Brick) -> Iterator[tuple[tuple, list[tuple]]]
     return itertools.starmap(_axis, axes)
 
 
-def number_of_views(problem: Problem, brick: Brick) -> int:
+def views_along(problem: Problem, brick: Brick) -> Triple:
+    """Views along d, h, w."""
     if problem.pass_ == "dgrad" or problem.stride == (1, 1, 1):
-        return 1
-    return math.prod(len(found) for _, found in _axes(problem, brick))
+        return 1, 1, 1
+    return tuple(len(found) for _, found in _axes(problem, brick))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -82,6 +83,7 @@ def views(problem: Problem, brick: Brick) -> Views:
     return Views(tuple(each), *zip(*common, strict=True))
 
 
+@functools.lru_cache(maxsize=4096)
 def pixels(problem: Problem) -> Brick:
     """(n, d, h, w) of what bricks cover: the result, the largest parity class of a dgrad; of wgrad the gradient."""
     if problem.pass_ != "dgrad":
@@ -95,18 +97,16 @@ def counts(problem: Problem, brick: Brick) -> Brick:
 
 
 @functools.lru_cache(maxsize=4096)
-def bricks(problem: Problem, size: int, rows: bool = False) -> tuple[Brick, ...]:
-    """The bricks of ``size`` pixels that this problem can take, the best first; ``rows``: those of one row each."""
-    log = size.bit_length() - 1
-    shapes = [
-        (1 << n, 1 << d, 1 << h, 1 << log - n - d - h)
-        for n, d, h in itertools.product(range(log + 1), repeat=3)
-        if n + d + h <= log
-    ]
-    if rows:
-        shapes = [(1, 1, 1, size)]
-    needed = [b for b in shapes if all(extent < 2 * n for extent, n in zip(b, pixels(problem), strict=True))]
-    return best_first(problem, needed) or best_first(problem, shapes)
+def bricks(problem: Problem, size: int) -> tuple[Brick, ...]:
+    """The bricks of ``size`` pixels that this problem can take, the best first."""
+    powers = [1 << log for log in range(size.bit_length())]
+
+    def below(most: Iterable[float]) -> Iterator[Brick]:
+        """Those whose sides are less than this along n, d, h, w."""
+        *sides, width = ([extent for extent in powers if extent < limit] for limit in most)
+        return ((*b, size // math.prod(b)) for b in itertools.product(*sides) if size // math.prod(b) in width)
+
+    return best_first(problem, below(2 * n for n in pixels(problem))) or best_first(problem, below([math.inf] * 4))
 
 
 def best_first(problem: Problem, shapes: Iterable[Brick]) -> tuple[Brick, ...]:
@@ -115,19 +115,23 @@ def best_first(problem: Problem, shapes: Iterable[Brick]) -> tuple[Brick, ...]:
     The best cover the fewest pixels in all (to a sixteenth), then need the fewest views, then touch the smallest part
     of the input.
     """
-    number = {brick: number_of_views(problem, brick) for brick in shapes}
-    everything = math.prod(pixels(problem))
+    sizes, found = pixels(problem), []
+    everything = math.prod(sizes)
+    needed, scale = (1, *views_along(problem, (2, 2, 2, 2))), (1, *problem.stride)
+    halo = (0, *(by * (taps - 1) for by, taps in zip(problem.dilation, problem.kernel_size, strict=True)))
 
-    def cost(brick: Brick) -> tuple:
-        reach = [
-            extent * scale + dilation * (kernel - 1)
-            for extent, scale, dilation, kernel in zip(
-                brick[1:], problem.stride, problem.dilation, problem.kernel_size, strict=True
-            )
-        ]
-        return round(16 * covered(problem, brick) / everything), number[brick], brick[0] * math.prod(reach), brick
+    @functools.cache
+    def side(axis: int, extent: int) -> tuple[int, int, int]:
+        """(pixels that bricks cover along it, views, input positions of one brick)."""
+        covers = -(-sizes[axis] // extent) * extent
+        return covers, needed[axis] if extent > 1 else 1, extent * scale[axis] + halo[axis]
 
-    return tuple(sorted((brick for brick in number if number[brick] <= MOST_VIEWS), key=cost))
+    for brick in shapes:
+        n, d, h, w = map(side, range(4), brick)
+        covers, number, reach = (n[i] * d[i] * h[i] * w[i] for i in range(3))
+        if number <= MOST_VIEWS:
+            found.append((round(16 * covers / everything), number, reach, brick))
+    return tuple(brick for *_, brick in sorted(found))
 
 
 def flat(problem: Problem, brick: Brick) -> bool:
