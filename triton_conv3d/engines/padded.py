@@ -111,13 +111,14 @@ def _cut(problem: Problem, wide: Problem) -> tuple[int, ...]:
 
 
 def configs(problem: Problem) -> tuple[PaddedConfig, ...]:
-    wide = widened(problem)
-    return tuple(
-        PaddedConfig(name, config)
-        for name, engine in _ENGINES.items()
-        if engine.supports(wide) is None
-        for config in engine.configs(wide)
-    )
+    """Every tile that the other engines offer, whole and in the fewest parts that fill a GPU, the smallest last."""
+    wide, found = widened(problem), []
+    for name, engine in _ENGINES.items():
+        parts = 0
+        for config in engine.configs(wide) if engine.supports(wide) is None else ():
+            parts = parts + 1 if getattr(config, "splits", 1) > 1 else 0
+            found += [PaddedConfig(name, config)] if parts < 2 else []
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=4096)
