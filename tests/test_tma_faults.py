@@ -21,7 +21,7 @@ FAULTS = {
     "bricks_decoded_wrongly": ("kernels.py", "h = index // sizes[3] % sizes[2]", "h = index // sizes[3] % sizes[1]"),
     "forward_scale_of_width": ("kernels.py", "x_w = w_ * scale[2] + start_w", "x_w = w_ + start_w"),
     "forward_taps_of_a_view": ("kernels.py", "first_h + th * tap_step[1]", "first_h + th"),
-    "forward_taps_of_the_next_line": ("kernels.py", "tl.where(over, skip_w, 0)", "0"),
+    "forward_taps_of_the_next_line": ("kernels.py", "tl.where(over, next_line, w_by)", "w_by"),
     "forward_taps_of_a_lone_view": ("__init__.py", "SKIPS=read.tap_step != (1, 1, 1)", "SKIPS=len(read.views) > 1"),
     "forward_channels_begin_again": ("kernels.py", "r = tl.where(over, 0, r)", "r = r"),
     "forward_channels_of_the_group": ("kernels.py", "at_w, group * reduced + r]", "at_w, r]"),
@@ -37,8 +37,7 @@ FAULTS = {
     "wgrad_scale_of_width": ("kernels.py", "w * scale[2] + x_w", "w + x_w"),
     "wgrad_bricks_not_carried": ("kernels.py", "n += tl.where(over, BRICK[0], 0)", "n += 0"),
     "wgrad_group_of_gradient": ("kernels.py", "filters = group * group_out + k", "filters = k"),
-    "wgrad_flat_gradient_of_a_split": ("kernels.py", "pixel = begin * BLOCK_K", "pixel = 0"),
-    "wgrad_swapped_mask": ("kernels.py", "rows, columns, in_k, in_c = columns, rows, in_c, in_k", "rows, columns = columns, rows"),
+    "wgrad_flat_gradient_of_a_split": ("kernels.py", "pixel = chain * BLOCK_K", "pixel = 0"),
     "wgrad_flat_where_it_is_not": ("geometry.py", "sizes[axis] % brick[axis] == 0 or math.prod", "True or math.prod"),
     # views
     "forward_view_beyond_the_input": ("geometry.py", "if offset < size:", "if True:"),
@@ -88,7 +87,6 @@ def battery(engine: ModuleType, fault: str) -> None:
                 case = Case(pass_, **{**base, "in_channels": 40, "input_size": (3, height, 4), "kernel_size": (1, 1, 1)})
                 config = replace(engine.configs(case.geometry())[0], brick_n=1, brick_d=1, brick_h=2, brick_w=4, splits=2)
                 run(case, engine, config, fresh)
-                run(case, engine, replace(config, block_k=16, block_n=64), fresh)
         grouped = Case(pass_, in_channels=96, out_channels=96, groups=2, kernel_size=(1, 1, 1), dtype="float16")
         if pass_ == "dgrad":
             run(grouped, engine, max(engine.configs(grouped.geometry()), key=lambda config: config.block_k))

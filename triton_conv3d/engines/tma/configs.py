@@ -21,7 +21,7 @@ class BrickConfig(Config):
     """
     brick_n, brick_d, brick_h, brick_w: pixels of a tile; of wgrad those of one step of the reduction.
     block_n: channels of a tile that are computed; of wgrad those of the input.
-    block_k: channels of one step of the reduction; of wgrad the filters of a tile: below 64 they are its columns.
+    block_k: channels of one step of the reduction; of wgrad the filters of a tile.
     num_warps, num_stages: as Triton's launch options.
     splits: parts of the reduction that run in parallel, each with its float32 partial sums.
     """
@@ -42,8 +42,8 @@ class BrickConfig(Config):
 
 
 # (pixels, block_n, block_k, num_warps, num_stages), the smallest last. Filters or channels of the left operand fill the
-# 64 rows of a matrix instruction for each four warps; pixels, or channels of the input, are its columns. A step with eight
-# products, the longest that divides the channels, takes least instructions for each: tests/test_tma_code.py counts them.
+# 64 rows of a matrix instruction for each four warps; pixels, or channels of the input, are its columns. A step waits,
+# copies and walks on in some 80 instructions, whatever it multiplies: tests/test_tma_code.py counts them.
 _GATHER = (
     (256, 128, 128, 8, 2),
     (256, 128, 64, 8, 4),
@@ -55,13 +55,11 @@ _GATHER = (
 )
 _WGRAD = (
     (128, 128, 128, 8, 3),
-    (64, 64, 64, 4, 4),
-    (64, 32, 64, 4, 4),
-    (64, 64, 32, 4, 4),
-    (32, 16, 64, 4, 3),
+    (128, 64, 64, 4, 3),
 )
-# (block_n, block_k, num_warps, num_stages) that needs more registers than a thread has with partial sums, from Triton 3.9.0 on.
-_SPILLING_SPLIT = {"sm_100": ((128, 64, 4, 3),)}
+# (block_n, block_k, num_warps, num_stages) that with partial sums needs more registers than a thread has, from Triton 3.9.0
+# on; and whose products wait for one another, with Triton 3.6.0 (C7515 of ptxas).
+_POOR_SPLIT = {"sm_100": ((128, 64, 4, 3),), "sm_90": ((128, 64, 8, 4),)}
 
 # Which brick a tile has is no choice of the tuner's, for every shape is a kernel to compile. These few cover all layers of
 # perf/workloads and what is drawn at random by some 10 % more pixels than the best of all shapes would.
@@ -71,11 +69,7 @@ _BRICKS = {
     256: ((1, 1, 16, 16), (1, 4, 8, 8)),
 }
 # Of wgrad; most are flat where the gradient's width is a power of two.
-_WGRAD_BRICKS = {
-    32: ((1, 1, 1, 32), (1, 2, 4, 4)),
-    64: ((1, 1, 1, 64), (1, 1, 2, 32), (1, 1, 4, 16), (1, 1, 8, 8), (1, 4, 4, 4)),
-    128: ((1, 1, 1, 128), (1, 1, 2, 64), (1, 1, 4, 32), (1, 1, 8, 16), (1, 2, 8, 8), (2, 4, 4, 4)),
-}
+_WGRAD_BRICKS = {128: ((1, 1, 1, 128), (1, 1, 2, 64), (1, 1, 4, 32), (1, 1, 8, 16), (1, 2, 8, 8), (2, 4, 4, 4))}
 
 
 def reduced(problem: Problem) -> int:
@@ -91,27 +85,31 @@ def produced(problem: Problem) -> int:
 def _fits(problem: Problem, tile: tuple[int, ...]) -> bool:
     """No side is more than twice what the problem needs, but for the 64 rows of a matrix instruction."""
     size, block_n, block_k, _, _ = tile
-    if size >= 2 * max(math.prod(pixels(problem)), 64):
+    wgrad = problem.pass_ == "wgrad"
+    if size >= 2 * max(math.prod(pixels(problem)), 128 if wgrad else 64):
         return False
-    if problem.pass_ == "wgrad":
-        least_n, least_k = (_ROWS, 16) if swapped(block_k) else (16, _ROWS)
-        return block_n < 2 * max(problem.group_in, least_n) and block_k < 2 * max(problem.group_out, least_k)
+    if wgrad:
+        return block_n < 2 * max(problem.group_in, 16) and block_k < 2 * max(problem.group_out, _ROWS)
     divides = reduced(problem) % block_k == 0
     whole = divides or (problem.groups == 1 and block_k <= 64)  # of another group, a step would read its channels
     return whole and block_n < 2 * max(produced(problem), 64) and block_k < 2 * max(reduced(problem), 16)
 
 
 def _tiles(problem: Problem) -> list[tuple[int, ...]]:
-    """Those that fit; of those that differ in the length of a step, none that is shorter than one without a rest."""
+    """Those that fit, or the smallest.
+
+    Of those that differ in the length of a step, none that is shorter than one without a rest, and of the smallest tile
+    only the longest, for its steps take more time than its products.
+    """
     if problem.pass_ == "wgrad":
-        return [tile for tile in _WGRAD if _fits(problem, tile)]
-    found, whole = [], set()
+        return [tile for tile in _WGRAD if _fits(problem, tile)] or [_WGRAD[-1]]
+    found, longest = [], set()
     for tile in _GATHER:
         size, block_n, block_k, warps, _ = tile
-        if (size, block_n, warps) not in whole and _fits(problem, tile):
+        if (size, block_n, warps) not in longest and _fits(problem, tile):
             found.append(tile)
-            if reduced(problem) % block_k == 0:
-                whole.add((size, block_n, warps))
+            if reduced(problem) % block_k == 0 or size == _GATHER[-1][0]:
+                longest.add((size, block_n, warps))
     return found
 
 
@@ -130,32 +128,27 @@ def _interpreter_tile(problem: Problem) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def brick_of(problem: Problem, size: int, swap: bool = False) -> Brick:
+def brick_of(problem: Problem, size: int) -> Brick:
     """The brick of so many pixels: of those above, or where strides leave none of them, the best of all.
 
-    In wgrad on sm_90 one that reaches the left side of products from shared memory, unless it covers much more: a row,
-    or where the left side is the gradient, what is flat.
+    In wgrad on sm_90 one whose gradient reaches the left side of products from shared memory, a row or what is flat,
+    unless it covers much more.
     """
     found = best_first(problem, (_WGRAD_BRICKS if problem.pass_ == "wgrad" else _BRICKS).get(size, ()))
     found = found or bricks(problem, size)
     if problem.pass_ == "wgrad" and problem.arch == "sm_90":
         most = _WASTE * covered(problem, found[0])
-        shared = (b for b in found if b[:3] == (1, 1, 1) or (not swap and flat(problem, b)))
+        shared = (b for b in found if b[:3] == (1, 1, 1) or flat(problem, b))
         return next((brick for brick in shared if covered(problem, brick) <= most), found[0])
     return found[0]
 
 
 def spills(problem: Problem, config: BrickConfig) -> bool:
-    """Whether the config is known to keep registers in memory, and so is not offered."""
+    """Whether the config is known to keep registers in memory, or products waiting, and so is not offered."""
     if gelu_spills(problem, math.prod(config.brick) * config.block_n / (32 * config.num_warps), config.splits):
         return True
     tile = (config.block_n, config.block_k, config.num_warps, config.num_stages)
-    return config.splits > 1 and problem.pass_ != "wgrad" and tile in _SPILLING_SPLIT.get(problem.arch, ())
-
-
-def swapped(block_k: int) -> bool:
-    """Whether the channels of the input, not the filters, are the rows of wgrad's products: of these a tile has too few."""
-    return block_k < _ROWS
+    return config.splits > 1 and problem.pass_ != "wgrad" and tile in _POOR_SPLIT.get(problem.arch, ())
 
 
 def is_flat(problem: Problem, config: BrickConfig) -> bool:
@@ -181,16 +174,14 @@ def extent(problem: Problem, config: BrickConfig) -> tuple[int, int]:
 
 def configs(problem: Problem) -> tuple[BrickConfig, ...]:
     """Every configuration that this problem can take, the smallest last. All splits above 1 share a compiled kernel."""
-    base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
     tiles = _tiles(problem)
+    size, *tile = tiles[-1]
+    smallest = BrickConfig(*brick_of(problem, size), *tile)
     if problem.arch == "interpreter":
         tiles.insert(0, _interpreter_tile(problem))
-    wgrad = problem.pass_ == "wgrad"
-    size, *tile = base[-1]
-    smallest = BrickConfig(*brick_of(problem, size), *tile)
     offers = []
     for size, *tile in tiles:
-        whole = BrickConfig(*brick_of(problem, size, wgrad and swapped(tile[1])), *tile)
+        whole = BrickConfig(*brick_of(problem, size), *tile)
         split = [whole.replace(splits=n) for n in split_counts(problem, *extent(problem, whole)) if n > 1]
         offers += [config for config in (whole, *split) if not spills(problem, config)]
     return (*(offer for offer in offers if offer != smallest), smallest)

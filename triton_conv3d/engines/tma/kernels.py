@@ -132,8 +132,9 @@ def gather_bricks(
         r = begin % blocks * BLOCK_K
         at_d, at_h, at_w = x_d + td * step[0], x_h + th * step[1], x_w + tw * step[2]
         end_h, end_w = x_h + taps_h * step[1], x_w + taps_w * step[2]
-        skip_w = tap_step[1] * kernel[2] - tap_step[2] * taps_w  # taps of other views, after a line of this one's
-        skip_h = (tap_step[0] * kernel[1] - tap_step[1] * taps_h) * kernel[2]  # and after a plane
+        back_w = tap_step[2] * (taps_w - 1)  # of the weight's taps, from the last of a line to the first of the next,
+        next_line = tap_step[1] * kernel[2] - back_w  # and of a plane
+        next_plane = (tap_step[0] * kernel[1] - tap_step[1] * (taps_h - 1)) * kernel[2] - back_w
         for _ in range(begin, end):
             brick = x.load([n, at_d, at_h, at_w, group * reduced + r])
             if DGRAD:
@@ -144,13 +145,14 @@ def gather_bricks(
             r += BLOCK_K
             over = r >= reduced
             r = tl.where(over, 0, r)
-            w_tap += tl.where(over, tap_step[2], 0)
+            w_by = tl.where(over, tap_step[2], 0)
             at_w, over = _next(at_w, x_w, end_w, over, step[2])
             if SKIPS:
-                w_tap += tl.where(over, skip_w, 0)
+                w_by = tl.where(over, next_line, w_by)
             at_h, over = _next(at_h, x_h, end_h, over, step[1])
             if SKIPS:
-                w_tap += tl.where(over, skip_h, 0)
+                w_by = tl.where(over, next_plane, w_by)
+            w_tap += w_by
             at_d += tl.where(over, step[0], 0)
 
     channel = q + tl.arange(0, BLOCK_N)
@@ -199,7 +201,6 @@ def wgrad_bricks(
     UPCAST: tl.constexpr,
     CHAIN: tl.constexpr,  # products of one accumulator before they are added to the total
     FLAT: tl.constexpr,  # the gradient is a matrix of pixels and filters
-    SWAP: tl.constexpr,  # the channels of the input are the left operand
     BRICK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -226,15 +227,14 @@ def wgrad_bricks(
     share = tl.cdiv(all_bricks, splits)
     begin = split * share
     end = tl.minimum(begin + share, all_bricks)
-    n, d, h, w = _digits(begin, bricks)
-    n, d, h, w = n * BRICK[0], d * BRICK[1], h * BRICK[2], w * BRICK[3]
     end_d, end_h, end_w = bricks[1] * BRICK[1], bricks[2] * BRICK[2], bricks[3] * BRICK[3]
-    pixel = begin * BLOCK_K
-    ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
-    COLUMNS: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for chain in range(begin, end, CHAIN // BLOCK_K):
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # Decoded for each chain anew: what the pipelined loop hands on costs a selection in each of its steps.
+        n, d, h, w = _digits(chain, bricks)
+        n, d, h, w = n * BRICK[0], d * BRICK[1], h * BRICK[2], w * BRICK[3]
+        pixel = chain * BLOCK_K
         for _ in range(chain, tl.minimum(chain + CHAIN // BLOCK_K, end)):
             if FLAT:
                 of_grad = grad.load([pixel, filters])
@@ -243,10 +243,7 @@ def wgrad_bricks(
                 of_grad = grad.load([n, d, h, w, filters]).reshape(BLOCK_K, BLOCK_M)
             of_x = x.load([n, d * scale[0] + x_d, h * scale[1] + x_h, w * scale[2] + x_w, channels])
             of_x = of_x.reshape(BLOCK_K, BLOCK_N)
-            if SWAP:
-                acc = dot(of_x.T, of_grad, acc, "ieee", UPCAST)
-            else:
-                acc = dot(of_grad.T, of_x, acc, "ieee", UPCAST)
+            acc = dot(of_grad.T, of_x, acc, "ieee", UPCAST)
             w, over = _next(w, 0, end_w, True, BRICK[3])
             h, over = _next(h, 0, end_h, over, BRICK[2])
             d, over = _next(d, 0, end_d, over, BRICK[1])
@@ -257,11 +254,9 @@ def wgrad_bricks(
     channel = c + tl.arange(0, BLOCK_N)
     w_tap = (first[0] + td * tap_step[0]) * kernel[1] + first[1] + th * tap_step[1]
     w_tap = w_tap * kernel[2] + first[2] + tw * tap_step[2]
-    rows = (group * group_out + filter).to(INDEX) * dw_strides[0]
+    rows = (filters + tl.arange(0, BLOCK_M)).to(INDEX) * dw_strides[0]
     columns = w_tap.to(INDEX) * dw_strides[1] + channel.to(INDEX) * dw_strides[2]
     in_k, in_c = filter < group_out, channel < group_in
-    if SWAP:
-        rows, columns, in_k, in_c = columns, rows, in_c, in_k
     dw_tile = dw_ptr + split.to(INDEX) * split_stride + (rows[:, None] + columns[None, :])
     inside = in_k[:, None] & in_c[None, :]
     tl.store(dw_tile, rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=inside)
