@@ -30,11 +30,6 @@ from .launching import GRID_LIMIT
 class Config:
     """The knobs of one engine: frozen, comparable, self-describing. Engines derive their own."""
 
-    @property
-    def family(self) -> object:
-        """What kernel it is of: configs of two families say nothing about each other."""
-        return type(self)
-
     def whole(self) -> Config:
         """What its compiled kernel depends on: every knob but the number of splits, which is a run-time value."""
         return self.replace(splits=1) if hasattr(self, "splits") else self

@@ -15,6 +15,7 @@ copy for its layout is copied here instead, so that there its padding costs noth
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from .base import Config, Memory, Work, aligned, in_format, refused_by_kernels
 
 NAME = "padded"
 _ENGINES = {engine.NAME: engine for engine in (tma, halo, implicit_gemm)}  # the one that takes everything last
+_MOST_TILES = 3  # of each engine, and its smallest
 _READ = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}  # roles: input, weight, output
 _RESULT = {"forward": 2, "dgrad": 0, "wgrad": 1}
 
@@ -43,10 +45,6 @@ class PaddedConfig(Config):
     @property
     def splits(self) -> int:
         return getattr(self.config, "splits", 1)
-
-    @property
-    def family(self) -> object:
-        return self.engine, self.config.family
 
     def whole(self) -> PaddedConfig:
         return self.replace(config=self.config.whole())
@@ -111,13 +109,14 @@ def _cut(problem: Problem, wide: Problem) -> tuple[int, ...]:
 
 
 def configs(problem: Problem) -> tuple[PaddedConfig, ...]:
-    """Every tile that the other engines offer, whole and in the fewest parts that fill a GPU, the smallest last."""
+    """The largest tiles that the other engines offer, whole and in the fewest parts that fill a GPU, and the smallest last."""
     wide, found = widened(problem), []
     for name, engine in _ENGINES.items():
-        parts = 0
-        for config in engine.configs(wide) if engine.supports(wide) is None else ():
-            parts = parts + 1 if getattr(config, "splits", 1) > 1 else 0
-            found += [PaddedConfig(name, config)] if parts < 2 else []
+        if engine.supports(wide) is None:
+            *offers, smallest = engine.configs(wide)
+            tiles = itertools.groupby(offers, key=Config.whole)
+            few = [config for _, parts in itertools.islice(tiles, _MOST_TILES) for config in itertools.islice(parts, 2)]
+            found += [PaddedConfig(name, config) for config in (*few, smallest)]
     return tuple(found)
 
 

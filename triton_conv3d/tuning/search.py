@@ -33,6 +33,7 @@ ROUNDS = ((2.0, 1), (1.25, 2), (1.05, 3))
 # Standard deviations of log(measured / predicted): of what all engines have in common, of an engine, of a config, of
 # one measurement; and the distance in knobs at which configs share 1 / e of theirs. Guesses until sweeps tell more.
 _COMMON, _ENGINE, _CONFIG, _NOISE, _RANGE = 0.3, 0.4, 0.5, 0.03, 1.2
+_COPIES = 0.2  # of what engines have in common that prepare operands for another
 _WORTH = 0.004  # expected improvement, as a part of the time, below which nothing more is measured
 _LEAST = 1e-9  # seconds: what takes no time has no logarithm
 
@@ -123,9 +124,9 @@ def _knobs(config: Config) -> tuple[tuple[float, object], ...]:
 def apart(one: Config, other: Config) -> float:
     """Distance of two configs of an engine: octaves between their numbers, and 1 for each choice that differs.
 
-    Configs of two families, of different kernels, say nothing about each other.
+    Configs of two kinds, of different kernels, say nothing about each other.
     """
-    if one.family != other.family:
+    if type(one) is not type(other):
         return math.inf
     pairs = zip(_knobs(one), _knobs(other), strict=True)
     return sum(abs(a - b) if mine == theirs else 1.0 for (a, mine), (b, theirs) in pairs)
@@ -212,6 +213,14 @@ class _Process:
 
 
 def _covariance(one: Key, other: Key) -> float:
-    if one[0] != other[0]:
-        return _COMMON**2
-    return _COMMON**2 + _ENGINE**2 + _CONFIG**2 * math.exp(-apart(one[1], other[1]) / _RANGE)
+    mine, theirs = _computing(one), _computing(other)
+    common = _COMMON**2 + (_COPIES**2 if mine is not one and one[0] == other[0] else 0.0)
+    if mine[0] != theirs[0]:
+        return common
+    return common + _ENGINE**2 + _CONFIG**2 * math.exp(-apart(mine[1], theirs[1]) / _RANGE)
+
+
+def _computing(key: Key) -> Key:
+    """The engine and config that compute, where those of the key only prepare their operands."""
+    config = key[1]
+    return (config.engine, config.config) if hasattr(config, "engine") else key
