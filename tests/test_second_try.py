@@ -4,56 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled import by_aten, compare, compiled, strictly  # noqa: F401
+from compiled import Inductor, by_aten, compare, compiled  # noqa: F401
 from test_compile_reports import lines
 from tolerances import COMPILED
-from torch import fx, nn
-from torch._guards import TracingContext
-from torch._inductor import compile_fx, config
-from torch._inductor.fx_passes.post_grad import view_to_reshape
-from torch._inductor.output_code import OutputCode
+from torch import nn
+from torch._inductor import compile_fx
 
 import triton_conv3d
 from triton_conv3d.compile_backend import backend, eager, norms, reports
-from triton_conv3d.compile_backend.rewriting import is_ours
-
-
-class OpByOp(OutputCode):
-    __hash__ = object.__hash__
-
-    def __init__(self, gm: fx.GraphModule):
-        self.run, self._boxed_call = strictly(gm, ()), True
-
-    def __call__(self, inputs):
-        return self.run(inputs)
-
-
-class Inductor:
-    """In place of Inductor behind its passes: runs graphs op by op, and fails on those of ``kinds`` if ``fails`` says so.
-
-    Attributes:
-        seen: the kind of each graph, and whether there was one of our ops in it.
-    """
-
-    def __init__(self, kinds, fails):
-        self.kinds, self.fails, self.seen = kinds, fails, []
-
-    def __call__(self, gm, inputs, is_inference=False, is_backward=False, **_):
-        view_to_reshape(gm)
-        with torch.no_grad():
-            compile_fx.fake_tensor_prop(gm, inputs)
-        passes = config.post_grad_custom_pre_pass or ()
-        for each in passes if isinstance(passes, (list, tuple)) else (passes,):
-            each(gm.graph)
-        kind = "inference" if is_inference else "backward" if is_backward else "forward"
-        ours = any(map(is_ours, gm.graph.nodes))
-        self.seen.append((kind, ours))
-        if kind in self.kinds and self.fails(ours):
-            raise NotImplementedError(f"planted {len(self.seen)}")
-        if (strides := TracingContext.get().output_strides) is not None:
-            strides.extend(map(eager._strides, gm.graph.output_node().args[0]))
-        gm.recompile()
-        return OpByOp(gm)
 
 
 @pytest.fixture
