@@ -105,7 +105,7 @@ def compare(model, x, training: bool, inner: str = "aot_eager", **options) -> tu
         with torch.no_grad():
             y, expected = function(x), reference(x)
         assert significant(y) == significant(expected)
-        return error(y, expected), reports()[before:]
+        return max(error(y, expected), _state_error(model, reference)), reports()[before:]
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     y, expected = function(inputs[0]), reference(inputs[1])
     assert significant(y) == significant(expected)
@@ -115,12 +115,11 @@ def compare(model, x, training: bool, inner: str = "aot_eager", **options) -> tu
         output.backward(grad)
         assert significant(input.grad) == significant(input)
         gradients.append(torch.cat([t.grad.flatten() for t in (input, *module.parameters()) if t.grad is not None]))
-    off = max(error(y, expected), error(*gradients))
-    if buffers := [
-        torch.cat([t.flatten() for t in module.buffers()]) for module in (model, reference) if [*module.buffers()]
-    ]:
-        off = max(off, error(*buffers))
-    return off, reports()[before:]
+    return max(error(y, expected), error(*gradients), _state_error(model, reference)), reports()[before:]
+
+
+def _state_error(*models) -> float:
+    return error(*(torch.cat([tensor.flatten() for tensor in (torch.ones(1), *m.buffers())]) for m in models))
 
 
 def conversions_between_convolutions(graph: fx.Graph) -> list[fx.Node]:

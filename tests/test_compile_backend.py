@@ -141,6 +141,25 @@ def test_the_conversions_of_a_graph_are_counted():
     assert len(conversions_between_convolutions(graphs[0].graph)) >= 4
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_what_a_model_changes_in_place_is_changed(training):
+    """A buffer takes what a convolution gave, whose strides are others."""
+
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(2, 2, 3, padding=1)
+            self.register_buffer("before", torch.randn(2, 2, 3, 4, 5))
+
+        def forward(self, x):
+            y = self.conv(x + self.before)
+            self.before.add_(y.detach()).mul_(0.5)
+            return y.relu()
+
+    off, made = compare(Remembering(), torch.randn(2, 2, 3, 4, 5), training)
+    assert off <= COMPILED and made
+
+
 def test_layout_off_leaves_strides_alone():
     model = chain(lambda: nn.BatchNorm3d(WIDTH), nn.ReLU, 2).eval()
     off, (made,) = compare(model, torch.randn(1, WIDTH, 4, 4, 4), False, layout=False)

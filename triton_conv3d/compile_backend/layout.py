@@ -183,6 +183,8 @@ class _Propagation:
 
     def _harmonise(self, node: fx.Node) -> None:
         """Where a channels-last tensor meets one that is not, the other is converted: else it may decide for both."""
+        if node.target is aten.copy_.default:  # into a graph input, which stays where it is
+            return
         meeting = [source for source in node.all_input_nodes if _is_dense_5d(source.meta["val"])]
         others = [source for source in meeting if not _readable(source.meta["val"], is_weight=False)]
         if 0 < len(others) < len(meeting):
