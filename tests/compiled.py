@@ -174,11 +174,11 @@ class Inductor:
     """In place of Inductor behind its passes: runs graphs op by op, and fails on those of ``kinds`` if ``fails`` says so.
 
     Attributes:
-        seen: the kind of each graph, and whether there was one of our ops in it.
+        seen: the kind of each graph, and whether there was one of our ops in it. cached: whether the result would be.
     """
 
     def __init__(self, kinds=(), fails=None):
-        self.kinds, self.fails, self.seen = kinds, fails, []
+        self.kinds, self.fails, self.seen, self.cached = kinds, fails, [], []
 
     def __call__(self, gm, inputs, is_inference=False, is_backward=False, **_):
         view_to_reshape(gm)
@@ -190,6 +190,7 @@ class Inductor:
         kind = "inference" if is_inference else "backward" if is_backward else "forward"
         ours = any(map(is_ours, gm.graph.nodes))
         self.seen.append((kind, ours))
+        self.cached.append(config.fx_graph_cache)
         if kind in self.kinds and self.fails(ours):
             raise NotImplementedError(f"planted {len(self.seen)}")
         if (strides := TracingContext.get().output_strides) is not None:

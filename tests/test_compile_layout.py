@@ -1,11 +1,11 @@
-"""Instance normalisation in compiled graphs, however it is called, and what it keeps of its input's statistics."""
+"""What keeps channels-last in compiled graphs: instance norms, however called, and gradients of parts and means."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import by_aten, compare  # noqa: F401
+from compiled import by_aten, compare, conversions_between_convolutions, graphs  # noqa: F401
 from tolerances import COMPILED
 from torch import nn
 
@@ -56,3 +56,26 @@ def test_a_frozen_norm_is_folded_into_the_convolution():
     model = nn.Sequential(nn.Conv3d(2, 3, 3), nn.InstanceNorm3d(3, affine=True, track_running_stats=True), nn.ReLU())
     off, (made,) = compare(model.eval(), torch.randn(2, 2, 5, 4, 6), False)
     assert off <= COMPILED and made.fused == ["scale", "bias + relu"]
+
+
+PARTS = {  # of the first convolution's result, for the second one
+    "frames": lambda y: y[:, :, 1:-1] + y[:, :, ::2][:, :, :2] + torch.stack([y[:, :, 0], y[:, :, -1]], 2),
+    "channels": lambda y: torch.cat([y[:, 1:], y[:, :1]], 1),
+    "a mean": lambda y: y * y.mean((2, 3, 4), keepdim=True),
+    "masked": lambda y: y.masked_fill(y[:, :1] > 0.3, 0.5) + y,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_gradients_of_parts_and_means(name):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv3d(2, 3, 3, padding=1), nn.Conv3d(3, 2, 1)
+
+        def forward(self, x):
+            return self.last(PARTS[name](self.first(x)))
+
+    off, _ = compare(Parts(), torch.randn(2, 2, 4, 3, 5), True)
+    assert off <= COMPILED
+    assert [len(conversions_between_convolutions(g.graph)) for g in graphs] == [0, 0]

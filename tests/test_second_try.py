@@ -8,6 +8,7 @@ from compiled import Inductor, by_aten, compare, compiled  # noqa: F401
 from test_compile_reports import lines
 from tolerances import COMPILED
 from torch import nn
+from torch._dynamo.exc import SkipFrame, TensorifyScalarRestartAnalysis
 from torch._inductor import compile_fx
 
 import triton_conv3d
@@ -46,6 +47,7 @@ def test_a_graph_that_inductor_fails_on_is_compiled_as_it_was(kind, inductor, ca
     assert off <= COMPILED and inductor.seen == seen and [r.kind for r in made] == kept
     (line,) = lines(caplog)
     error = f"NotImplementedError: planted {seen.index((kind, True)) + 1}"
+    assert inductor.cached == [not (kind == "backward" == graph and not ours) for graph, ours in seen]
     assert line == f"{what} (its improved form fails in inductor) left as it is: {error}"
 
 
@@ -75,6 +77,19 @@ def test_what_inductor_cannot_compile_is_its_own_error_once(kind, inductor, capl
         told.append(str(error))
         error = error.__cause__ or error.__context__
     assert not any(f"planted {len(inductor.seen) - 1}" in text for text in told) and lines(caplog) == []
+
+
+@pytest.mark.parametrize("error", [SkipFrame, TensorifyScalarRestartAnalysis])
+def test_what_tells_dynamo_to_go_on_otherwise_is_no_failure(error, monkeypatch, caplog):
+    def once(*_, **__):
+        monkeypatch.undo()
+        raise error()
+
+    monkeypatch.setattr(norms, "_normalise", once)
+    with torch.no_grad():
+        network, function = (m := model()), compiled(m, "aot_eager")
+        torch.testing.assert_close(function(X), network(X))
+    assert lines(caplog) == []
 
 
 def test_a_pass_alone_leaves_inductor_its_error(inductor, caplog):

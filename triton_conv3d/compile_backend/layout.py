@@ -31,6 +31,7 @@ from .rewriting import (
 
 _GATHERS = (aten.index.Tensor, aten._unsafe_index.Tensor)
 _SCATTERS = (aten.index_put.default, aten._unsafe_index_put.default)
+_PARTS = (aten.slice_backward.default, aten.select_backward.default)
 _FILLED = {aten.new_zeros.default: 1, aten.full.default: 0, aten.zeros.default: 0}  # where their sizes stand
 _LAST, _FIRST = [0, 2, 3, 4, 1], [0, 4, 1, 2, 3]  # channels moved there, and back
 _FORMATS = (torch.contiguous_format, torch.channels_last_3d)
@@ -53,7 +54,7 @@ _FOLLOWING = {
     "new_full new_empty native_dropout native_dropout_backward _softmax _log_softmax mm addmm bmm baddbmm "
     # pointwise, though not every torch says so
     "convert_element_type leaky_relu leaky_relu_backward hardswish hardswish_backward elu_backward hardtanh_backward "
-    "hardsigmoid_backward softplus_backward mish_backward _prelu_kernel "
+    "hardsigmoid_backward softplus_backward mish_backward _prelu_kernel rev "
     "sym_size sym_numel "
     "_low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices".split(),
 }  # fmt: skip
@@ -91,7 +92,7 @@ class _Propagation:
                 self._convolution(node)
             elif node.op in ("call_function", "call_module", "call_method"):
                 self._drop_conversion(node)
-                if self.convert and (self._index_pixels(node) or self._slice_backward(node)):
+                if self.convert and (self._index_pixels(node) or self._scatter_gradient(node)):
                     continue
                 if any(source in self.before for source in node.all_input_nodes):
                     self._propagate(node)
@@ -221,15 +222,17 @@ class _Propagation:
         self._take_over(node, result)
         return True
 
-    def _slice_backward(self, node: fx.Node) -> bool:
-        """It gives contiguous tensors, too."""
-        if node.target is not aten.slice_backward.default:
+    def _scatter_gradient(self, node: fx.Node) -> bool:
+        """The gradient of a slice, or of one plane, goes into contiguous zeros, too."""
+        if node.target not in _PARTS:
             return False
         grad, sizes, dim, *ends = node.args
-        if len(sizes) != 5 or not _is_channels_inside(grad.meta["val"]):
+        kept = [each for each in _LAST if node.target is aten.slice_backward.default or each != dim % 5]
+        order, value = [sorted(kept).index(each) for each in kept], grad.meta["val"]
+        inside = kept[-1] == 1 and statically_known_true(value.stride(order[-1]) == 1)
+        if len(sizes) != 5 or not inside or is_contiguous(value):
             return False
-        moved = self.rewriter.call(node, aten.permute.default, grad, _LAST)
-        sizes = [sizes[each] for each in _LAST]
+        moved, sizes = self.rewriter.call(node, aten.permute.default, grad, order), [sizes[each] for each in _LAST]
         self._take_over(node, self.rewriter.call(node, node.target, moved, sizes, _LAST.index(dim % 5), *ends))
         return True
 
