@@ -76,7 +76,7 @@ def test_a_pass_that_fails_leaves_the_graph(broken, monkeypatch, caplog):
 
 
 def test_a_norm_that_cannot_be_read_stays(monkeypatch, caplog):
-    monkeypatch.setattr(norms, "_is_plain", lambda node: 1 / 0)
+    monkeypatch.setattr(norms, "_is_3d", lambda node: 1 / 0)
     off, made = compare(nn.Sequential(nn.Conv3d(2, 3, 3), nn.InstanceNorm3d(3)), torch.randn(1, 2, 4, 4, 4), False)
     assert off <= COMPILED and len(made) == 1
     assert lines(caplog) == ["instance normalisation left as it is: ZeroDivisionError: division by zero"]

@@ -50,6 +50,15 @@ def test_values_strides_and_gradients(memory_format):
         assert result.stride() == want.stride()
 
 
+@pytest.mark.parametrize("bias", (torch.randn(4, 2)[:, 1], torch.randn(1).expand(4)), ids=("every other", "expanded"))
+def test_a_bias_lies_in_memory_as_it_likes(bias):
+    x, w, _ = (tensor.detach() for tensor in tensors())
+    with configure(engine="implicit_gemm"):
+        plain, fused = ops.conv3d(x, w, bias, *GEOMETRY), ops.conv3d_fused(x, w, bias, None, *GEOMETRY, "relu", 0.0)
+    torch.testing.assert_close(plain, reference(x, w, bias), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused, reference(x, w, bias).relu(), rtol=1e-4, atol=1e-4)
+
+
 # input size, padding of both ends, stride, dilation, and the 3x3x3 kernel's taps that meet the input
 DEGENERATE = {
     "one_frame": ((1, 4, 5), (1, 1, 1, 1, 1, 1), 1, 1, (1, 3, 3)),

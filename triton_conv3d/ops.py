@@ -91,8 +91,13 @@ def problems(
 # The kernels behind the ops: one for every device, which the engines tell apart.
 
 
+def _dense(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """One number behind the other, as the kernels read it."""
+    return bias if bias is None or bias.is_contiguous() else bias.contiguous()
+
+
 def _forward(input, weight, bias, stride, padding, dilation, groups):
-    operands = Operands(input, weight, None, bias)
+    operands = Operands(input, weight, None, _dense(bias))
     channels_last = _channels_last_result(input, weight)
     geometry = (stride, padding, dilation, groups, channels_last)
     return run(*pose("forward", operands, input.shape, weight.shape, *geometry), operands)
@@ -105,7 +110,7 @@ def _fused(input, weight, bias, residual, stride, padding, dilation, groups, act
     )  # fmt: skip
     _check_fused(input, problem.output_shape, activation, residual)
     problem = with_epilogue(problem, residual is not None, activation)
-    return run(problem, taps, Operands(input, weight, None, bias, residual, negative_slope))
+    return run(problem, taps, Operands(input, weight, None, _dense(bias), residual, negative_slope))
 
 
 def _dgrad(grad, weight, input_size, *geometry):

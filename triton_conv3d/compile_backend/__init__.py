@@ -1,7 +1,8 @@
 """The backend of ``torch.compile(model, backend="triton_conv3d")``, and its passes for those who keep Inductor's own.
 
 Dynamo's graph goes through AOTAutograd; its forward and backward graphs are rewritten by :mod:`.passes`, and an inner
-backend runs the result. A graph that is not improved runs as with the inner backend alone.
+backend runs the result. A graph that is not improved runs as with the inner backend alone, and so does one that the inner
+backend cannot compile once it is improved, see :mod:`.second_try`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .. import settings
 from .norms import split_instance_norms
 from .options import Options
 from .report import Report, notice, reports
+from .second_try import compile_or_leave
 
 __all__ = ["Report", "backend", "inductor_pass", "reports"]
 
@@ -44,19 +46,19 @@ def backend(
             "no 3-D convolution in a graph of %d nodes: compiled by %s, unchanged", len(gm.graph.nodes), chosen.inner,
         )  # fmt: skip
         return _unchanged(gm, example_inputs, chosen, mode)
-    if chosen.layout:
-        split_instance_norms(gm)
-    if chosen.inner == "inductor":
-        from .inductor import compile_with_pass
-
-        return compile_with_pass(gm, example_inputs, chosen, mode)
-    from .eager import compile_op_by_op
-
-    return compile_op_by_op(gm, example_inputs, chosen)
+    return compile_or_leave(
+        gm,
+        f"graph (its improved form fails in {chosen.inner})",
+        improved=lambda: _improved(gm, example_inputs, chosen, mode),
+        untouched=lambda: _unchanged(gm, example_inputs, chosen, mode),
+    )
 
 
 def inductor_pass(layout: bool = True, fuse: bool = True):
     """The graph passes, for ``torch.compile(model, options={"post_grad_custom_pre_pass": inductor_pass()})``.
+
+    A pass ends before Inductor compiles what it made: if that fails, Inductor's error stands, where the backend would
+    have the graph compiled as it was.
 
     Args:
         layout, fuse: see :class:`.options.Options`.
@@ -80,6 +82,18 @@ def _has_convolution(gm: fx.GraphModule) -> bool:
             ):
                 return True
     return False
+
+
+def _improved(gm: fx.GraphModule, example_inputs: Sequence, options: Options, mode: str | None) -> Callable:
+    if options.layout:
+        split_instance_norms(gm)
+    if options.inner == "inductor":
+        from .inductor import compile_with_pass
+
+        return compile_with_pass(gm, example_inputs, options, mode)
+    from .eager import compile_op_by_op
+
+    return compile_op_by_op(gm, example_inputs, options)
 
 
 def _unchanged(gm: fx.GraphModule, example_inputs: Sequence, options: Options, mode: str | None) -> Callable:

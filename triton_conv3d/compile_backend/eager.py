@@ -12,8 +12,9 @@ from .options import Options
 from .passes import improve
 from .rewriting import aten
 
-# torch's kernels for GPUs want a contiguous tensor; in parts, as Inductor sees it too, it follows any strides.
-_DECOMPOSED = (aten.native_group_norm, aten.native_group_norm_backward)
+# torch's kernels for GPUs want a contiguous tensor, or return one; in parts, as Inductor sees them too, they follow any
+# strides.
+_DECOMPOSED = (aten.native_group_norm, aten.native_group_norm_backward, aten.masked_fill)
 
 
 def compile_op_by_op(gm: fx.GraphModule, example_inputs: Sequence, options: Options) -> Callable:

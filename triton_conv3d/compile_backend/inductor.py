@@ -14,6 +14,7 @@ from .. import ops
 from .options import Options
 from .passes import improve
 from .rewriting import is_symbolic
+from .second_try import compile_or_leave
 
 _SOURCES = (*sorted(map(str, Path(__file__).parent.glob("*.py"))), ops.__file__)
 
@@ -55,16 +56,27 @@ def compile_with_pass(gm: fx.GraphModule, example_inputs: Sequence, options: Opt
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    def inner_compile(graph_module: fx.GraphModule, inputs: Sequence, **further) -> object:
+    theirs = config.post_grad_custom_pre_pass
+    earlier = tuple(theirs or ()) if theirs is None or isinstance(theirs, (list, tuple)) else (theirs,)
+
+    def improved(graph_module: fx.GraphModule, inputs: Sequence, **further) -> object:
         code = compile_fx_inner(graph_module, inputs, **further)
         _tell_symbolic_strides(code, inputs)
         return code
 
-    earlier = config.post_grad_custom_pre_pass
-    if earlier is None or isinstance(earlier, (list, tuple)):
-        earlier = tuple(earlier or ())
-    else:
-        earlier = (earlier,)
+    def inner_compile(graph_module: fx.GraphModule, inputs: Sequence, **further) -> object:
+        if not further.get("is_backward"):  # the second try is the whole graph's, by whom this one is called
+            return improved(graph_module, inputs, **further)
+
+        # Compiled at the first backward pass, when the forward graph is in use already. Nothing is to find the result in
+        # a cache in place of an improved graph.
+        @config.patch(post_grad_custom_pre_pass=theirs, fx_graph_cache=False, fx_graph_remote_cache=False)
+        def untouched() -> object:
+            return compile_fx_inner(graph_module, inputs, **further)
+
+        what = "backward graph (its improved form fails in inductor)"
+        return compile_or_leave(graph_module, what, lambda: improved(graph_module, inputs, **further), untouched)
+
     patches = {"post_grad_custom_pre_pass": ConvolutionPass(options, earlier, symbolic=True)}
     patches = {**(list_mode_options(mode) if mode else {}), **patches}
     return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)

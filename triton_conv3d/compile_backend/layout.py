@@ -31,13 +31,15 @@ from .rewriting import (
 
 _GATHERS = (aten.index.Tensor, aten._unsafe_index.Tensor)
 _SCATTERS = (aten.index_put.default, aten._unsafe_index_put.default)
+_PARTS = (aten.slice_backward.default, aten.select_backward.default)
 _FILLED = {aten.new_zeros.default: 1, aten.full.default: 0, aten.zeros.default: 0}  # where their sizes stand
 _LAST, _FIRST = [0, 2, 3, 4, 1], [0, 4, 1, 2, 3]  # channels moved there, and back
 _FORMATS = (torch.contiguous_format, torch.channels_last_3d)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 # Ops beside the pointwise ones whose results, by torch's kernels and fake kernels alike, do not depend on the strides of
-# their operands but in their own strides. reflection_pad3d, replication_pad3d and roll are not among them: the two disagree.
+# their operands but in their own strides. reflection_pad3d, replication_pad3d, roll and 2-D convolutions are not among
+# them: the two disagree.
 _FOLLOWING = {
     *"reshape view _unsafe_view permute transpose t squeeze unsqueeze expand slice select split split_with_sizes unbind "
     "alias detach diagonal cat stack clone _to_copy copy copy_ constant_pad_nd slice_backward slice_scatter "
@@ -52,7 +54,7 @@ _FOLLOWING = {
     "new_full new_empty native_dropout native_dropout_backward _softmax _log_softmax mm addmm bmm baddbmm "
     # pointwise, though not every torch says so
     "convert_element_type leaky_relu leaky_relu_backward hardswish hardswish_backward elu_backward hardtanh_backward "
-    "hardsigmoid_backward softplus_backward mish_backward _prelu_kernel "
+    "hardsigmoid_backward softplus_backward mish_backward _prelu_kernel rev "
     "sym_size sym_numel "
     "_low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices".split(),
 }  # fmt: skip
@@ -90,7 +92,7 @@ class _Propagation:
                 self._convolution(node)
             elif node.op in ("call_function", "call_module", "call_method"):
                 self._drop_conversion(node)
-                if node.target in (*_GATHERS, *_SCATTERS) and self._index_pixels(node):
+                if self.convert and (self._index_pixels(node) or self._scatter_gradient(node)):
                     continue
                 if any(source in self.before for source in node.all_input_nodes):
                     self._propagate(node)
@@ -182,15 +184,29 @@ class _Propagation:
 
     def _harmonise(self, node: fx.Node) -> None:
         """Where a channels-last tensor meets one that is not, the other is converted: else it may decide for both."""
+        if node.target is aten.copy_.default:  # into a graph input, which stays where it is
+            return
         meeting = [source for source in node.all_input_nodes if _is_dense_5d(source.meta["val"])]
         others = [source for source in meeting if not _readable(source.meta["val"], is_weight=False)]
         if 0 < len(others) < len(meeting):
             for source in others:
                 where = "inside" if self._from_convolution(source) else "entering"
-                node.replace_input_with(source, self._copy(source, node, where))
+                node.replace_input_with(source, self._expanded_last(source, node) or self._copy(source, node, where))
+
+    def _expanded_last(self, source: fx.Node, before: fx.Node) -> fx.Node | None:
+        """A pointwise function of one expanded tensor, as that of the tensor, expanded; of a mean's gradient, say."""
+        inner = source.all_input_nodes
+        if not _is_pointwise(source) or len(inner) != 1 or inner[0].target is not aten.expand.default:
+            return None
+        tensor, *sizes = inner[0].args
+        args, kwargs = fx.map_arg((source.args, source.kwargs), lambda _: tensor)
+        result = self.rewriter.call(before, source.target, *args, **kwargs)
+        return self.rewriter.call(before, aten.expand.default, result, *sizes)
 
     def _index_pixels(self, node: fx.Node) -> bool:
         """Interpolation by indices of pixels gives contiguous tensors; with channels moved last before, it need not."""
+        if node.target not in (*_GATHERS, *_SCATTERS):
+            return False
         tensor, indices = node.args[:2]
         values = node.args[2:3] if node.target in _SCATTERS else ()
         pixels = len(indices) == 5 and indices[:2] == [None, None] and all(isinstance(i, fx.Node) for i in indices[2:])
@@ -203,10 +219,28 @@ class _Propagation:
         else:
             moved = self.rewriter.call(node, aten.permute.default, tensor, _LAST)
         result = self.rewriter.call(node, node.target, moved, [None, *indices[2:]], *values, *node.args[3:])
+        self._take_over(node, result)
+        return True
+
+    def _scatter_gradient(self, node: fx.Node) -> bool:
+        """The gradient of a slice, or of one plane, goes into contiguous zeros, too."""
+        if node.target not in _PARTS:
+            return False
+        grad, sizes, dim, *ends = node.args
+        kept = [each for each in _LAST if node.target is aten.slice_backward.default or each != dim % 5]
+        order, value = [sorted(kept).index(each) for each in kept], grad.meta["val"]
+        inside = kept[-1] == 1 and statically_known_true(value.stride(order[-1]) == 1)
+        if len(sizes) != 5 or not inside or is_contiguous(value):
+            return False
+        moved, sizes = self.rewriter.call(node, aten.permute.default, grad, order), [sizes[each] for each in _LAST]
+        self._take_over(node, self.rewriter.call(node, node.target, moved, sizes, _LAST.index(dim % 5), *ends))
+        return True
+
+    def _take_over(self, node: fx.Node, result: fx.Node) -> None:
+        """``result``, with channels as the last dimension, stands for ``node``."""
         result = self.rewriter.call(node, aten.permute.default, result, _FIRST)
         self.before[result] = node.meta["val"]
         self.rewriter.take_over(node, result)
-        return True
 
     def _revalue(self, node: fx.Node) -> None:
         """Update the node's value, and remember the old one if strides differ."""
@@ -272,7 +306,11 @@ def _follows(node: fx.Node) -> bool:
         return False
     if target in (aten.view.dtype, prims.view_of_dtype.default if hasattr(prims, "view_of_dtype") else None):
         return False
-    return torch.Tag.pointwise in target.tags or target._opname in _FOLLOWING
+    return _is_pointwise(node) or target._opname in _FOLLOWING
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _is_dense_5d(value: object) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -62,7 +62,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 _reports: deque[Report] = deque(maxlen=_KEPT)
-_collect: Callable[[Report], None] = _reports.append
+_collect: deque | list = _reports
 _noticed: set = set()
 
 
@@ -76,16 +76,20 @@ def collected() -> Iterator[list[Report]]:
     """The reports made inside of the block, which are not among :func:`reports` then."""
     global _collect
     found: list[Report] = []
-    outer, _collect = _collect, found.append
+    outer, _collect = _collect, found
     try:
         yield found
     finally:
         _collect = outer
 
 
+def remember(made: Iterable[Report]) -> None:
+    _collect.extend(made)
+
+
 def keep(report: Report) -> None:
     """Remember a report, and show it where the setting ``log`` asks for plans."""
-    _collect(report)
+    remember([report])
     if settings.current().log == "plan":
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
@@ -102,6 +106,6 @@ def notice(key: object, message: str, *args: object) -> None:
 
 
 def failed(what: str, error: Exception) -> None:
-    """One warning line for each kind of failure of a pass, behind which a graph runs as it was."""
+    """One warning line for each kind of failure, behind which a graph runs as it was."""
     why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     notice((what, why), "%s left as it is: %s", what, why)

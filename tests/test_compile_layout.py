@@ -1,0 +1,81 @@
+"""What keeps channels-last in compiled graphs: instance norms, however called, and gradients of parts and means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import by_aten, compare, conversions_between_convolutions, graphs  # noqa: F401
+from tolerances import COMPILED
+from torch import nn
+
+CALLS = {
+    "torch's, without weights": lambda x, a, b, m, v, new: torch.instance_norm(
+        x, None, None, m, v, new, 0.3, 1e-4, False
+    ),
+    "torch's, untracked": lambda x, a, b, m, v, new: torch.instance_norm(x, a, b, None, None, True, 0.3, 1e-4, False),
+    "by position": lambda x, a, b, m, v, new: F.instance_norm(x, m, v, a, b, new, 0.3, 1e-4),
+    "by name": lambda x, a, b, m, v, new: F.instance_norm(
+        input=x, weight=a, bias=b, running_var=v, running_mean=m, use_input_stats=new, eps=1e-4
+    ),
+}
+
+
+class Normalised(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.first, self.last = call, nn.Conv3d(2, 3, 3), nn.Conv3d(3, 2, 1)
+        self.weight, self.bias = nn.Parameter(torch.rand(3) + 0.5), nn.Parameter(torch.randn(3))
+        self.register_buffer("mean", torch.randn(3))
+        self.register_buffer("variance", torch.rand(3) + 0.5)
+
+    def forward(self, x):
+        return self.last(self.call(self.first(x), self.weight, self.bias, self.mean, self.variance, self.training))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["its own", "running"])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_way_to_normalise_is_what_torch_computes(name, training):
+    off, made = compare(Normalised(CALLS[name]).train(training), torch.randn(2, 2, 5, 4, 6), True)
+    assert off <= COMPILED
+    assert all(not {"inside", "reshape"} & set(r.inserted) for r in made)
+
+
+def test_a_lazy_norm_tracks_and_makes_no_conversion():
+    model, x = (
+        nn.Sequential(nn.Conv3d(2, 3, 3), nn.LazyInstanceNorm3d(), nn.ReLU(), nn.Conv3d(3, 2, 1)),
+        torch.randn(2, 2, 5, 4, 6),
+    )
+    model(x)
+    off, made = compare(model, x, True)
+    assert off <= COMPILED and all(not {"inside", "reshape"} & set(r.inserted) for r in made)
+
+
+def test_a_frozen_norm_is_folded_into_the_convolution():
+    """By running statistics it is a number a channel, which Inductor does not know of."""
+    model = nn.Sequential(nn.Conv3d(2, 3, 3), nn.InstanceNorm3d(3, affine=True, track_running_stats=True), nn.ReLU())
+    off, (made,) = compare(model.eval(), torch.randn(2, 2, 5, 4, 6), False)
+    assert off <= COMPILED and made.fused == ["scale", "bias + relu"]
+
+
+PARTS = {  # of the first convolution's result, for the second one
+    "frames": lambda y: y[:, :, 1:-1] + y[:, :, ::2][:, :, :2] + torch.stack([y[:, :, 0], y[:, :, -1]], 2),
+    "channels": lambda y: torch.cat([y[:, 1:], y[:, :1]], 1),
+    "a mean": lambda y: y * y.mean((2, 3, 4), keepdim=True),
+    "masked": lambda y: y.masked_fill(y[:, :1] > 0.3, 0.5) + y,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_gradients_of_parts_and_means(name):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv3d(2, 3, 3, padding=1), nn.Conv3d(3, 2, 1)
+
+        def forward(self, x):
+            return self.last(PARTS[name](self.first(x)))
+
+    off, _ = compare(Parts(), torch.randn(2, 2, 4, 3, 5), True)
+    assert off <= COMPILED
+    assert [len(conversions_between_convolutions(g.graph)) for g in graphs] == [0, 0]
