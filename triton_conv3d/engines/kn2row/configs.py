@@ -167,10 +167,9 @@ def _fits(problem: Problem, tile: Kn2rowConfig) -> bool:
 
 
 def _compiles_for_sm_100(problem: Problem, tile: Kn2rowConfig) -> bool:
-    """Of 8 warps Triton 3.6 makes an empty kernel there, too; 2 planes of float32 spill with Triton 3.9."""
+    """Of 8 warps Triton 3.6 makes an empty kernel there, too."""
     products = tile.planes * problem.kernel_size[0]
-    fits = products * math.prod(padded(problem)) <= _MOST_TENSOR_MEMORY and tile.num_warps < 8
-    return fits and (problem.dtype != "float32" or tile.planes == 1)
+    return products * math.prod(padded(problem)) <= _MOST_TENSOR_MEMORY and tile.num_warps < 8
 
 
 def _lines(problem: Problem, tile: Kn2rowConfig) -> list[int]:
