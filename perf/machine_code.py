@@ -44,7 +44,7 @@ _MATRIX = r"\b(HGMMA|UTC\w*MMA|HMMA|IGMMA|QGMMA)|v_mfma_\w+"
 
 @dataclass(frozen=True)
 class Layer:
-    """A 3x3x3 convolution with padding 1 of two volumes of 32^3, and the engine that computes it."""
+    """A 3x3x3 convolution with padding 1 of two cubes, and the engine that computes it."""
 
     engine: str
     in_channels: int
@@ -52,6 +52,7 @@ class Layer:
     stride: int = 1
     groups: int = 1
     channels_last: bool = True
+    size: int = 32  # of an edge
 
     def __str__(self) -> str:
         """``64 -> 64, groups 64, contiguous``."""
@@ -71,6 +72,9 @@ LAYERS = (
     Layer("folded", 128, 3),  # its dgrad: forward has too many channels
     Layer("halo", 64, 64),
     Layer("halo", 20, 20),
+    Layer("kn2row", 96, 3, size=128),  # lines as long as its tiles
+    Layer("kn2row", 20, 8, size=128),
+    Layer("kn2row", 1, 64, size=128),  # its dgrad
     Layer("depthwise", 64, 64, groups=64),
     Layer("depthwise", 64, 64, groups=64, channels_last=False),
 )
@@ -173,7 +177,7 @@ def problems(arch: str, dtype: str, precision: str, layer: Layer) -> Iterator[tu
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, memory_format=form)
 
-    size = 32
+    size = layer.size
     x = empty(2, layer.in_channels, size, size, size)
     w = empty(layer.out_channels, layer.in_channels // layer.groups, 3, 3, 3)
     grad = empty(2, layer.out_channels, *[size // layer.stride] * 3)
@@ -197,6 +201,9 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
     main = not name.startswith("reduce_")  # the second stage of a split reduction only adds
     together = packed_groups(problem, config) if engine.NAME == "implicit_gemm" else 1
     filled = math.gcd(together * problem.group_in, together * problem.group_out) % 8 == 0
+    if engine.NAME == "kn2row":  # of what it produces it loads nothing
+        filled = max(problem.group_in, problem.group_out) % 8 == 0
+    copies = main and filled and engine.NAME in ("implicit_gemm", "halo", "kn2row")
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
@@ -217,7 +224,7 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
         narrow = len(re.findall(r"LDGSTS", text)) - wide
     return Report(
         arch, problem.dtype, problem.precision, problem.pass_, engine.NAME, str(layer), str(config), name,
-        main and engine.work(problem, config).tensor_cores, main and filled and engine.NAME in ("implicit_gemm", "halo"),
+        main and engine.work(problem, config).tensor_cores, copies,
         registers, spills, kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow,
         main_loop(instructions)[0],
     )  # fmt: skip
@@ -250,9 +257,12 @@ def main_loop(lines: list[str]) -> tuple[int, int]:
 def configs(problem: Problem, engine: ModuleType, most: int | None = None) -> list[Config]:
     """What decides about the code: every tile, whole and split; or the first of ``most`` tiles split, the others whole.
 
-    Of ``depthwise``, which splits more than the reduction, what it offers: all splits above 1 share their code.
+    Of ``depthwise``, which splits more than the reduction, what it offers: all splits above 1 share their code. Of
+    ``kn2row`` every tile once: its lines are a number at run time.
     """
     offers = engine.configs(problem)
+    if engine.NAME == "kn2row":
+        offers = {dataclasses.replace(offer, lines=0): offer for offer in offers}.values()
     if not any(hasattr(offer, "splits") for offer in offers):
         return list(offers)[:most]
     if engine.NAME == "depthwise":

@@ -302,7 +302,8 @@ def test_aten_takes_everything(pass_: str) -> None:
 
 
 def test_engine_names() -> None:
-    assert list(engines.available()) == ["matmul", "depthwise", "folded", "implicit_gemm", "halo", "tma", "hopper", "aten"]
+    names = ["matmul", "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "aten"]
+    assert list(engines.available()) == names
     for name, engine in engines.available().items():
         assert engine.NAME == name
     with pytest.raises(ValueError, match=r"no engine named 'cudnn': the engines are .*implicit_gemm"):

@@ -15,7 +15,8 @@ In forward and dgrad an infinity or NaN in a channel therefore is NaN in what th
 Bytes by design. From memory: input, weight and output once, the minimum, where the wave of programs that runs at once
 keeps what it reads in L2 (cost_model._shared_reads counts it); besides, twice what is copied for its layout, and 8 bytes
 an element of the result for each split. From L2: every tile of the input once for each tap and column of tiles. Layers
-of few channels are therefore bound by L2, not by memory: "depthwise", "folded" and "halo" are for those that they take.
+of few channels are therefore bound by L2, not by memory: "depthwise", "folded", "halo" and "kn2row" are for those that
+they take.
 """
 
 from __future__ import annotations
