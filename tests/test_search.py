@@ -81,7 +81,7 @@ WHOLE = [pytest.param(CI_PART, id="part"), pytest.param(1, id="whole", marks=pyt
 def test_regret(kind, seed, part):
     chosen = problems(kind)[seed % part :: part]
     found, most, mean = regrets(searched, chosen, seed)
-    assert most <= QUICK_CANDIDATES == 12 and mean <= MEASURED + 2
+    assert most <= QUICK_CANDIDATES == 12 and mean <= MEASURED + 2.5  # of one GPU: seeds differ by more than 1
     assert within_the_bar(found), (statistics.median(found), percentile(found, 0.95))
 
 

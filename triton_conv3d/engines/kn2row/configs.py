@@ -43,13 +43,13 @@ _TILES_32 = (
     (128, 2, 16, 8, 3),
     (64, 2, 16, 4, 3),
     (64, 1, 16, 4, 3),
-    (32, 1, 16, 2, 2),
+    (32, 1, 16, 4, 2),
 )
 _PROGRAMS = (128, 256, 512, 1024)  # that lines are shared out for: one to several waves of 108 to 304 units
 _LEAST_LINES = 8  # of a program: for 3 taps it reads and multiplies 2 more
 _LEAST_COLUMNS = 16  # of a product of tensor cores
 _MOST_SUMS = 96  # of a thread: with 192 sm_80 and sm_90 spill, as perf/machine_code.py finds
-_MOST_SUMS_TF32X3 = 48  # with 96 they spill
+_MOST_READ_32 = 4  # planes of float32, that stand in registers to be rounded: for 2 of the result 6 spill, in parts 4
 _MOST_TENSOR_MEMORY = 384  # columns of all products of a step on sm_100: of 640 Triton 3.6 makes an empty kernel
 
 
@@ -156,11 +156,13 @@ def shared_bytes(problem: Problem, config: Kn2rowConfig) -> int:
 
 def _fits(problem: Problem, tile: Kn2rowConfig) -> bool:
     """Not more than twice as large as the problem, and with registers and memory enough."""
-    most = _MOST_SUMS_TF32X3 if problem.precision == "tf32x3" else _MOST_SUMS
+    read = tile.planes + problem.kernel_size[0] - 1
+    several = problem.dtype != "float32" or (problem.precision == "tf32" and read <= _MOST_READ_32)
     return (
         2 * halo(problem) <= tile.block_w < 2 * line(problem).rows
         and tile.planes < 2 * problem.result_shape[2]
-        and sums(problem, tile) <= most * 32 * tile.num_warps
+        and (several or tile.planes == 1)
+        and sums(problem, tile) <= _MOST_SUMS * 32 * tile.num_warps
         and shared_bytes(problem, tile) <= shared_limit(problem)
         and (problem.arch != "sm_100" or _compiles_for_sm_100(problem, tile))
     )
@@ -184,7 +186,7 @@ def _tile(problem: Problem, width: int, planes: int, block_k: int, warps: int, s
     """A row of the table, with steps not longer than the reduction. Its lines are still to be chosen."""
     block_k = min(block_k, _power(channels(problem)[1]))
     if problem.arch.startswith("gfx"):  # two stages are its software pipeline, and its warps have 64 threads
-        warps, stages = 1 if warps == 2 else warps, 2
+        warps, stages = 1 if width < 64 else warps, 2
     return Kn2rowConfig(width, planes, 1, block_k, warps, stages)
 
 
