@@ -268,8 +268,9 @@ def reports(arch: str, dtype: str, precision: str, layer: Layer, most: int | Non
     engine = engines.get(layer.engine)
     for problem, operands in problems(arch, dtype, precision, layer):
         for config in configs(problem, engine, most):
+            kernels = {launch[0]: launch for launch in launches(problem, operands, engine, config)}  # each once
             with compiling_for(arch):
-                for name, kernel in map(compiled, launches(problem, operands, engine, config)):
+                for name, kernel in map(compiled, kernels.values()):
                     yield read(problem, engine, config, name, kernel, layer)
 
 

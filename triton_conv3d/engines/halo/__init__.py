@@ -25,9 +25,9 @@ import triton.language as tl
 from ...problem import Operands, Problem
 from ..base import Memory, Order, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..implicit_gemm import channels_last, copied_bytes, dense, in_units, pixel_strides, reduce, unit
-from ..implicit_gemm.configs import CHAIN, channels, result_elements
+from ..implicit_gemm.configs import channels, result_elements
 from ..launching import launch_kernel
-from .configs import HaloConfig, HaloWgradConfig, configs, rows, shared_bytes, step_bytes, wgrad_tiles
+from .configs import HaloConfig, HaloWgradConfig, configs, rows, shared_bytes, step_bytes, wgrad_launches, wgrad_tiles
 from .kernels import halo_gemm, halo_wgrad
 
 __all__ = ["NAME", "HaloConfig", "HaloWgradConfig", "configs", "launch", "memory", "supports", "work"]
@@ -121,16 +121,17 @@ def _wgrad_work(problem: Problem, config: HaloWgradConfig) -> Work:
     fixed, each_load, each_product = _WGRAD_CODE[item]
     loads, products = step_bytes(problem, config) / (vector * 32 * config.num_warps), planes * held
     met = max(1.0, problem.taps / depth / math.prod(problem.stride) * read / planes)  # times that a pixel is read
+    launches, _ = wgrad_launches(problem, config)
     return Work(
-        programs=tiles * problem.groups * config.splits,
-        iterations=math.ceil(math.ceil(rows(problem, planes) / k) / config.splits),
+        programs=tiles * problem.groups * config.splits * launches,
+        iterations=math.ceil(math.ceil(rows(problem, planes) / k) / (config.splits * launches)),
         flops=2.0 * m * n * k * products,
         bytes_read=float(step_bytes(problem, config)),
         bytes_written=float(4 * m * n * held),
         num_warps=config.num_warps,
         shared_bytes=shared_bytes(problem, config),
         extra_bytes=2.0 * memory(problem, config).copies + _workspace_bytes(problem, config) + item * result_elements(problem),
-        launches=2,
+        launches=launches + 1,
         sums=m * n * held,
         vector_bytes=vector,
         stages=config.num_stages,
@@ -156,7 +157,9 @@ def _wgrad(problem: Problem, operands: Operands, config: HaloWgradConfig) -> tor
     dw = problem.empty_result(x.device)
     partials = x.new_empty((config.splits, dw.numel()), dtype=torch.float32)
     grid, arguments, options = _wgrad_launch(problem, config, x.stride(), grad.stride(), aligned(x), aligned(grad))
-    launch_kernel(halo_wgrad, grid, (grad, x, partials, *arguments), options)
+    launches, chain = wgrad_launches(problem, config)
+    for i in range(launches):
+        launch_kernel(halo_wgrad, grid, (grad, x, partials, *arguments, i * chain), options)
     reduce(problem, partials, None, dw)
     return dw
 
@@ -187,7 +190,7 @@ def _wgrad_launch(
         INDEX=tl.int64 if problem.index64 else tl.int32,
         PRECISION=problem.precision,
         UPCAST=upcast(problem),
-        CHAIN=CHAIN,
+        CHAIN=wgrad_launches(problem, config)[1],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

@@ -180,6 +180,7 @@ def halo_wgrad(
     channels,  # of one group, in X_UNIT
     filters,  # of one group, in G_UNIT
     splits,
+    done,  # rows of each split, whose sums the partial sums hold already
     X_UNIT: tl.constexpr,
     G_UNIT: tl.constexpr,
     KERNEL_D: tl.constexpr,
@@ -187,7 +188,7 @@ def halo_wgrad(
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    CHAIN: tl.constexpr,  # products of one accumulator before they join the partial sum
+    CHAIN: tl.constexpr,  # rows of one launch
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -219,64 +220,60 @@ def halo_wgrad(
     rows_d, size_h, size_w = tl.cdiv(y_size[0], PLANES), y_size[1], y_size[2]
     rows = tl.full([], size_w, INDEX) * size_h * rows_d * batch
     share = tl.cdiv(tl.cdiv(rows, BLOCK_K), splits) * BLOCK_K
-    begin = split * share
-    end = tl.minimum(begin + share, rows)
+    begin = split * share + done
+    end = tl.minimum(tl.minimum(begin + CHAIN, split * share + share), rows)
     row = tl.arange(0, BLOCK_K)
     first = _digits(begin, tl.full([], size_w, INDEX), size_h, rows_d)
     hop = _digits(BLOCK_K, size_w, size_h, rows_d)
     # As tiles like those that are loaded, so that nothing changes layout inside the loop.
     g_rows = tl.where(in_k[:, None], row[None, :], BLOCK_K)
     x_rows = tl.where(in_c[None, :], row[:, None], BLOCK_K)
-    g_digits = _digits(g_rows, size_w, size_h, rows_d)
-    x_digits = _digits(x_rows, size_w, size_h, rows_d)
+    g_digits = _digits(tl.broadcast_to(row[None, :], [BLOCK_M, BLOCK_K]), size_w, size_h, rows_d)
+    x_digits = _digits(tl.broadcast_to(row[:, None], [BLOCK_K, BLOCK_N]), size_w, size_h, rows_d)
     start_h = tap_h * dilation[1] - pad[1]
     start_w = tap_w * dilation[2] - pad[2]
     g_plane = tl.full([], G_UNIT, INDEX) * g_strides[1]
     x_plane, x_line = tl.full([], X_UNIT, INDEX) * x_strides[1], tl.full([], X_UNIT, INDEX) * x_strides[2] * dilation[1]
 
-    zeros = ()
+    sums = ()
     for _ in tl.static_range(KERNEL_D * HELD_H):
-        zeros += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+        sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+    for p in range(begin, end, BLOCK_K):
+        left = tl.minimum(end - p, BLOCK_K).to(tl.int32)
+        n, d, h, w = _add_digits(first, g_digits, size_w, size_h, rows_d)
+        gd = d * PLANES
+        g_tile = n.to(INDEX) * g_strides[0] + gd.to(INDEX) * g_strides[1]
+        g_tile = (g_tile + h.to(INDEX) * g_strides[2] + w.to(INDEX) * g_strides[3]) * G_UNIT + g_columns
+        grads = ()
+        for i in tl.static_range(PLANES):
+            in_g = (g_rows < left) & (gd + i < y_size[0])
+            grads += (tl.load(grad_ptr + i * g_plane + g_tile, mask=in_g, other=0.0),)
+
+        n, d, h, w = _add_digits(first, x_digits, size_w, size_h, rows_d)
+        xd = d * PLANES - pad[0]
+        xh = h * stride[1] + start_h
+        xw = w * stride[2] + start_w
+        x_tile = n.to(INDEX) * x_strides[0] + xd.to(INDEX) * x_strides[1]
+        x_tile = (x_tile + xh.to(INDEX) * x_strides[2] + xw.to(INDEX) * x_strides[3]) * X_UNIT + x_columns
+        # As unsigned numbers negative positions are large: one comparison checks both ends.
+        in_w = (x_rows < left) & (xw.to(tl.uint32, bitcast=True) < x_size[2])
+        for i in tl.static_range(READ):
+            in_d = in_w & ((xd + i).to(tl.uint32, bitcast=True) < x_size[0])
+            for th in tl.static_range(HELD_H):
+                in_x = in_d & ((xh + th * dilation[1]).to(tl.uint32, bitcast=True) < x_size[1])
+                x = tl.load(x_ptr + (i * x_plane + th * x_line) + x_tile, mask=in_x, other=0.0)
+                for td in tl.static_range(KERNEL_D):
+                    if i >= td and i - td < PLANES:
+                        acc = dot(grads[i - td], x, sums[td * HELD_H + th], PRECISION, UPCAST)
+                        sums = sums[: td * HELD_H + th] + (acc,) + sums[td * HELD_H + th + 1 :]
+        first = _add_digits(first, hop, size_w, size_h, rows_d)
+
     filter_size = KERNEL_D * taps_h * taps_w * channels
     tile = (group.to(INDEX) * filters + k)[:, None] * filter_size + c[None, :]
     partials_ptr += split.to(tl.int64) * elements
-    written = filters * 0  # filters that have a partial sum
-    STEPS: tl.constexpr = CHAIN // PLANES
-    for chain in range(begin, tl.maximum(end, begin + 1), STEPS):  # once at least: zeros of a split without rows
-        sums = zeros
-        for p in range(chain, tl.minimum(chain + STEPS, end), BLOCK_K):
-            left = tl.minimum(end - p, BLOCK_K).to(tl.int32)
-            n, d, h, w = _add_digits(first, g_digits, size_w, size_h, rows_d)
-            gd = d * PLANES
-            g_tile = n.to(INDEX) * g_strides[0] + gd.to(INDEX) * g_strides[1]
-            g_tile = (g_tile + h.to(INDEX) * g_strides[2] + w.to(INDEX) * g_strides[3]) * G_UNIT + g_columns
-            grads = ()
-            for i in tl.static_range(PLANES):
-                in_g = (g_rows < left) & (gd + i < y_size[0])
-                grads += (tl.load(grad_ptr + i * g_plane + g_tile, mask=in_g, other=0.0),)
-
-            n, d, h, w = _add_digits(first, x_digits, size_w, size_h, rows_d)
-            xd = d * PLANES - pad[0]
-            xh = h * stride[1] + start_h
-            xw = w * stride[2] + start_w
-            x_tile = n.to(INDEX) * x_strides[0] + xd.to(INDEX) * x_strides[1]
-            x_tile = (x_tile + xh.to(INDEX) * x_strides[2] + xw.to(INDEX) * x_strides[3]) * X_UNIT + x_columns
-            # As unsigned numbers negative positions are large: one comparison checks both ends.
-            in_w = (x_rows < left) & (xw.to(tl.uint32, bitcast=True) < x_size[2])
-            for i in tl.static_range(READ):
-                in_d = in_w & ((xd + i).to(tl.uint32, bitcast=True) < x_size[0])
-                for th in tl.static_range(HELD_H):
-                    in_x = in_d & ((xh + th * dilation[1]).to(tl.uint32, bitcast=True) < x_size[1])
-                    x = tl.load(x_ptr + (i * x_plane + th * x_line) + x_tile, mask=in_x, other=0.0)
-                    for td in tl.static_range(KERNEL_D):
-                        if i >= td and i - td < PLANES:
-                            acc = dot(grads[i - td], x, sums[td * HELD_H + th], PRECISION, UPCAST)
-                            sums = sums[: td * HELD_H + th] + (acc,) + sums[td * HELD_H + th + 1 :]
-            first = _add_digits(first, hop, size_w, size_h, rows_d)
-        tl.debug_barrier()  # between what other threads wrote of the chain before, and its being read
-        for t in tl.static_range(KERNEL_D * HELD_H):
-            tap = (t // HELD_H * taps_h + tap_h + t % HELD_H) * taps_w + tap_w
-            tap_ptr = partials_ptr + tap * channels
-            before = tl.load(tap_ptr + tile, mask=(k < written)[:, None] & in_c[None, :], other=0.0)
-            tl.store(tap_ptr + tile, before + sums[t], mask=in_k[:, None] & in_c[None, :])
-        written = filters
+    summed = tl.where(done > 0, filters, 0)
+    for t in tl.static_range(KERNEL_D * HELD_H):
+        tap = (t // HELD_H * taps_h + tap_h + t % HELD_H) * taps_w + tap_w
+        tap_ptr = partials_ptr + tap * channels
+        before = tl.load(tap_ptr + tile, mask=(k < summed)[:, None] & in_c[None, :], other=0.0)
+        tl.store(tap_ptr + tile, before + sums[t], mask=in_k[:, None] & in_c[None, :])
