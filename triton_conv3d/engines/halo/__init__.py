@@ -1,4 +1,4 @@
-"""halo: implicit GEMM for narrow layers, that reads a plane of the input once for all planes of the result it meets.
+"""halo: implicit GEMM for narrow layers, that reads a plane of the input once for all planes of the output it meets.
 
     y[j, q] = sum over taps t and channels r of  x[j * scale + start + t * step, r] * w[q, r, t]
 
@@ -8,10 +8,19 @@ the result, one behind the other along D, and a step, of one tap of H and W, loa
 and the kd weights, each once, and multiplies all P * kd pairs. Operands whose channels are not dense and last are copied;
 the result is written in the format that torch returns. One sum for each element, in one order: equal inputs give equal bits.
 
-Bytes by design: input, weight and output once each from memory, the minimum, where a wave of programs keeps what it reads
-in L2; besides, twice what is copied for its layout. From L2: a pixel kh * kw * (P + kd - 1) / P times for every tile of the
-produced channels, instead of kd * kh * kw times: with 3x3x3 and P = 4 half as often. All weights once for every P planes
-of a tile, instead of once for each.
+    dw[q, r, t] = sum over output pixels j of  x[j * stride - pad + t * dilation, r] * grad[j, q]
+
+wgrad likewise: a program holds the sums of all taps along D, and of all along H where they fit into registers, loads P
+planes of the gradient and the P + kd - 1 of the input that they meet, and multiplies each pair. Pixels are shared out
+among splits, and among launches, so that an accumulator never adds up more than CHAIN products; float32 partial sums are
+added in a fixed order. Where P does not divide the depth, planes of zeros are multiplied with what lies there: an infinity
+or NaN of the input then also is NaN in other taps of its channel.
+
+Bytes by design: input, weight (or gradient) and output once each from memory, the minimum, where a wave of programs keeps
+what it reads in L2; besides, twice what is copied for its layout, and in wgrad 8 bytes an element of dw for each split.
+From L2: a pixel kh * kw * (P + kd - 1) / P times for every tile of the produced channels, instead of kd * kh * kw times:
+with 3x3x3 and P = 4 half as often. All weights once for every P planes of a tile, instead of once for each. In wgrad the
+gradient once for each tap that no program holds together with another: 3 times, or 9, instead of 7 with 32 channels.
 """
 
 from __future__ import annotations
@@ -41,14 +50,14 @@ _LOAD, _PRODUCT = 12.0, 14.0  # instructions of a warp for each load and for eac
 _INTERPRETED, _INTERPRETED_LOAD, _INTERPRETED_PRODUCT = 12.0, 4.0, 2.0  # operations on tiles of a step, in the interpreter
 # Of wgrad, by bytes of an element: of a step, of a load, of a product of tensor cores (16 x 8 x 32 bytes) with what it reads.
 _WGRAD_CODE = {2: (105.0, 8.0, 1.5), 4: (120.0, 11.0, 4.2)}
-_NO_BFLOAT16 = ("sm_70", "sm_72", "sm_75")  # nor tf32, nor asynchronous copies: Triton makes no tensor core's code of it
+_WITHOUT = ("sm_70", "sm_72", "sm_75")  # asynchronous copies: Triton 3.6 and 3.9 make no tensor core's code, and spill
 _MOST_BITS = 63  # one for every plane that a row reads and for every tap of H and W, in a 64-bit mask
 
 
 def supports(problem: Problem) -> str | None:
     if reason := refused_by_kernels(problem):
         return reason
-    if problem.arch.startswith("gfx") or problem.arch in _NO_BFLOAT16:
+    if problem.arch.startswith("gfx") or problem.arch in _WITHOUT:
         return f"{problem.arch}: its kernels are for the tensor cores of NVIDIA GPUs from sm_80 on"
     if problem.dtype == "float32" and problem.precision != "tf32":
         return f"float32 as {problem.precision}: its products take longer than the loads that planes save, and spill"

@@ -83,7 +83,7 @@ _WGRAD_32 = (
 _MORE_STAGES = {"sm_90": 0, "sm_100": 1, "interpreter": 0}
 _LEAST_STAGES = 2
 _MOST_SUMS = 64  # of a thread, but on sm_90: with 128 sm_80 spills for kernels deeper than 3, and on sm_100 Triton 3.6 fails
-_MOST_WGRAD_SUMS = 144  # of a thread: nine taps of 32 x 32 channels, that two warps share, where each vector is 16 bytes
+_MOST_WGRAD_SUMS = (96, 144)  # of a thread, with loads of less than 16 bytes and else: 9 taps of 32 x 32 in two warps
 # Where 64 filters of wgrad are offered: Triton 3.6 makes an empty kernel of them on sm_100, and one that spills on sm_120.
 _LARGE_M = ("sm_80", "sm_86", "sm_89", "sm_90", "interpreter")
 
@@ -138,8 +138,8 @@ def _wgrad_configs(problem: Problem) -> tuple[HaloWgradConfig, ...]:
     """The tiles of which two at most cover filters and channels, and that are not more than twice as large as either."""
     *tiles, smallest = _WGRAD_32 if problem.dtype == "float32" else _WGRAD_16
     (filters, reduced), (depth, height, _) = channels(problem), problem.kernel_size
-    narrow = math.gcd(problem.alignment, filters * problem.itemsize, reduced * problem.itemsize) < VECTOR_BYTES
-    found = []
+    vectors = math.gcd(problem.alignment, filters * problem.itemsize, reduced * problem.itemsize) == VECTOR_BYTES
+    most, found = _MOST_WGRAD_SUMS[vectors], []
     for *knobs, whole in tiles:
         tile = HaloWgradConfig(*knobs, taps_h=height if whole else 1)
         m, n = tile.block_m, tile.block_n
@@ -147,7 +147,7 @@ def _wgrad_configs(problem: Problem) -> tuple[HaloWgradConfig, ...]:
         fits = fits and tile.planes < 2 * problem.output_size[0] and tile.block_k < 2 * rows(problem, tile.planes)
         fits = fits and shared_bytes(problem, tile) <= shared_limit(problem)
         sums = depth * tile.taps_h * m * n / (32 * tile.num_warps)
-        spills = sums > _MOST_WGRAD_SUMS - narrow or (m >= 64 and problem.arch not in _LARGE_M)
+        spills = sums > most or (m >= 64 and problem.arch not in _LARGE_M)
         if fits and not spills:
             found += [replace(tile, splits=splits) for splits in _splits(problem, tile)]
     return (*found, HaloWgradConfig(*smallest[:-1]))

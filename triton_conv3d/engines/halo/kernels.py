@@ -1,9 +1,10 @@
-"""The kernel of the implicit GEMM with planes reused along D. Channels are dense and last in what it reads.
+"""The kernels of the implicit GEMM with planes reused along D. Channels are dense and last in what they read.
 
     halo_gemm   y[j, q] = sum over taps t and channels r of  x[j * scale + start + t * step, r] * w[q, r, t]
+                forward as it stands; dgrad with the gradient as x and the channels' roles exchanged
+    halo_wgrad  dw[k, t, c] = sum over output pixels p of  grad[p, k] * x[p * stride - pad + t * dilation, c]
 
-forward as it stands; dgrad with the gradient as x and the channels' roles exchanged. A row of the tile is PLANES pixels,
-one behind the other along D, that share the KERNEL_D - 1 planes around them. Sizes and strides come in units, as those
+A row of the tile is PLANES pixels, one behind the other along D, that share the KERNEL_D - 1 planes around them. Sizes and strides come in units, as those
 of :mod:`..implicit_gemm.kernels`.
 """
 
@@ -146,7 +147,7 @@ def halo_gemm(
 
 @triton.jit
 def _digits(row, size_w, size_h, rows_d):
-    """(n, d, h, w) of a row."""
+    """(n, d, h, w) of a row: pixels of the output, PLANES of them along D as one."""
     plane = size_h * size_w
     n, d, h, w = row // plane // rows_d, row // plane % rows_d, row // size_w % size_h, row % size_w
     return n.to(tl.int32), d.to(tl.int32), h.to(tl.int32), w.to(tl.int32)
