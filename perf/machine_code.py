@@ -70,6 +70,7 @@ LAYERS = (
     Layer("folded", 3, 128),
     Layer("folded", 128, 3),  # its dgrad: forward has too many channels
     Layer("halo", 64, 64),
+    Layer("halo", 32, 32),
     Layer("halo", 20, 20),
     Layer("depthwise", 64, 64, groups=64),
     Layer("depthwise", 64, 64, groups=64, channels_last=False),

@@ -123,7 +123,7 @@ def test_offsets_of_64_bits(pass_: str, crossing: str) -> None:
 @pytest.mark.parametrize("which", (0, 1), ids=("first_operand", "second_operand"))
 @pytest.mark.parametrize("pass_", PASSES)
 def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
-    """But a weight of dgrad meets the zeros around the gradient, an input of wgrad those behind its last plane: of one channel."""
+    """In its own channel, a weight of dgrad also meets the zeros around the gradient, an input of wgrad those behind it."""
     size = dict(input_size=(3, 2, 4), kernel_size=(3, 1, 2)) if pass_ == "wgrad" else {}
     padded = dict(batch=2, in_channels=9, out_channels=10, padding=(1, 1, 0, 1, 2, 0), **size)
     problem, operands = make(Case(pass_, dtype="float16", **padded))

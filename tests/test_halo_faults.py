@@ -41,7 +41,7 @@ FAULTS = {
     "wgrad_group": (KERNELS, "x_columns = (group.to(INDEX) * channels + c)", "x_columns = c"),
     "wgrad_split_short": (KERNELS, "split * share + share), rows)", "split * share + share), rows - 1)"),
     "wgrad_sums_forgotten": (KERNELS, "summed = tl.where(done > 0, filters, 0)", "summed = tl.where(done > 0, 0, 0)"),
-    "wgrad_order_of_taps": (KERNELS, "(t // HELD_H * taps_h + tap_h + t % HELD_H)", "(t % HELD_H * KERNEL_D + tap_h + t // HELD_H)"),
+    "wgrad_order_of_taps": (KERNELS, "t // HELD_H * taps_h + tap_h + t % HELD_H", "t % HELD_H * taps_h + tap_h + t // HELD_H"),
     "offsets_in_32_bits": (HOST, "tl.int64 if problem.index64 else tl.int32", "tl.int32"),
 }  # fmt: skip
 GEOMETRIES = (

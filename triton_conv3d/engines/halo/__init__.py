@@ -48,8 +48,8 @@ _DEPTHS = range(2, 6)  # of a kernel: with one plane nothing is shared, and each
 _LEAST_CHANNELS, _LEAST_OF_GROUP = 9, 16  # below, half of the smallest product of tensor cores is empty; of groups any part
 _LOAD, _PRODUCT = 12.0, 14.0  # instructions of a warp for each load and for each product of two tiles: SASS, sm_80 and sm_90
 _INTERPRETED, _INTERPRETED_LOAD, _INTERPRETED_PRODUCT = 12.0, 4.0, 2.0  # operations on tiles of a step, in the interpreter
-# Of wgrad, by bytes of an element: of a step, of a load, of a product of tensor cores (16 x 8 x 32 bytes) with what it reads.
-_WGRAD_CODE = {2: (105.0, 8.0, 1.5), 4: (120.0, 11.0, 4.2)}
+# Of wgrad, by bytes of an element: of a step, of a load, of a product of tensor cores (16 x 8 x 32 bytes). Least squares.
+_WGRAD_CODE = {2: (85.0, 10.0, 1.2), 4: (0.0, 24.0, 2.3)}
 _WITHOUT = ("sm_70", "sm_72", "sm_75")  # asynchronous copies: Triton 3.6 and 3.9 make no tensor core's code, and spill
 _MOST_BITS = 63  # one for every plane that a row reads and for every tap of H and W, in a 64-bit mask
 

@@ -4,8 +4,8 @@
                 forward as it stands; dgrad with the gradient as x and the channels' roles exchanged
     halo_wgrad  dw[k, t, c] = sum over output pixels p of  grad[p, k] * x[p * stride - pad + t * dilation, c]
 
-A row of the tile is PLANES pixels, one behind the other along D, that share the KERNEL_D - 1 planes around them. Sizes and strides come in units, as those
-of :mod:`..implicit_gemm.kernels`.
+A row of the tile is PLANES pixels, one behind the other along D, that share the KERNEL_D - 1 planes around them. Sizes
+and strides come in units, as those of :mod:`..implicit_gemm.kernels`.
 """
 
 import triton
