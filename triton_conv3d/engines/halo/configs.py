@@ -84,8 +84,7 @@ _MORE_STAGES = {"sm_90": 0, "sm_100": 1, "interpreter": 0}
 _LEAST_STAGES = 2
 _MOST_SUMS = 64  # of a thread, but on sm_90: with 128 sm_80 spills for kernels deeper than 3, and on sm_100 Triton 3.6 fails
 _MOST_WGRAD_SUMS = (96, 144)  # of a thread, with loads of less than 16 bytes and else: 9 taps of 32 x 32 in two warps
-# Where 64 filters of wgrad are offered: Triton 3.6 makes an empty kernel of them on sm_100, and one that spills on sm_120.
-_LARGE_M = ("sm_80", "sm_86", "sm_89", "sm_90", "interpreter")
+_EMPTY = "sm_10"  # architectures for which Triton 3.6 makes an empty kernel of several products of 64 filters (tcgen05)
 
 
 def rows(problem: Problem, planes: int) -> int:
@@ -147,7 +146,7 @@ def _wgrad_configs(problem: Problem) -> tuple[HaloWgradConfig, ...]:
         fits = fits and tile.planes < 2 * problem.output_size[0] and tile.block_k < 2 * rows(problem, tile.planes)
         fits = fits and shared_bytes(problem, tile) <= shared_limit(problem)
         sums = depth * tile.taps_h * m * n / (32 * tile.num_warps)
-        spills = sums > most or (m >= 64 and problem.arch not in _LARGE_M)
+        spills = sums > most or (m >= 64 and problem.arch.startswith(_EMPTY))
         if fits and not spills:
             found += [replace(tile, splits=splits) for splits in _splits(problem, tile)]
     return (*found, HaloWgradConfig(*smallest[:-1]))
