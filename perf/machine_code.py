@@ -71,6 +71,7 @@ LAYERS = (
     Layer("folded", 3, 128),
     Layer("folded", 128, 3),  # its dgrad: forward has too many channels
     Layer("halo", 64, 64),
+    Layer("halo", 32, 32),
     Layer("halo", 20, 20),
     Layer("kn2row", 96, 3, size=128),  # lines as long as its tiles
     Layer("kn2row", 20, 8, size=128),
@@ -278,8 +279,9 @@ def reports(arch: str, dtype: str, precision: str, layer: Layer, most: int | Non
     engine = engines.get(layer.engine)
     for problem, operands in problems(arch, dtype, precision, layer):
         for config in configs(problem, engine, most):
+            kernels = {launch[0]: launch for launch in launches(problem, operands, engine, config)}  # each once
             with compiling_for(arch):
-                for name, kernel in map(compiled, launches(problem, operands, engine, config)):
+                for name, kernel in map(compiled, kernels.values()):
                     yield read(problem, engine, config, name, kernel, layer)
 
 

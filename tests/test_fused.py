@@ -22,6 +22,7 @@ GEOMETRY = ((1, 2, 1), (1, 0, 1, 1, 0, 2), (1, 1, 1), 2)  # stride, padding of b
 ENGINES = {
     "implicit_gemm": dict(batch=2, in_channels=5, out_channels=7, input_size=(2, 3, 3), kernel_size=(1, 2, 2)),
     "folded": dict(batch=2, in_channels=2, out_channels=5, input_size=(2, 3, 3), kernel_size=(2, 1, 2)),
+    "halo": dict(in_channels=9, out_channels=10, input_size=(3, 2, 3), kernel_size=(2, 1, 2)),
     "depthwise": dict(batch=2, in_channels=3, out_channels=3, groups=3, input_size=(1, 2, 6), kernel_size=(1, 1, 2)),
     "tma": dict(batch=2, in_channels=8, out_channels=7, input_size=(2, 3, 3), kernel_size=(1, 2, 2)),
     "matmul": dict(in_channels=5, out_channels=7, input_size=(2, 3, 3), kernel_size=(1, 1, 1)),
@@ -70,7 +71,7 @@ def fused(x, w, b, residual, activation, slope=SLOPE):
 @each_activation
 @pytest.mark.parametrize("engine", ENGINES)
 def test_value(engine, activation):
-    dtypes = DTYPES if engine != "tma" else ("float16", "bfloat16", "float16")
+    dtypes = DTYPES if engine not in ("halo", "tma") else ("float16", "bfloat16", "float16")
     for dtype, residuals in zip(dtypes, ((None, "cropped"), ("contiguous", "scalar"), ("channels_last",)), strict=True):
         for residual in residuals:
             run(case(engine, activation, dtype, residual=residual), engine)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+
 import pytest
 from cases import Case, check_footprint, make, run
 from guarded import CROSSINGS, guards, run_large
 
 from triton_conv3d import engines
-from triton_conv3d.problem import Problem
+from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, PASSES, VIEW, Problem
+from triton_conv3d.tuning import cost_model
 from triton_conv3d.tuning.select import ranking, refusals
 
 pytest.importorskip("triton")
@@ -47,11 +51,41 @@ def test_every_config_is_exact(dtype: str, precision: str, config, pass_: str) -
         run(Case(pass_, dtype=dtype, precision=precision, channels_last=i % 2 == 0, seed=i, **geometry), ENGINE, config)
 
 
+def wgrad_tiles() -> list:
+    """(dtype, precision, config) of every tile of wgrad."""
+    found = {}
+    for dtype, precision in KINDS:
+        for filters, channels in ((64, 64), (64, 32), (32, 32), (16, 32), (16, 16)):
+            layer = LARGE.replace(pass_="wgrad", dtype=dtype, precision=precision, in_channels=channels, out_channels=filters)
+            for config in ENGINE.configs(layer.replace(arch="interpreter")):
+                found[dtype, precision, dataclasses.replace(config, splits=2)] = None
+    return [pytest.param(*key, id="-".join((*key[:2], "x".join(map(str, vars(key[2]).values()))))) for key in found]
+
+
+@pytest.mark.parametrize("dtype, precision, config", wgrad_tiles())
+def test_every_config_of_wgrad_is_exact(dtype: str, precision: str, config) -> None:
+    geometry = dict(input_size=(5, 2, 4), kernel_size=(3, 3, 1), padding=(1, 0, 0, 1, 1, 0), channels_last=False)
+    channels = dict(in_channels=config.block_n - 7, out_channels=config.block_m - 1)
+    run(Case("wgrad", dtype=dtype, precision=precision, **channels, **geometry), ENGINE, config)
+
+
+def test_partial_sums_of_wgrad_go_from_launch_to_launch(monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[f"{ENGINE.__name__}.configs"], "CHAIN", 32)  # products of one accumulator
+    case = Case("wgrad", in_channels=9, out_channels=16, input_size=(5, 4, 11), kernel_size=(2, 1, 1), dtype="float16")
+    problem, smallest = case.geometry(), ENGINE.configs(case.geometry())[-1]
+    for splits, launches in ((1, 6), (2, 3), (7, 1), (9, 1)):  # 88 rows are 6 blocks: the last splits have nothing to add
+        config = dataclasses.replace(smallest, splits=splits)
+        assert ENGINE.work(problem, config).launches == launches + 1
+        run(case, ENGINE, config)
+
+
+@pytest.mark.parametrize("pass_", ("forward", "wgrad"))
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_strides_of_h_and_w(name: str) -> None:
-    case = Case("forward", dtype="bfloat16", stride=(1, 2, 3), bias=True, **GEOMETRIES[name])
-    run(case, ENGINE)
-    run(case.replace(exact=False, layouts=("cropped", "contiguous")), ENGINE)
+def test_strides_of_h_and_w(name: str, pass_: str) -> None:
+    case = Case(pass_, dtype="bfloat16", stride=(1, 2, 3), bias=pass_ == "forward", **GEOMETRIES[name])
+    config = ENGINE.configs(case.geometry())[0 if pass_ == "wgrad" else -1]
+    run(case, ENGINE, config)
+    run(case.replace(exact=False, layouts=("cropped", "contiguous")), ENGINE, config)
 
 
 @pytest.mark.parametrize("pass_", GATHER)
@@ -68,36 +102,39 @@ def test_what_follows_the_sums(residual: str | None, activation: str) -> None:
 
 
 @pytest.mark.parametrize("at_end", (False, True), ids=("start", "end"))
-@pytest.mark.parametrize("pass_", GATHER)
+@pytest.mark.parametrize("pass_", PASSES)
 def test_between_pages_that_fault(pass_: str, at_end: bool) -> None:
     """In this process: what reads outside kills it."""
+    geometries = list(GEOMETRIES.values())
     with guards(at_end) as fresh:
-        for i, geometry in enumerate(GEOMETRIES.values()):
+        for i, geometry in enumerate(geometries[1::2] if pass_ == "wgrad" else geometries):
             fused = dict(bias=True, residual="channels_last", activation="relu") if pass_ == "forward" else {}
             case = Case(pass_, dtype="float16", seed=i, **fused, **geometry)
             run(case, ENGINE, ENGINE.configs(case.geometry())[0], fresh)
 
 
 @pytest.mark.parametrize("crossing", ("depth", "height"))
-@pytest.mark.parametrize("pass_", GATHER)
+@pytest.mark.parametrize("pass_", PASSES)
 def test_offsets_of_64_bits(pass_: str, crossing: str) -> None:
     assert crossing in CROSSINGS
     run_large(ENGINE, pass_, crossing)
 
 
 @pytest.mark.parametrize("which", (0, 1), ids=("first_operand", "second_operand"))
-@pytest.mark.parametrize("pass_", GATHER)
+@pytest.mark.parametrize("pass_", PASSES)
 def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
-    """A weight of dgrad may also meet the zeros around the gradient, but only in its own channel."""
-    problem, operands = make(Case(pass_, batch=2, in_channels=9, out_channels=10, padding=(1, 1, 0, 1, 2, 0), dtype="float16"))
+    """In its own channel, a weight of dgrad also meets the zeros around the gradient, an input of wgrad those behind it."""
+    size = dict(input_size=(3, 2, 4), kernel_size=(3, 1, 2)) if pass_ == "wgrad" else {}
+    padded = dict(batch=2, in_channels=9, out_channels=10, padding=(1, 1, 0, 1, 2, 0), **size)
+    problem, operands = make(Case(pass_, dtype="float16", **padded))
     check_footprint(
         ENGINE, problem, operands, which,
-        lambda where: (slice(None), where[1]) if (pass_, which) == ("dgrad", 0) else None,
+        lambda where: (slice(None), where[1]) if (pass_, which) in (("dgrad", 0), ("wgrad", 0)) else None,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("changes, reason", [
-    (dict(pass_="wgrad"), "wgrad"),
+    (dict(arch="sm_75"), "sm_75"),
     (dict(in_channels=65), "65 channels to sum over and 64"),
     (dict(out_channels=72), "and 72 to compute"),
     (dict(in_channels=8), "8 channels in a group leave products empty: less than 9"),
@@ -136,9 +173,27 @@ def test_it_reads_half_of_what_the_implicit_gemm_reads(pass_: str) -> None:
     assert "halo" not in {engine.NAME for _, engine, _ in ranking(layer)} and "on trial" in refusals(layer)["halo"]
 
 
+@pytest.mark.parametrize("channels", (16, 32, 64))
+def test_wgrad_reads_half_of_what_the_implicit_gemm_reads(channels: int) -> None:
+    """From L2, as the fastest config of each is predicted to."""
+    layer = LARGE.replace(pass_="wgrad", in_channels=channels, out_channels=channels, input_size=(128,) * 3)
+    (gemm, at), (halo, here) = (
+        (engine, min(engine.configs(layer), key=lambda c: cost_model.predict(layer, engine, c))) for engine in (GEMM, ENGINE)
+    )
+    read, ours = gemm.work(layer, at), halo.work(layer, here)
+    assert ours.programs * ours.iterations * ours.bytes_read < read.programs * read.iterations * read.bytes_read / 2
+    assert {here.planes * here.taps_h} <= {8, 12} and here.splits > 1
+    view = layer.replace(layouts=(CHANNELS_LAST, CONTIGUOUS, VIEW))
+    assert halo.memory(view, here).copies == 0 < gemm.memory(view, at).copies
+    assert halo.memory(view, here).workspace == 4 * here.splits * 27 * channels**2
+
+
 @pytest.mark.parametrize("arch", ("sm_80", "sm_86", "sm_90", "sm_100"))
 @pytest.mark.parametrize("depth", (2, 3, 5))
 def test_more_than_the_smallest_tile_has_room(depth: int, arch: str) -> None:
     for dtype, precision in KINDS:
         offers = ENGINE.configs(LARGE.replace(kernel_size=(depth, 3, 3), arch=arch, dtype=dtype, precision=precision))
         assert 1 < len(offers) <= 6 and len(set(offers)) == len(offers)
+        narrow = LARGE.replace(pass_="wgrad", kernel_size=(depth, 3, 3), arch=arch, dtype=dtype, precision=precision)
+        offers = ENGINE.configs(narrow.replace(in_channels=32, out_channels=32))
+        assert 1 < len(offers) <= 30 and len(set(offers)) == len(offers)

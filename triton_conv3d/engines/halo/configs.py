@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...problem import Problem
+from ...problem import VECTOR_BYTES, Problem
 from ..base import Config
-from ..implicit_gemm.configs import channels, gelu_spills, shared_limit
+from ..implicit_gemm.configs import CHAIN, channels, gelu_spills, shared_limit, split_counts
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,19 @@ class HaloConfig(Config):
     num_stages: int
 
 
+@dataclass(frozen=True)
+class HaloWgradConfig(HaloConfig):
+    """
+    block_m, block_n: tile of the result, for each tap that a program holds: filters x channels.
+    block_k: rows of one step. planes: of the gradient, one behind the other along D, that a row has.
+    taps_h: along H, that a program holds: all or one, with all along D.
+    splits: parts of the rows that run in parallel, each with its float32 partial sums.
+    """
+
+    taps_h: int = 1
+    splits: int = 1
+
+
 # (block_m, block_n, block_k, planes, num_warps, num_stages), the smallest last: it fits every GPU. Of 16-bit types with so
 # many stages that a multiprocessor of sm_90 has room for two programs, but for the first.
 _TILES_16 = (
@@ -44,42 +57,73 @@ _TILES_32 = (
     (32, 16, 16, 2, 2, 2),
 )
 
+# (block_m, block_n, block_k, planes, num_warps, num_stages, whether all taps along H), the smallest last. Where the loop
+# has several products, Triton hands out warps along the longer side alone: each gets 16 rows or a part of the columns.
+_WGRAD_16 = (
+    (64, 64, 16, 8, 4, 3, False),
+    (64, 32, 16, 4, 4, 3, True),
+    (32, 64, 16, 8, 4, 3, False),
+    (32, 32, 16, 4, 2, 3, True),
+    (32, 32, 16, 8, 2, 3, False),
+    (32, 16, 16, 4, 2, 3, True),
+    (16, 32, 16, 8, 2, 3, False),
+    (16, 16, 16, 4, 1, 3, True),
+    (32, 32, 16, 2, 2, 3, False),
+    (16, 16, 16, 2, 1, 2, False),
+)
+_WGRAD_32 = (
+    (64, 64, 16, 2, 4, 3, False),
+    (32, 32, 16, 2, 2, 3, False),
+    (16, 16, 16, 2, 1, 3, True),
+    (16, 16, 16, 2, 1, 2, False),
+)
+
 # Stages in shared memory beside num_stages, as perf/machine_code.py finds: where products read registers (sm_80 and all
 # others but these) the last one is there; on sm_100 Triton 3.6 keeps what is multiplied once more.
 _MORE_STAGES = {"sm_90": 0, "sm_100": 1, "interpreter": 0}
 _LEAST_STAGES = 2
 _MOST_SUMS = 64  # of a thread, but on sm_90: with 128 sm_80 spills for kernels deeper than 3, and on sm_100 Triton 3.6 fails
+_MOST_WGRAD_SUMS = (96, 144)  # of a thread: 9 taps of 32 x 32 in two warps spill on sm_100, or where loads are not of 16 bytes
+_TCGEN05 = "sm_10"  # of these architectures Triton 3.6 makes an empty kernel of several products of 64 filters
 
 
 def rows(problem: Problem, planes: int) -> int:
-    """Rows of all tiles: pixels of the result, so many planes as one."""
-    depth, height, width = problem.result_shape[2:]
+    """Rows of all tiles: pixels of the result, or in wgrad of the gradient, so many planes as one."""
+    depth, height, width = problem.output_size if problem.pass_ == "wgrad" else problem.result_shape[2:]
     return problem.batch * math.ceil(depth / planes) * height * width
 
 
 def step_bytes(problem: Problem, config: HaloConfig) -> int:
-    """Bytes that one step loads: every plane of the input and every weight once."""
+    """Bytes that one step loads: every plane of the input and every weight once, or in wgrad every plane of both."""
     depth, (m, n, k) = problem.kernel_size[0], (config.block_m, config.block_n, config.block_k)
-    return problem.itemsize * k * (m * (config.planes + depth - 1) + n * depth)
+    read = config.planes + depth - 1
+    if problem.pass_ == "wgrad":
+        return problem.itemsize * k * (m * config.planes + n * read * config.taps_h)
+    return problem.itemsize * k * (m * read + n * depth)
 
 
 def shared_bytes(problem: Problem, config: HaloConfig) -> int:
     """Of one program."""
-    return step_bytes(problem, config) * (config.num_stages + _more_stages(problem))
+    return step_bytes(problem, config) * (config.num_stages + _more_stages(problem, config))
 
 
-def _more_stages(problem: Problem) -> int:
+def _more_stages(problem: Problem, config: HaloConfig) -> int:
+    if problem.pass_ == "wgrad" and config.block_m < 64:  # of fewer rows products read registers everywhere
+        return 0 if problem.arch == "interpreter" else -1
     return _MORE_STAGES.get(problem.arch, -1)
 
 
 def configs(problem: Problem) -> tuple[HaloConfig, ...]:
     """The tiles that hold all channels and are not more than twice as large as the result, with as many stages as there is
     room for; and the smallest."""
+    if problem.pass_ == "wgrad":
+        return _wgrad_configs(problem)
     *tiles, smallest = (HaloConfig(*tile) for tile in (_TILES_32 if problem.dtype == "float32" else _TILES_16))
-    produced, depth, more, found = channels(problem)[0], problem.result_shape[2], _more_stages(problem), []
+    produced, depth, found = channels(problem)[0], problem.result_shape[2], []
     for tile in tiles:
         fits = produced <= tile.block_n < 2 * max(produced, 16)  # with fewer, the input would be read again for the others
         fits = fits and tile.planes < 2 * depth and tile.block_m < 2 * rows(problem, tile.planes)
+        more = _more_stages(problem, tile)
         wanted = max(tile.num_stages, _LEAST_STAGES - more)
         stages = min(wanted, shared_limit(problem) // step_bytes(problem, tile) - more)
         sums = tile.planes * tile.block_m * tile.block_n / (32 * tile.num_warps)
@@ -87,3 +131,40 @@ def configs(problem: Problem) -> tuple[HaloConfig, ...]:
         if fits and not spills and stages >= _LEAST_STAGES:
             found.append(tile.replace(num_stages=stages))
     return (*found, smallest)
+
+
+def _wgrad_configs(problem: Problem) -> tuple[HaloWgradConfig, ...]:
+    """The tiles of which two at most cover filters and channels, and that are not more than twice as large as either."""
+    *tiles, smallest = _WGRAD_32 if problem.dtype == "float32" else _WGRAD_16
+    (filters, reduced), (depth, height, _) = channels(problem), problem.kernel_size
+    vectors = math.gcd(problem.alignment, filters * problem.itemsize, reduced * problem.itemsize) == VECTOR_BYTES
+    most, found = _MOST_WGRAD_SUMS[vectors and not problem.arch.startswith(_TCGEN05)], []
+    for *knobs, whole in tiles:
+        tile = HaloWgradConfig(*knobs, taps_h=height if whole else 1)
+        m, n = tile.block_m, tile.block_n
+        fits = m < 2 * max(filters, 16) and n < 2 * max(reduced, 16) and math.ceil(filters / m) * math.ceil(reduced / n) <= 2
+        fits = fits and tile.planes < 2 * problem.output_size[0] and tile.block_k < 2 * rows(problem, tile.planes)
+        fits = fits and shared_bytes(problem, tile) <= shared_limit(problem)
+        sums = depth * tile.taps_h * m * n / (32 * tile.num_warps)
+        spills = sums > most or (m >= 64 and problem.arch.startswith(_TCGEN05))
+        if fits and not spills:
+            found += [tile.replace(splits=splits) for splits in _splits(problem, tile)]
+    return (*found, HaloWgradConfig(*smallest[:-1]))
+
+
+def wgrad_tiles(problem: Problem, tile: HaloWgradConfig) -> int:
+    """Programs of one group and split."""
+    taps = problem.kernel_size[1] // tile.taps_h * problem.kernel_size[2]
+    return taps * math.ceil(problem.group_out / tile.block_m) * math.ceil(problem.group_in / tile.block_n)
+
+
+def wgrad_launches(problem: Problem, config: HaloWgradConfig) -> tuple[int, int]:
+    """(how many, rows of a split that each adds up): no more than CHAIN products of one accumulator."""
+    chain = CHAIN // config.planes
+    share = math.ceil(math.ceil(rows(problem, config.planes) / config.block_k) / config.splits) * config.block_k
+    return math.ceil(share / chain), chain
+
+
+def _splits(problem: Problem, tile: HaloWgradConfig) -> tuple[int, ...]:
+    steps = math.ceil(rows(problem, tile.planes) / tile.block_k)
+    return split_counts(problem, wgrad_tiles(problem, tile) * problem.groups, steps)

@@ -1,17 +1,18 @@
-"""The kernel of the implicit GEMM with planes reused along D. Channels are dense and last in what it reads.
+"""The kernels of the implicit GEMM with planes reused along D. Channels are dense and last in what they read.
 
     halo_gemm   y[j, q] = sum over taps t and channels r of  x[j * scale + start + t * step, r] * w[q, r, t]
+                forward as it stands; dgrad with the gradient as x and the channels' roles exchanged
+    halo_wgrad  dw[k, t, c] = sum over output pixels p of  grad[p, k] * x[p * stride - pad + t * dilation, c]
 
-forward as it stands; dgrad with the gradient as x and the channels' roles exchanged. A row of the tile is PLANES pixels,
-one behind the other along D, that share the KERNEL_D - 1 planes around them. Sizes and strides come in units, as those
-of :mod:`..implicit_gemm.kernels`.
+A row of the tile is PLANES pixels, one behind the other along D, that share the KERNEL_D - 1 planes around them. Sizes
+and strides come in units, as those of :mod:`..implicit_gemm.kernels`.
 """
 
 import triton
 import triton.language as tl
 
 from ..epilogue import finished
-from ..implicit_gemm.kernels import dot, rounded, tap_bits
+from ..implicit_gemm.kernels import add_digit, dot, rounded, tap_bits
 
 
 @triton.jit
@@ -142,3 +143,138 @@ def halo_gemm(
         in_y = (in_rows & (jd + j < y_size[0]))[:, None] & in_q[None, :]
         acc = finished(acc, residual_ptr, y_tile, in_y, ACTIVATION, slope)
         tl.store(y_ptr + y_tile, rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_y)
+
+
+@triton.jit
+def _digits(row, size_w, size_h, rows_d):
+    """(n, d, h, w) of a row: pixels of the output, PLANES of them along D as one."""
+    plane = size_h * size_w
+    n, d, h, w = row // plane // rows_d, row // plane % rows_d, row // size_w % size_h, row % size_w
+    return n.to(tl.int32), d.to(tl.int32), h.to(tl.int32), w.to(tl.int32)
+
+
+@triton.jit
+def _add_digits(a, b, size_w, size_h, rows_d):
+    """The sum of two numbers (n, d, h, w) in mixed radix: no division."""
+    w, carry = add_digit(a[3], b[3], 0, size_w)
+    h, carry = add_digit(a[2], b[2], carry, size_h)
+    d, carry = add_digit(a[1], b[1], carry, rows_d)
+    return a[0] + b[0] + carry, d, h, w
+
+
+@triton.jit
+def halo_wgrad(
+    grad_ptr,
+    x_ptr,
+    partials_ptr,  # (split, filter, tap, channel), float32
+    batch,
+    x_size,
+    y_size,
+    taps_h,
+    taps_w,
+    stride,  # along D it is 1
+    pad,
+    dilation,  # along D it is 1
+    x_strides,  # (n, d, h, w) in X_UNIT
+    g_strides,  # (n, d, h, w) in G_UNIT
+    elements,  # of dw
+    channels,  # of one group, in X_UNIT
+    filters,  # of one group, in G_UNIT
+    splits,
+    done,  # rows of each split, whose sums the partial sums hold already
+    X_UNIT: tl.constexpr,
+    G_UNIT: tl.constexpr,
+    KERNEL_D: tl.constexpr,
+    HELD_H: tl.constexpr,  # taps along H of one program, that has all along D: all or one
+    INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    CHAIN: tl.constexpr,  # rows of one launch
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    READ: tl.constexpr = PLANES + KERNEL_D - 1  # planes of x, of one row
+    channels = channels * X_UNIT
+    filters = filters * G_UNIT
+    tiles_m, tiles_n = tl.cdiv(filters, BLOCK_M), tl.cdiv(channels, BLOCK_N)
+    program = tl.program_id(0)  # neighbours in time read the same pixels
+    tap_w = program % taps_w
+    program = program // taps_w
+    tap_h = program % (taps_h // HELD_H)
+    program = program // (taps_h // HELD_H)
+    pid_n = program % tiles_n
+    program = program // tiles_n
+    pid_m = program % tiles_m
+    program = program // tiles_m
+    split = program % splits
+    group = program // splits
+
+    k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_k, in_c = k < filters, c < channels
+    g_columns = (group.to(INDEX) * filters + k)[:, None]
+    x_columns = (group.to(INDEX) * channels + c)[None, :]
+
+    # This split's rows; the position of each is the block's first, in scalars, plus its digits within the block.
+    rows_d, size_h, size_w = tl.cdiv(y_size[0], PLANES), y_size[1], y_size[2]
+    rows = tl.full([], size_w, INDEX) * size_h * rows_d * batch
+    share = tl.cdiv(tl.cdiv(rows, BLOCK_K), splits) * BLOCK_K
+    begin = split * share + done
+    end = tl.minimum(tl.minimum(begin + CHAIN, split * share + share), rows)
+    row = tl.arange(0, BLOCK_K)
+    first = _digits(begin, tl.full([], size_w, INDEX), size_h, rows_d)
+    hop = _digits(BLOCK_K, size_w, size_h, rows_d)
+    # As tiles like those that are loaded, so that nothing changes layout inside the loop.
+    g_rows = tl.where(in_k[:, None], row[None, :], BLOCK_K)
+    x_rows = tl.where(in_c[None, :], row[:, None], BLOCK_K)
+    g_digits = _digits(tl.broadcast_to(row[None, :], [BLOCK_M, BLOCK_K]), size_w, size_h, rows_d)
+    x_digits = _digits(tl.broadcast_to(row[:, None], [BLOCK_K, BLOCK_N]), size_w, size_h, rows_d)
+    start_h = tap_h * dilation[1] - pad[1]
+    start_w = tap_w * dilation[2] - pad[2]
+    g_plane = tl.full([], G_UNIT, INDEX) * g_strides[1]
+    x_plane, x_line = tl.full([], X_UNIT, INDEX) * x_strides[1], tl.full([], X_UNIT, INDEX) * x_strides[2] * dilation[1]
+
+    sums = ()
+    for _ in tl.static_range(KERNEL_D * HELD_H):
+        sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+    for p in range(begin, end, BLOCK_K):
+        left = tl.minimum(end - p, BLOCK_K).to(tl.int32)
+        n, d, h, w = _add_digits(first, g_digits, size_w, size_h, rows_d)
+        gd = d * PLANES
+        g_tile = n.to(INDEX) * g_strides[0] + gd.to(INDEX) * g_strides[1]
+        g_tile = (g_tile + h.to(INDEX) * g_strides[2] + w.to(INDEX) * g_strides[3]) * G_UNIT + g_columns
+        grads = ()
+        for i in tl.static_range(PLANES):
+            in_g = (g_rows < left) & (gd + i < y_size[0])
+            grads += (tl.load(grad_ptr + i * g_plane + g_tile, mask=in_g, other=0.0),)
+
+        n, d, h, w = _add_digits(first, x_digits, size_w, size_h, rows_d)
+        xd = d * PLANES - pad[0]
+        xh = h * stride[1] + start_h
+        xw = w * stride[2] + start_w
+        x_tile = n.to(INDEX) * x_strides[0] + xd.to(INDEX) * x_strides[1]
+        x_tile = (x_tile + xh.to(INDEX) * x_strides[2] + xw.to(INDEX) * x_strides[3]) * X_UNIT + x_columns
+        # As unsigned numbers negative positions are large: one comparison checks both ends.
+        in_w = (x_rows < left) & (xw.to(tl.uint32, bitcast=True) < x_size[2])
+        for i in tl.static_range(READ):
+            in_d = in_w & ((xd + i).to(tl.uint32, bitcast=True) < x_size[0])
+            for th in tl.static_range(HELD_H):
+                in_x = in_d & ((xh + th * dilation[1]).to(tl.uint32, bitcast=True) < x_size[1])
+                x = tl.load(x_ptr + (i * x_plane + th * x_line) + x_tile, mask=in_x, other=0.0)
+                for td in tl.static_range(KERNEL_D):
+                    if i >= td and i - td < PLANES:
+                        acc = dot(grads[i - td], x, sums[td * HELD_H + th], PRECISION, UPCAST)
+                        sums = sums[: td * HELD_H + th] + (acc,) + sums[td * HELD_H + th + 1 :]
+        first = _add_digits(first, hop, size_w, size_h, rows_d)
+
+    filter_size = KERNEL_D * taps_h * taps_w * channels
+    tile = (group.to(INDEX) * filters + k)[:, None] * filter_size + c[None, :]
+    partials_ptr += split.to(tl.int64) * elements
+    summed = tl.where(done > 0, filters, 0)
+    for t in tl.static_range(KERNEL_D * HELD_H):
+        tap = (t // HELD_H * taps_h + tap_h + t % HELD_H) * taps_w + tap_w
+        tap_ptr = partials_ptr + tap * channels
+        before = tl.load(tap_ptr + tile, mask=(k < summed)[:, None] & in_c[None, :], other=0.0)
+        tl.store(tap_ptr + tile, before + sums[t], mask=in_k[:, None] & in_c[None, :])

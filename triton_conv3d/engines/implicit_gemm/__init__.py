@@ -66,17 +66,18 @@ def memory(problem: Problem, config: GemmConfig) -> Memory:
     return Memory(workspace_bytes(problem, config), copied_bytes(problem))
 
 
-def copied_bytes(problem: Problem) -> int:
-    """Of the operands that are copied for their layout."""
+def copied_bytes(problem: Problem, walks_views: bool = False) -> int:
+    """Of the operands that are copied for their layout. ``walks_views``: what wgrad walks along may be a view, too."""
     shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
     read = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}[problem.pass_]
-    copied = [shapes[i] for i in read if problem.layouts[i] in _copied_layouts(problem, i)]
+    copied = [shapes[i] for i in read if problem.layouts[i] in _copied_layouts(problem, i, walks_views)]
     return problem.itemsize * sum(map(math.prod, copied))
 
 
-def _copied_layouts(problem: Problem, role: int) -> tuple[str, ...]:
+def _copied_layouts(problem: Problem, role: int, walks_views: bool) -> tuple[str, ...]:
     """What is gathered from may be a view; the weight, and what wgrad walks along, are dense."""
-    dense = role == 1 or (problem.pass_ == "wgrad" and role == (0 if exchanged(problem) else 2))
+    walked_along = problem.pass_ == "wgrad" and not walks_views and role == (0 if exchanged(problem) else 2)
+    dense = role == 1 or walked_along
     return (CONTIGUOUS, STRIDED, VIEW) if dense else (CONTIGUOUS, STRIDED)
 
 

@@ -270,7 +270,7 @@ def gather_gemm(
 
 
 @triton.jit
-def _add_digit(a, b, carry, radix):
+def add_digit(a, b, carry, radix):
     """One digit of a sum in mixed radix, and the carry to the next."""
     digit = a + b + carry
     over = (digit >= radix).to(tl.int32)
@@ -363,9 +363,9 @@ def wgrad_gemm(
     for chain in range(begin, end, CHAIN):
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for p in range(chain, tl.minimum(chain + CHAIN, end), BLOCK_K):
-            yw, carry = _add_digit(first_w, row_w, 0, size_w)
-            yh, carry = _add_digit(first_h, row_h, carry, size_h)
-            yd, carry = _add_digit(first_d, row_d, carry, size_d)
+            yw, carry = add_digit(first_w, row_w, 0, size_w)
+            yh, carry = add_digit(first_h, row_h, carry, size_h)
+            yd, carry = add_digit(first_d, row_d, carry, size_d)
             n = first_n + row_n + carry
             xd = yd * stride[0] - pad[0]
             xh = yh * stride[1] - pad[1]
@@ -382,9 +382,9 @@ def wgrad_gemm(
             )
             x = tl.load(x_ptr + (x_tile + x_columns[None, :]), mask=in_x & (row_p < left), other=0.0)
             acc = dot(tl.trans(grad), x, acc, PRECISION, UPCAST)
-            first_w, carry = _add_digit(first_w, hop_w, 0, size_w)
-            first_h, carry = _add_digit(first_h, hop_h, carry, size_h)
-            first_d, carry = _add_digit(first_d, hop_d, carry, size_d)
+            first_w, carry = add_digit(first_w, hop_w, 0, size_w)
+            first_h, carry = add_digit(first_h, hop_h, carry, size_h)
+            first_d, carry = add_digit(first_d, hop_d, carry, size_d)
             first_n += hop_n + carry
         total += acc
 
