@@ -24,7 +24,7 @@ _TILE_KNOBS = ("block_m", "block_n", "kernel", "rows", "columns", "channels_last
 
 class SimulatedGPU:
     def __init__(self, seed: int):
-        self.seed, self.noise, self.known = seed, random.Random(seed), {}
+        self.seed, self.known = seed, {}
 
     def _draw(self, *key: object) -> random.Random:
         return random.Random(f"{self.seed} {key}")
@@ -59,19 +59,23 @@ class SimulatedGPU:
     def times(self, problem: Problem, ranked: Sequence[Ranked]) -> dict[tuple, float]:
         return {(engine.NAME, config): self.true(problem, (seconds, engine, config)) for seconds, engine, config in ranked}
 
-    def measured(self, seconds: float) -> float:
-        disturbed = self.noise.random() < DISTURBED
-        return seconds * math.exp(NOISE * self.noise.gauss(0, 1)) * (DISTURBANCE if disturbed else 1.0)
-
     def measure(self, times: dict[tuple, float], counts: dict[tuple, int]) -> Callable[[Candidate, int], float]:
-        """The callable that a search takes; ``counts`` how often each candidate was launched."""
+        """The callable that a search takes; ``counts`` how often each candidate was launched. Every problem has a noise of its
+        own, so that what an engine adds to one of them changes no other.
+        """
+        noise = self._draw("noise", *times.values())
 
         def measure(candidate: Candidate, repetitions: int) -> float:
             key = (candidate[0].NAME, candidate[1])
             counts[key] = counts.get(key, 0) + repetitions
-            return statistics.median(self.measured(times[key]) for _ in range(repetitions))
+            return statistics.median(_measured(noise, times[key]) for _ in range(repetitions))
 
         return measure
+
+
+def _measured(noise: random.Random, seconds: float) -> float:
+    disturbed = noise.random() < DISTURBED
+    return seconds * math.exp(NOISE * noise.gauss(0, 1)) * (DISTURBANCE if disturbed else 1.0)
 
 
 def random_problem(draw: random.Random, device: str, arch: str) -> Problem:
