@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...problem import Problem, Triple
 from ..base import Config
@@ -27,6 +27,10 @@ class Kn2rowConfig(Config):
     block_k: int
     num_warps: int
     num_stages: int
+
+    def whole(self) -> Kn2rowConfig:
+        """The lines are a run-time value, as splits are of other engines."""
+        return self.replace(lines=1)
 
 
 # (block_w, planes, block_k, num_warps, num_stages), the smallest last: it fits every GPU. Four planes are for one or two
@@ -177,7 +181,7 @@ def _compiles_for_sm_100(problem: Problem, tile: Kn2rowConfig) -> bool:
 def _lines(problem: Problem, tile: Kn2rowConfig) -> list[int]:
     """Lines of a program, for each number of programs that is wanted."""
     height = -(-problem.result_shape[3] // problem.dilation[1])
-    columns = math.prod(tiles(problem, replace(tile, lines=height))) * problem.batch
+    columns = math.prod(tiles(problem, tile.replace(lines=height))) * problem.batch
     shares = (max(1, programs // columns) for programs in _PROGRAMS)
     return list(dict.fromkeys(max(-(-height // parts), min(_LEAST_LINES, height)) for parts in shares))
 
@@ -196,5 +200,5 @@ def configs(problem: Problem) -> tuple[Kn2rowConfig, ...]:
     rows = _TILES_32 if problem.dtype == "float32" else _TILES_16
     *suiting, smallest = (_tile(problem, *row) for row in rows)
     suiting = [tile for tile in suiting if _fits(problem, tile)]
-    offers = [replace(tile, lines=lines) for tile in suiting for lines in _lines(problem, tile)]
-    return (*offers, replace(smallest, lines=_lines(problem, smallest)[-1]))
+    offers = [tile.replace(lines=lines) for tile in suiting for lines in _lines(problem, tile)]
+    return (*offers, smallest.replace(lines=_lines(problem, smallest)[-1]))
