@@ -45,7 +45,7 @@ FAULTS = {
     "wgrad_group_of_input": (KERNELS, "x_taps = (group * REDUCED + channel)", "x_taps = channel"),
     "wgrad_group_of_gradient": (KERNELS, "g_filters = (group * produced + q)", "g_filters = q"),
     "wgrad_split_short": (KERNELS, "tl.minimum(begin + share, pixels)", "tl.minimum(begin + share, pixels - 1)"),
-    "wgrad_order_of_result": (HOST, "(columns, problem.group_in, 1) if last", "(columns, problem.group_in, 1) if split"),
+    "wgrad_order_of_result": (HOST, "wgrad_roles(problem, split)", "wgrad_roles(problem, False)"),
     "wgrad_dilation": (KERNELS, "tw.to(INDEX) * dilation[2] * x_strides[4]", "tw.to(INDEX) * dilation[1] * x_strides[4]"),
     "last_step_only": (KERNELS, "acc = dot(w, x, acc, PRECISION, UPCAST)", "acc = dot(w, x, acc * 0, PRECISION, UPCAST)"),
     "offsets_in_32_bits": (HOST, "tl.int64 if problem.index64 else tl.int32,", "tl.int32,"),

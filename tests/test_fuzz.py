@@ -65,8 +65,8 @@ def test_regression(case: Case) -> None:
     for name in engines_for(problem):
         for splits in (1, 3):
             config = engines.get(name).configs(problem)[-1]
-            if splits > 1 and hasattr(config, "splits"):
-                config = type(config)(**{**config.to_dict(), "splits": splits})
+            if splits > 1 and "splits" in vars(config):
+                config = config.replace(splits=splits)
             run(case, name, config)
 
 
