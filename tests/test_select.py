@@ -307,6 +307,21 @@ class TestRun:
             assert select(GPU.replace(batch=4)).engine == "aten"
             assert select(GPU.replace(dtype="float16")).engine == "fast"
 
+    @pytest.mark.parametrize("needed, rescued", [(Memory(workspace=8), True), (Memory(), False)])
+    def test_where_memory_runs_out_what_needs_less_takes_over_for_the_call(self, world, needed, rescued):
+        world["fast"].memory = lambda problem, config: needed
+        world["fast"].error = torch.OutOfMemoryError("no room")
+        with configure(autotune="off"):
+            if not rescued:
+                with pytest.raises(torch.OutOfMemoryError, match="no room"):
+                    run(GPU, OPERANDS)
+                return
+            assert run(GPU, OPERANDS).shape == GPU.output_shape
+            assert len(world["aten"].launches) == 1 and select(GPU).engine == "fast"
+            world["fast"].error = None
+            run(GPU, OPERANDS)
+            assert len(world["aten"].launches) == 1
+
 
 @pytest.mark.parametrize("kernel, expected", [((1, 1, 1), "matmul"), ((3, 3, 3), "implicit_gemm")])
 def test_the_interpreter_runs_kernels(kernel, expected):

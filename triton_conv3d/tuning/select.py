@@ -20,7 +20,7 @@ from ..problem import Operands, Problem
 from . import cost_model, measure, transfer, variants
 from .cache import Entry, PlanCache
 from .environment import environment, source_hash
-from .faults import is_illegal_access, is_out_of_resources
+from .faults import is_illegal_access, is_out_of_memory, is_out_of_resources
 from .plan import Plan, offered
 from .table import lookup
 
@@ -78,10 +78,11 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor:
     """Compute a problem by its plan.
 
     A config that runs out of resources or does not compile is dropped and the next best takes its place, torch's own
-    convolution last.
+    convolution last. Where memory runs out, the candidate that needs the least takes its place, for this call.
 
     Raises:
         RuntimeError: an illegal memory access, with the name of the config; else as :func:`select`.
+        torch.OutOfMemoryError: none needs less memory beside operands and result.
     """
     plan = _memory[torch.are_deterministic_algorithms_enabled()].get(problem) or select(problem, operands)
     while True:
@@ -90,9 +91,28 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor:
         except Exception as error:
             if is_illegal_access(error):
                 raise RuntimeError(f"{plan.engine} [{plan.config}] failed on {problem}: {error}") from error
+            if is_out_of_memory(error):
+                leaner = _leaner(problem, plan)
+                if leaner is None:
+                    raise
+                plan = leaner
+                continue
             if plan.engine == _ATEN or not is_out_of_resources(error):
                 raise
             plan = _replace(problem, plan, error)
+
+
+def _leaner(problem: Problem, plan: Plan) -> Plan | None:
+    """The candidate that needs the least memory beside operands and result, if that is less than this plan needs."""
+
+    def needed(engine: ModuleType, config: Config) -> int:
+        memory = engine.memory(problem, config)
+        return memory.workspace + memory.copies
+
+    _, engine, config = min(ranking(problem), key=lambda item: needed(*item[1:]), default=(0.0, None, None))
+    if engine is None or needed(engine, config) >= needed(engines.available()[plan.engine], plan.config):
+        return None
+    return Plan(engine.NAME, config, "fallback")
 
 
 def _replace(problem: Problem, plan: Plan, error: Exception) -> Plan:
