@@ -13,10 +13,11 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from guarded import subprocess_of
 
 ENGINES = Path(__file__).resolve().parent.parent / "triton_conv3d" / "engines"
@@ -40,6 +41,23 @@ def outcomes(script: str) -> dict[str, str]:
     done = subprocess_of(script)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(map(json.loads, done.stdout.splitlines()))
+
+
+def tests(script: str, names: Iterable[str]) -> tuple[Callable, Callable, Callable]:
+    """A script's fixture ``outcomes``, and its tests that the sound engine passes and that each of these faults is caught."""
+
+    @pytest.fixture(scope="module", name="outcomes")
+    def tried() -> dict[str, str]:
+        return outcomes(script)
+
+    def without_a_fault_the_battery_passes(outcomes: dict[str, str]) -> None:
+        assert outcomes[SOUND] == "survived"
+
+    @pytest.mark.parametrize("name", names)
+    def planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
+        check(outcomes[name])
+
+    return tried, without_a_fault_the_battery_passes, planted_fault_is_caught
 
 
 def check(outcome: str) -> None:

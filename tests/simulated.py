@@ -48,12 +48,12 @@ class SimulatedGPU:
         predicted, engine, config = ranked
         knobs = config.to_dict()
         splits = knobs.pop("splits", 1)
-        name = knobs.pop("engine", engine.NAME)  # that computes: it has the same kernels behind another
-        where, variant = (problem.pass_, name), tuple(knobs.values())
+        computing = knobs.pop("engine", engine.NAME)  # it has the same kernels behind another engine
+        where, variant = (problem.pass_, computing), tuple(knobs.values())
         tile = tuple(knobs[name] for name in _TILE_KNOBS if name in knobs)
-        logarithm = self._bias(ENGINE / 2, problem.pass_, engine.NAME) if name != engine.NAME else 0.0
+        logarithm = self._bias(ENGINE / 2, problem.pass_, engine.NAME) if computing != engine.NAME else 0.0
         logarithm += self._bias(ENGINE, *where) + self._bias(TILE, *where, tile) + self._bias(SCHEDULE, *where, variant)
-        logarithm += self._bias(SCHEDULE, *where, "split") * (splits > 1) + self._surprise(problem, name, variant)
+        logarithm += self._bias(SCHEDULE, *where, "split") * (splits > 1) + self._surprise(problem, computing, variant)
         return predicted * math.exp(logarithm + ALONE * self._draw(problem.key, engine.NAME, variant, splits).gauss(0, 1))
 
     def times(self, problem: Problem, ranked: Sequence[Ranked]) -> dict[tuple, float]:

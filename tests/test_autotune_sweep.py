@@ -17,6 +17,7 @@ from triton_conv3d import ops, workload
 from triton_conv3d.problem import PASSES
 from triton_conv3d.tuning import measure
 from triton_conv3d.tuning.environment import environment
+from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.search import OWN
 from triton_conv3d.tuning.storage import canonical
 
@@ -41,13 +42,13 @@ class TestSweep:
         assert world.run(tmp_path / "s").measured == 0
 
     def test_guided_measures_few_and_finds_the_best(self, world, tmp_path):
-        world.run(tmp_path / "s", most=12)
+        world.run(tmp_path / "s", most=QUICK_CANDIDATES)
         found = records.read(tmp_path / "s")
         for problem, bench in zip(PROBLEMS, world.benches, strict=True):
-            assert len(found.of(problem)) <= 12 < len(bench.times)
+            assert len(found.of(problem)) <= QUICK_CANDIDATES < len(bench.times)
             assert min(found.times(problem).values()) <= 1.1 * min(bench.times.values())
             assert any(name == OWN for name, _ in found.of(problem))
-        assert world.run(tmp_path / "s", most=12).measured == 0
+        assert world.run(tmp_path / "s", most=QUICK_CANDIDATES).measured == 0
 
     def test_a_kill_at_any_measurement_loses_at_most_that_one(self, tmp_path):
         """Killed before each answer in turn: all earlier lines are on disk, and the sweep ends as if nothing had been."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import planting
-import pytest
 from cases import Case, run
 from guarded import guards, overflow_checked, run_large
 
@@ -68,18 +67,7 @@ def battery(engine: ModuleType, fault: str) -> None:
                     run(case, engine, config, fresh)
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    return planting.outcomes(Path(__file__).name)
-
-
-def test_between_pages_that_fault(outcomes: dict[str, str]) -> None:
-    assert outcomes[planting.SOUND] == "survived"
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
-    planting.check(outcomes[name])
+outcomes, test_without_a_fault_the_battery_passes, test_planted_fault_is_caught = planting.tests(Path(__file__).name, FAULTS)
 
 
 if __name__ == "__main__":

@@ -140,18 +140,7 @@ def lines(engine: ModuleType, emulated: SimpleNamespace) -> None:
                 run(case, emulated, replace(offers[0], planes=planes, lines=2, num_stages=stages))
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    return planting.outcomes(Path(__file__).name)
-
-
-def test_the_sound_engine_passes(outcomes: dict[str, str]) -> None:
-    assert outcomes[planting.SOUND] == "survived"
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_caught(outcomes: dict[str, str], name: str) -> None:
-    planting.check(outcomes[name])
+outcomes, test_without_a_fault_the_battery_passes, test_planted_fault_is_caught = planting.tests(Path(__file__).name, FAULTS)
 
 
 if __name__ == "__main__":

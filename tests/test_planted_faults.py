@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 import planting
-import pytest
 from guarded import guards, overflow_checked, run_large
 
 from triton_conv3d.problem import PASSES
@@ -170,18 +169,7 @@ def _check_large(engine: ModuleType) -> None:
                 run_large(engine, pass_, crossing)
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    return planting.outcomes(Path(__file__).name)
-
-
-def test_without_a_fault_the_battery_passes(outcomes: dict[str, str]) -> None:
-    assert outcomes[planting.SOUND] == "survived"
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
-    planting.check(outcomes[name])
+outcomes, test_without_a_fault_the_battery_passes, test_planted_fault_is_caught = planting.tests(Path(__file__).name, FAULTS)
 
 
 def test_enough_faults() -> None:

@@ -76,13 +76,16 @@ WHOLE = [pytest.param(CI_PART, id="part"), pytest.param(1, id="whole", marks=pyt
 
 
 @pytest.mark.parametrize("part", WHOLE)
-@pytest.mark.parametrize("seed", (1, 2))
 @pytest.mark.parametrize("kind", ("real", "random"))
-def test_regret(kind, seed, part):
-    chosen = problems(kind)[seed % part :: part]
-    found, most, mean = regrets(searched, chosen, seed)
-    assert most <= QUICK_CANDIDATES == 12 and mean <= MEASURED + 2.5  # of one GPU: seeds differ by more than 1
-    assert within_the_bar(found), (statistics.median(found), percentile(found, 0.95))
+def test_regret(kind, part):
+    """Of each GPU; the mean of what is measured, over both."""
+    means = []
+    for seed in (1, 2):
+        found, most, mean = regrets(searched, problems(kind)[seed % part :: part], seed)
+        means.append(mean)
+        assert most <= QUICK_CANDIDATES == 12
+        assert within_the_bar(found), (seed, statistics.median(found), percentile(found, 0.95))
+    assert statistics.mean(means) <= MEASURED + 2, means
 
 
 @pytest.mark.parametrize("part", WHOLE)

@@ -307,11 +307,12 @@ class TestRun:
             assert select(GPU.replace(batch=4)).engine == "aten"
             assert select(GPU.replace(dtype="float16")).engine == "fast"
 
-    @pytest.mark.parametrize("needed, rescued", [(Memory(workspace=8), True), (Memory(), False)])
-    def test_where_memory_runs_out_what_needs_less_takes_over_for_the_call(self, world, needed, rescued):
-        world["fast"].memory = lambda problem, config: needed
+    @pytest.mark.parametrize("needed, strict, rescued", [(8, False, True), (0, False, False), (8, True, False)])
+    def test_where_memory_runs_out_what_needs_less_takes_over_for_the_call(self, world, needed, strict, rescued):
+        """In strict mode torch's own does not."""
+        world["fast"].memory = lambda problem, config: Memory(workspace=needed)
         world["fast"].error = torch.OutOfMemoryError("no room")
-        with configure(autotune="off"):
+        with configure(autotune="off", strict=strict):
             if not rescued:
                 with pytest.raises(torch.OutOfMemoryError, match="no room"):
                     run(GPU, OPERANDS)

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 import planting
-import pytest
 from guarded import guards
 
 # name: (file, what stands there once, what is planted); the battery tries only the pass that a name begins with, if any.
@@ -98,18 +97,7 @@ def battery(engine: ModuleType, fault: str) -> None:
             run(case, engine, replace(engine.configs(case.geometry())[0], brick_n=1, brick_d=1, brick_h=4, brick_w=8))
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    return planting.outcomes(Path(__file__).name)
-
-
-def test_the_sound_engine_passes(outcomes: dict[str, str]) -> None:
-    assert outcomes[planting.SOUND] == "survived"
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_caught(outcomes: dict[str, str], name: str) -> None:
-    planting.check(outcomes[name])
+outcomes, test_without_a_fault_the_battery_passes, test_planted_fault_is_caught = planting.tests(Path(__file__).name, FAULTS)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def _leaner(problem: Problem, plan: Plan) -> Plan | None:
         memory = engine.memory(problem, config)
         return memory.workspace + memory.copies
 
-    _, engine, config = min(ranking(problem), key=lambda item: needed(*item[1:]), default=(0.0, None, None))
+    allowed = [item for item in ranking(problem) if item[1].NAME != _ATEN or not settings.current().strict]
+    _, engine, config = min(allowed, key=lambda item: needed(*item[1:]), default=(0.0, None, None))
     if engine is None or needed(engine, config) >= needed(engines.available()[plan.engine], plan.config):
         return None
     return Plan(engine.NAME, config, "fallback")

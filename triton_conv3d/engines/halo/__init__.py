@@ -194,12 +194,20 @@ def _wgrad_launch(
     options = dict(
         X_UNIT=x_unit,
         G_UNIT=g_unit,
-        KERNEL_D=problem.kernel_size[0],
         HELD_H=config.taps_h,
+        CHAIN=wgrad_launches(problem, config)[1],
+        **_options(problem, config),
+    )
+    return (wgrad_tiles(problem, config) * problem.groups * config.splits, 1), arguments, options
+
+
+def _options(problem: Problem, config: HaloConfig) -> dict:
+    """What both kernels have in common."""
+    return dict(
+        KERNEL_D=problem.kernel_size[0],
         INDEX=tl.int64 if problem.index64 else tl.int32,
         PRECISION=problem.precision,
         UPCAST=upcast(problem),
-        CHAIN=wgrad_launches(problem, config)[1],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -207,7 +215,6 @@ def _wgrad_launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return (wgrad_tiles(problem, config) * problem.groups * config.splits, 1), arguments, options
 
 
 @functools.lru_cache(maxsize=4096)
@@ -240,19 +247,10 @@ def _launch(
         W_UNIT=w_unit,
         Y_UNIT=y_unit,
         DGRAD=dgrad,
-        KERNEL_D=problem.kernel_size[0],
         BIAS=problem.bias,
         ACTIVATION=problem.activation,
         EVEN=reduced <= config.block_k or reduced % config.block_k == 0,
-        INDEX=tl.int64 if problem.index64 else tl.int32,
         BITS=tl.int32 if _bits(problem, config.planes) < 32 else tl.int64,
-        PRECISION=problem.precision,
-        UPCAST=upcast(problem),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        PLANES=config.planes,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **_options(problem, config),
     )
     return (tiles_m * -(-produced // config.block_n) * problem.groups, 1), arguments, options

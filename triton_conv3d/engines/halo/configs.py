@@ -67,7 +67,7 @@ _WGRAD_16 = (
     (32, 32, 16, 8, 2, 3, False),
     (32, 16, 16, 4, 2, 3, True),
     (16, 32, 16, 8, 2, 3, False),
-    (16, 16, 16, 4, 1, 3, True),
+    (16, 16, 16, 8, 1, 3, False),
     (32, 32, 16, 2, 2, 3, False),
     (16, 16, 16, 2, 1, 2, False),
 )
@@ -84,6 +84,7 @@ _MORE_STAGES = {"sm_90": 0, "sm_100": 1, "interpreter": 0}
 _LEAST_STAGES = 2
 _MOST_SUMS = 64  # of a thread, but on sm_90: with 128 sm_80 spills for kernels deeper than 3, and on sm_100 Triton 3.6 fails
 _MOST_WGRAD_SUMS = (96, 144)  # of a thread: 9 taps of 32 x 32 in two warps spill on sm_100, or where loads are not of 16 bytes
+_MOST_TAPS = 9  # that a program of wgrad holds where it holds more than one along H: of 12 and 15 some tiles spill
 _TCGEN05 = "sm_10"  # of these architectures Triton 3.6 makes an empty kernel of several products of 64 filters
 
 
@@ -140,7 +141,7 @@ def _wgrad_configs(problem: Problem) -> tuple[HaloWgradConfig, ...]:
     vectors = math.gcd(problem.alignment, filters * problem.itemsize, reduced * problem.itemsize) == VECTOR_BYTES
     most, found = _MOST_WGRAD_SUMS[vectors and not problem.arch.startswith(_TCGEN05)], []
     for *knobs, whole in tiles:
-        tile = HaloWgradConfig(*knobs, taps_h=height if whole else 1)
+        tile = HaloWgradConfig(*knobs, taps_h=height if whole and depth * height <= _MOST_TAPS else 1)
         m, n = tile.block_m, tile.block_n
         fits = m < 2 * max(filters, 16) and n < 2 * max(reduced, 16) and math.ceil(filters / m) * math.ceil(reduced / n) <= 2
         fits = fits and tile.planes < 2 * problem.output_size[0] and tile.block_k < 2 * rows(problem, tile.planes)

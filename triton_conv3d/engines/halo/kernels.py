@@ -16,6 +16,20 @@ from ..implicit_gemm.kernels import add_digit, dot, rounded, tap_bits
 
 
 @triton.jit
+def add_planes(
+    sums, planes, weights, PLANES: tl.constexpr, KERNEL_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
+):
+    """To the sums of each plane of the result, the products of the planes that it meets and their taps along D."""
+    added = ()
+    for j in tl.static_range(PLANES):
+        acc = sums[j]
+        for p in tl.static_range(KERNEL_D):
+            acc = dot(planes[j + p], weights[p], acc, PRECISION, UPCAST)
+        added += (acc,)
+    return added
+
+
+@triton.jit
 def halo_gemm(
     x_ptr,
     w_ptr,
@@ -119,13 +133,7 @@ def halo_gemm(
         for p in tl.static_range(KERNEL_D):  # of x, p planes behind the one of y
             w_plane_ptr = w_ptr + (w_tap + (KERNEL_D - 1 - p if DGRAD else p) * w_plane)
             weights += (tl.load(w_plane_ptr + w_tile, mask=in_w, other=0.0),)
-        added = ()
-        for j in tl.static_range(PLANES):
-            acc = sums[j]
-            for p in tl.static_range(KERNEL_D):
-                acc = dot(planes[j + p], weights[p], acc, PRECISION, UPCAST)
-            added += (acc,)
-        sums = added
+        sums = add_planes(sums, planes, weights, PLANES, KERNEL_D, PRECISION, UPCAST)
         r += BLOCK_K
         tw += (r >= reduced).to(tl.int32)
         r = tl.where(r >= reduced, 0, r)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from ..epilogue import finished
-from ..implicit_gemm.kernels import dot, rounded
+from ..halo.kernels import add_planes
+from ..implicit_gemm.kernels import rounded
 
 
 @triton.jit
@@ -154,13 +155,7 @@ def kn2row_gemm(
         for p in tl.static_range(KERNEL_D):
             w_ptr_p = w_ptr + ((KERNEL_D - 1 - p if FLIP else p) * w_plane + r)
             weights += (tl.load(w_ptr_p + w_tile, mask=in_r[:, None] & in_columns[None, :], other=0.0),)
-        added = ()
-        for j in tl.static_range(PLANES):
-            acc = sums[j]
-            for p in tl.static_range(KERNEL_D):
-                acc = dot(planes[j + p], weights[p], acc, PRECISION, UPCAST)
-            added += (acc,)
-        sums = added
+        sums = add_planes(sums, planes, weights, PLANES, KERNEL_D, PRECISION, UPCAST)
         r += BLOCK_K
         ends = r >= reduced
         r = tl.where(ends, 0, r)  # not below: loads that run ahead must not depend on what the sums do
