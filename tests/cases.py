@@ -312,6 +312,13 @@ def engines_for(problem: Problem) -> list[str]:
 # ------------------------------------------------------------------------------------------------ fuzzing
 
 
+def seeds(in_ci: int, long: int) -> list:
+    """For pytest: the first are run by every run of the tests, the others by the long one alone."""
+    import pytest
+
+    return [*range(in_ci), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(in_ci, long))]
+
+
 def fuzz_case(pass_: str, seed: int) -> tuple[Case, str, Config]:
     """What a seed tries: a case, an engine and one of its configs.
 
@@ -401,6 +408,6 @@ def fuzz(pass_: str, seed: int) -> None:
     try:
         run(case, name, config)
     except Exception as error:
-        again = f"again: python -m pytest 'tests/test_fuzz.py::test_fuzz[{pass_}-{seed}]'"
+        again = f"again: python -m pytest -m '' 'tests/test_fuzz.py::test_fuzz[{pass_}-{seed}]'"
         error.args = (f"{error}\n{again}", *error.args[1:])
         raise
