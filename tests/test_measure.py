@@ -211,12 +211,6 @@ class TestBest:
             result = self.contest(Clock(monkeypatch), [5, 9], wrong=[5])
         assert (result.config.tile, result.candidates) == (9, 2)
 
-    def test_slow_ones_leave_and_torchs_own_stays(self, monkeypatch):
-        clock = Clock(monkeypatch)
-        assert self.contest(clock, [10, 11, 19, 29, 90], own=80).config.tile == 10
-        assert clock.count[10] == clock.count[80] == 7
-        assert clock.count[90] == 1 and clock.count[29] < clock.count[11]
-
     def test_without_time_the_best_and_torchs_own_are_measured(self, monkeypatch):
         clock = Clock(monkeypatch, seconds_each=1.0)
         result = self.contest(clock, [30, 10, 20], seconds=0.5)

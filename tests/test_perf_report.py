@@ -135,7 +135,7 @@ def test_foreign_files_are_named_in_a_folder_and_refused_alone(folder):
         load(path)
 
 
-def text(path, tmp_path=None) -> str:
+def text(path) -> str:
     return report.markdown(load(path), [], path)
 
 
