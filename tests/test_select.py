@@ -87,9 +87,9 @@ def world(monkeypatch, tmp_path):
     selecting.forget()
 
 
-def store(directory, config, engine="fast", mode="quick", problem=GPU):
+def store(directory, config):
     PlanCache(directory).store(
-        Entry(problem.to_dict(), ENVIRONMENT, {"mode": mode}, engine, config.to_dict(), 5.0, 9.0, 3)
+        Entry(GPU.to_dict(), ENVIRONMENT, {"mode": "quick"}, "fast", config.to_dict(), 5.0, 9.0, 3)
     )
 
 
