@@ -344,8 +344,6 @@ def main(options: argparse.Namespace) -> int:
         if name not in PROVIDERS:
             raise ValueError(f"no provider named {name!r}: the providers are {', '.join(PROVIDERS)}")
     modes = MODES if options.mode is None else (options.mode,)
-    if options.budget is not None and not options.budget > 0:
-        raise ValueError(f"--budget {options.budget}: expected seconds, more than 0")
     machine = machines.here()
     path = options.out or results.folder(machine.gpu) / FILE
     statuses = measure(chosen, modes, names, path, machine=machine, budget=options.budget)
