@@ -12,9 +12,8 @@ import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-import tolerances
 import triton.language as tl
-from cases import _READ, DTYPES, LAYOUTS, PRECISIONS, Case, make, run
+from cases import _READ, DTYPES, LAYOUTS, PRECISIONS, Case, make, run, small
 from guarded import guards, overflow_checked, run_large
 from triton.runtime import interpreter
 
@@ -82,13 +81,7 @@ def _draw(rng: random.Random, pass_: str, seed: int) -> Case | None:
         seed=seed,
     )
     problem = case.geometry()
-    if min(problem.output_size) < 1 or problem.flops > 2**24 or ENGINE.supports(problem):
-        return None
-    try:
-        tolerances.largest_integer(problem)
-    except ValueError:
-        return None
-    return case
+    return case if small(problem) and ENGINE.supports(problem) is None else None
 
 
 def _config(rng: random.Random, problem: Problem) -> Config | None:
