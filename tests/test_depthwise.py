@@ -63,19 +63,8 @@ def test_fuzzer_reaches_everything(pass_: str) -> None:
         seen["width below strip"] += size[2] < config.columns
         seen["several tiles"] += max(at.tiles) > 1
         seen["several parts"] += config.splits > 1
-    wanted = [
-        *DTYPES,
-        *LAYOUTS,
-        "last=True",
-        "last=False",
-        "slide",
-        "3x3x3",
-        "5x5x5",
-        "7x7x7",
-        "1x3x3",
-        "3x1x1",
-        "5x1x1",
-    ]
+    wanted = [*DTYPES, *LAYOUTS, "last=True", "last=False", "slide"]
+    wanted += ["3x3x3", "5x5x5", "7x7x7", "1x3x3", "3x1x1", "5x1x1"]
     wanted += ["multiplier=1", "multiplier=2", "multiplier=3", "odd channels", "one channel", "strided", "dilated"]
     wanted += ["asymmetric", "taps skipped", "kernel above input", "dilation above input", "width below strip"]
     wanted += ["several tiles", "several parts"] + ["rows"] * (pass_ != "wgrad") + ["bias=True"] * (pass_ == "forward")
