@@ -1,7 +1,7 @@
 """Memory that cannot be overrun: tensors between pages that fault on every access, and huge tensors that cost nothing.
 
 The interpreter reads and writes real addresses, so an access outside kills the process. These tests therefore run in
-a process of their own: ``python tests/guarded.py end | start | large``, which prints each case before it runs it.
+a process of their own: ``python tests/guarded.py MODE`` (see ``main``), which prints each case before it runs it.
 """
 
 from __future__ import annotations
