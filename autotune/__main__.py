@@ -13,7 +13,7 @@ from triton_conv3d import settings
 from triton_conv3d.problem import PASSES
 from triton_conv3d.tuning import coefficients, cost_model, table
 from triton_conv3d.tuning import variants as tuned_variants
-from triton_conv3d.tuning.environment import source_hash
+from triton_conv3d.tuning.environment import environment, source_hash
 from triton_conv3d.tuning.select import ranking
 from triton_conv3d.tuning.variants import MOST as MOST_VARIANTS
 from triton_conv3d.workload import DTYPES
@@ -103,10 +103,10 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.dry_run:
         return _plan(cases, options)
     here = device.find()
-    gpu, arch, environment = device.names(here)
-    problems = {case.problem(gpu, arch): case for case in cases}
+    names = environment(here)
+    problems = {case.problem(names["gpu"], names["arch"]): case for case in cases}
     policy = {"mode": "full" if options.guided is None else f"guided {options.guided}", "rounds": sweep.REPETITIONS}
-    header = records.header(environment, policy, device.commit(), _now())
+    header = records.header(names, policy, device.commit(), _now())
     with records.opened(options.out, header) as writer, torch.no_grad():
         done = sweep.run(
             list(problems), _ranking, device.benches(problems, here), writer, most=options.guided, budget=options.budget,

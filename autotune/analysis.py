@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.plan import offered
 from triton_conv3d.tuning.search import OWN, Ranked
 from triton_conv3d.tuning.storage import parse
+from triton_conv3d.tuning.variants import spelled
 
 from .records import Key, Sweep
 
@@ -121,14 +121,9 @@ def best_variants(found: Sequence[Measured], most: int) -> list[tuple[tuple[str,
 def _by_variant(of: Measured) -> dict[tuple[str, str], float]:
     times: dict[tuple[str, str], float] = {}
     for (name, config), seconds in of.seconds.items():
-        key = name, _text(config)
+        key = name, spelled(config)
         times[key] = min(seconds, times.get(key, math.inf))
     return times
-
-
-@functools.cache
-def _text(config: Config) -> str:
-    return str(config.whole()).replace(" splits=1", "")
 
 
 def tile_map(found: Sequence[Measured]) -> dict[str, dict[tuple[int, int], float]]:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from triton_conv3d.problem import Problem, device_name
+from triton_conv3d.problem import Problem
 from triton_conv3d.tuning import measure
-from triton_conv3d.tuning.environment import environment
 from triton_conv3d.tuning.select import ranking
 
 from .suites import Case
@@ -28,11 +27,6 @@ def find() -> torch.device:
             "fitted and exported, and a sweep can be planned: add --dry-run"
         )
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def names(device: torch.device) -> tuple[str, str, dict[str, str]]:
-    """(GPU, architecture, environment)."""
-    return (*device_name(device), environment(device))
 
 
 def benches(cases: dict[Problem, Case], device: torch.device) -> Callable[[Problem], measure.Bench | None]:

@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     module.arguments(parser)
     options = parser.parse_args(arguments[1:])
     try:
+        budget = getattr(options, "budget", None)  # which several commands have
+        if budget is not None and not budget > 0:
+            raise ValueError(f"--budget {budget}: expected seconds, more than 0")
         return module.main(options)
     except (ValueError, OSError) as error:
         print(f"perf {command}: {error}", file=sys.stderr)

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -293,7 +292,7 @@ class _Comparison:
     def _row(self, name: str, times: Times | None, apart: float | None, bound: float | None) -> EndToEnd:
         row = EndToEnd(
             self.network.name, self.network.title, self.mode, _shape(self.network, self.mode), self.network.dtype, name,
-            measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            measured=results.now(),
         )  # fmt: skip
         if name in self.errors:
             error = self.errors[name]
@@ -345,8 +344,6 @@ def main(options: argparse.Namespace) -> int:
         if name not in PROVIDERS:
             raise ValueError(f"no provider named {name!r}: the providers are {', '.join(PROVIDERS)}")
     modes = MODES if options.mode is None else (options.mode,)
-    if options.budget is not None and not options.budget > 0:
-        raise ValueError(f"--budget {options.budget}: expected seconds, more than 0")
     machine = machines.here()
     path = options.out or results.folder(machine.gpu) / FILE
     statuses = measure(chosen, modes, names, path, machine=machine, budget=options.budget)

@@ -24,6 +24,9 @@ from triton_conv3d.tuning import select
 
 _CALLS, _ROUNDS = 2000, 7
 _ROWS = 2, 12  # convolutions of a short and of a long row
+_GEOMETRY = ((1, 1, 1), (1,) * 6, (1, 1, 1), 1)
+_LAST = {"memory_format": torch.channels_last_3d}
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS_US = {"select": 3.0, "module forward": 25.0}  # of one call; the project's own bars
 
 
@@ -34,20 +37,16 @@ def measure(function: Callable[[], object], calls: int = _CALLS, rounds: int = _
 
 def costs(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
     """By name: a look-up of a known plan, calls of module and op, and torch's own module on the meta device beside."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    last = {"memory_format": torch.channels_last_3d}
-    layer = Conv3d(32, 32, 3, padding=1).to(device, torch.float16, **last)
-    x = torch.empty(1, 32, 4, 4, 4, dtype=torch.float16, device=device).to(**last)
-    geometry = ((1, 1, 1), (1,) * 6, (1, 1, 1), 1)
-    problem = problems(x, layer.weight, layer.bias, *geometry)[0]
-    inner = torch.nn.Conv3d(32, 32, 3, padding=1, device="meta", dtype=torch.float16).to(**last)
+    layer, x = Conv3d(32, 32, 3, padding=1).to(_DEVICE, torch.float16, **_LAST), _input()
+    problem = problems(x, layer.weight, layer.bias, *_GEOMETRY)[0]
+    inner = torch.nn.Conv3d(32, 32, 3, padding=1, device="meta", dtype=torch.float16).to(**_LAST)
     y = x.to("meta")
     with launching.replaced(lambda *launch: None), torch.no_grad():
         layer(x)  # chooses the plan
         found = {
             "select": measure(lambda: select(problem), calls, rounds),
             "op": measure(
-                lambda: torch.ops.triton_conv3d.conv3d(x, layer.weight, layer.bias, *geometry), calls, rounds
+                lambda: torch.ops.triton_conv3d.conv3d(x, layer.weight, layer.bias, *_GEOMETRY), calls, rounds
             ),
             "module forward": measure(lambda: layer(x), calls, rounds),
         }
@@ -59,25 +58,26 @@ def costs(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
     return found
 
 
-def in_graphs(calls: int = _CALLS // 10, rounds: int = 3 * _ROUNDS, inner: str = "aot_eager") -> dict[str, float]:
+def _input() -> torch.Tensor:
+    return torch.empty(1, 32, 4, 4, 4, dtype=torch.float16, device=_DEVICE).to(**_LAST)
+
+
+def in_graphs(calls: int = _CALLS // 10, rounds: int = 3 * _ROUNDS) -> dict[str, float]:
     """By name: what one more convolution costs in a row of calls of the op, and in a compiled graph of such a row.
 
     The difference of a long and a short row, the two kinds measured in turns; of one layer again and again, since torch
     takes time for every parameter that a graph is given.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    last = {"memory_format": torch.channels_last_3d}
-    x = torch.empty(1, 32, 4, 4, 4, dtype=torch.float16, device=device).to(**last)
-    geometry = ((1, 1, 1), (1,) * 6, (1, 1, 1), 1)
+    x, inner = _input(), "aot_eager"
     functions: dict[tuple[str, int], Callable[[], object]] = {}
     for length in _ROWS:
-        layer = torch.nn.Conv3d(32, 32, 3, padding=1).to(device, torch.float16, **last)
+        layer = torch.nn.Conv3d(32, 32, 3, padding=1).to(_DEVICE, torch.float16, **_LAST)
         row = torch.nn.Sequential(*[layer] * length)
 
         def call_ops(layer=layer, length=length) -> torch.Tensor:
             y = x
             for _ in range(length):
-                y = torch.ops.triton_conv3d.conv3d.default(y, layer.weight, layer.bias, *geometry)
+                y = torch.ops.triton_conv3d.conv3d.default(y, layer.weight, layer.bias, *_GEOMETRY)
             return y
 
         compiled = torch.compile(row, backend=backend, options={"inner": inner}, dynamic=False)

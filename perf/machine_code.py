@@ -205,43 +205,49 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
     if engine.NAME == "kn2row":  # of what it produces it loads nothing
         filled = max(problem.group_in, problem.group_out) % 8 == 0
     copies = main and filled and engine.NAME in ("implicit_gemm", "halo", "kn2row")
+    registers, spills, text = resources(arch, kernel)
     if arch.startswith("gfx"):
-        text = kernel.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
-        instructions = text.splitlines()
         wide = len(re.findall(r"(buffer|global)_load_dwordx4", text))
         narrow = len(re.findall(r"(buffer|global)_load_(ushort|short|dword\b|dwordx2)", text))
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            usage = _tool("cuobjdump", "-res-usage", file.name)
-            text = _tool("nvdisasm", "-c", file.name)
-        registers = int(re.search(r"REG:(\d+)", usage)[1])
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
-        instructions = text.splitlines()
         wide = len(re.findall(r"LDGSTS\.\S*128", text))
         narrow = len(re.findall(r"LDGSTS", text)) - wide
     return Report(
         arch, problem.dtype, problem.precision, problem.pass_, engine.NAME, str(layer), str(config), name,
         main and engine.work(problem, config).tensor_cores, copies,
         registers, spills, kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow,
-        main_loop(instructions)[0],
+        main_loop(text)[0],
     )  # fmt: skip
+
+
+def resources(arch: str, kernel) -> tuple[int, int, str]:
+    """(registers of a thread, spills, instructions as text) of a compiled kernel, as :class:`Report` has them."""
+    if arch.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        registers, spills = (re.search(rf"\.{name}:\s+(\d+)", text)[1] for name in ("vgpr_count", "vgpr_spill_count"))
+        return int(registers), int(spills), text
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+    return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:LDL|STL)\b", text)), text
 
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def main_loop(lines: list[str]) -> tuple[int, int]:
-    """Instructions of the smallest loop with matrix instructions, from a label to the branch back to it, and how many of
-    them are such; zeros without one."""
+def main_loop(text: str) -> tuple[int, int]:
+    """(instructions, matrix instructions among them) of the smallest loop that has any; zeros without one."""
+    counts = ((len(loop), sum(re.search(_MATRIX, line) is not None for line in loop)) for loop in loops(text))
+    return min((count for count in counts if count[1]), default=(0, 0))
+
+
+def loops(text: str) -> Iterator[list[str]]:
+    """The instructions of every loop, from a label to the branch back to it."""
     labels: dict[str, int] = {}
     body: list[str] = []
-    loops = []
-    for line in lines:
+    for line in text.splitlines():
         label = re.match(r"\s*(\.L\w+):", line)
         if label:
             labels[label[1]] = len(body)
@@ -249,10 +255,7 @@ def main_loop(lines: list[str]) -> tuple[int, int]:
             body.append(line)
             branch = re.search(r"(?:BRA\S*\s.*`\(|s_c?branch\w*\s+)(\.L\w+)", line)
             if branch and branch[1] in labels:
-                inside = body[labels[branch[1]] :]
-                if products := sum(re.search(_MATRIX, instruction) is not None for instruction in inside):
-                    loops.append((len(inside), products))
-    return min(loops, default=(0, 0))
+                yield body[labels[branch[1]] :]
 
 
 def configs(problem: Problem, engine: ModuleType, most: int | None = None) -> list[Config]:

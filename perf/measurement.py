@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import math
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from triton_conv3d.workload import DTYPES
 from .checking import Reference
 from .machine import Machine
 from .providers import Prepared, Provider, alike
-from .results import FAILED, MEMORY, OK, UNSUPPORTED, WRONG, Row
+from .results import FAILED, MEMORY, OK, UNSUPPORTED, WRONG, Row, now
 from .tensors import Tensors
 from .threads import separately
 from .timing import race
@@ -120,8 +119,7 @@ class Measurement:
         self.put(name, status=MEMORY if out_of_memory else FAILED, reason=f"{type(error).__name__}: {error}"[:_REASON])
 
     def put(self, name: str, **columns) -> None:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.done[name] = dataclasses.replace(self.blank, provider=name, measured=now, **columns)
+        self.done[name] = dataclasses.replace(self.blank, provider=name, measured=now(), **columns)
 
 
 def _blank(case: Case, suite: str, machine: Machine) -> Row:

@@ -227,8 +227,7 @@ def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.3g}"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    plots.arguments(parser)
+arguments = plots.arguments
 
 
 def main(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 SCHEMA = 1
@@ -111,6 +112,11 @@ def columns(kind: type) -> tuple[str, ...]:
 def folder(gpu: str) -> Path:
     """Where the results of a GPU stand: ``NVIDIA H200`` in ``perf/results/nvidia-h200``."""
     return RESULTS / (re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-") or "unknown")
+
+
+def now() -> str:
+    """For the column ``measured``: ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def append(path: Path, rows: Sequence, stamp: Stamp) -> None:

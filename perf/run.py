@@ -123,8 +123,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    if options.budget is not None and not options.budget > 0:
-        raise ValueError(f"--budget {options.budget}: expected seconds, more than 0")
     chosen = providers_.get(options.provider)
     cases = workloads.cases(
         workloads.suite(options.suite), getattr(options, "pass"), options.dtype, options.layout, options.precision

@@ -117,8 +117,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     slices = chosen(options.slice)
-    if not options.budget > 0:
-        raise ValueError(f"--budget {options.budget}: expected seconds, more than 0")
     where = setting(options.out)
     if options.dry_run:
         stamp = where.gpu and _stamp()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from simulated import SimulatedGPU
 
+from autotune import __main__ as command
 from autotune import records, sweep
 from triton_conv3d.problem import Problem
 from triton_conv3d.tuning.environment import source_hash
@@ -22,6 +23,12 @@ def header(created="2026-01-01T00:00:00Z", **changes) -> dict:
     return records.header({**ENVIRONMENT, **changes}, {"mode": "full"}, "abc", created)
 
 
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command."""
+    status = command.main([str(argument) for argument in arguments])
+    return (status, *capsys.readouterr())
+
+
 def offers(problem: Problem) -> list:
     return ranking(problem, measuring=True)
 
@@ -36,7 +43,7 @@ class Bench:
         self._wrong, self._failed, self._fatal, self.limit = wrong, failed, fatal, limit
 
     def prepare(self, batch) -> None:
-        self.prepared = batch
+        pass
 
     def measure(self, candidate, repetitions):
         key = candidate[0].NAME, candidate[1]

@@ -10,16 +10,15 @@ import math
 import random
 import sys
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
-import tolerances
 import triton.language as tl
-from cases import _READ, DTYPES, LAYOUTS, PRECISIONS, Case, make, pose, run
-from guarded import guards, overflow_checked, reserved
+from cases import _READ, DTYPES, LAYOUTS, PRECISIONS, Case, make, run, small
+from guarded import guards, overflow_checked, run_large
 from triton.runtime import interpreter
 
 from triton_conv3d.engines.base import Config
-from triton_conv3d.problem import PASSES, Operands, Problem, met_taps
+from triton_conv3d.problem import PASSES, Problem, met_taps
 
 ENGINE = importlib.import_module("triton_conv3d.engines.depthwise")
 KERNELS = ((3, 3, 3), (5, 5, 5), (7, 7, 7), (1, 3, 3), (1, 5, 5), (1, 7, 7), (3, 1, 1), (5, 1, 1), (1, 1, 9), (1, 1, 1))
@@ -82,13 +81,7 @@ def _draw(rng: random.Random, pass_: str, seed: int) -> Case | None:
         seed=seed,
     )
     problem = case.geometry()
-    if min(problem.output_size) < 1 or problem.flops > 2**24 or ENGINE.supports(problem):
-        return None
-    try:
-        tolerances.largest_integer(problem)
-    except ValueError:
-        return None
-    return case
+    return case if small(problem) and ENGINE.supports(problem) is None else None
 
 
 def _config(rng: random.Random, problem: Problem) -> Config | None:
@@ -159,40 +152,6 @@ def guarded_cases() -> list[Case]:
         geometry["out_channels"] = geometry["in_channels"] * geometry.pop("multiplier", 1)
         cases.append(Case(pass_, seed=seed, **geometry))
     return cases
-
-
-def large_case(pass_: str, crossing: str, contiguous: bool) -> tuple[Problem, Operands]:
-    """A tiny case over views whose offsets pass 2^31 along one dimension: of channels-last, or of dense rows."""
-    size, kernel = {"batch": 2, "channels": 3, "depth": 1, "height": 1, "width": 1}, (1, 1, 1)
-    size[crossing] = 4
-    if crossing in ("depth", "height", "width"):
-        kernel = tuple(1 + (crossing == name) for name in ("depth", "height", "width"))
-    layouts = ("contiguous",) * 2 if contiguous else ("channels_last",) * 2
-    n, c, *pixels = size.values()
-    case = Case(
-        pass_, batch=n, in_channels=c, out_channels=c, groups=c, input_size=tuple(pixels), kernel_size=kernel,
-        dtype="float16", layouts=layouts,
-    )  # fmt: skip
-    _, operands = make(case)
-
-    def spread(tensor):
-        step = 2**30 + 5  # itself a 32-bit number: twice it is not
-        strides = [step if name == crossing else 7 for name in size]
-        strides[4 if contiguous else 1] = 1
-        extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)) + 1
-        return reserved(extent, tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
-
-    wide = Operands(*(spread(t) if t is not None and i != 1 else t for i, t in enumerate(operands.tensors)))
-    problem = pose(case, wide)
-    return problem.replace(layouts=("contiguous",) * 3) if contiguous else problem, wide
-
-
-def run_large(engine: ModuleType, pass_: str, crossing: str, contiguous: bool) -> None:
-    """Exact over a view whose offsets need 64 bits, with the first and the last config."""
-    problem, operands = large_case(pass_, crossing, contiguous)
-    assert problem.index64
-    for config in {engine.configs(problem)[i] for i in (0, -1)}:
-        tolerances.check_exact(engine.launch(problem, operands, config), problem, operands)
 
 
 LARGE = [("batch", False), ("depth", False), ("height", False), ("width", False)]

@@ -20,8 +20,8 @@ def explore(traces: list[list[tuple]]) -> int:
     steps = [[tuple(_number(x, numbers) for x in step) for step in trace] for trace in traces]
     used = {id(x): x for trace in traces for step in trace for x in step}
     counts = [getattr(used[x], "count", 0) for x in numbers]  # of barriers: arrivals that complete one
-    fresh = (tuple((count, 0, 0) for count in counts), (0,) * len(numbers))
-    start = ((0,) * len(traces), (), ((),) * len(traces), *fresh)
+    idle, empty = tuple((count, 0, 0) for count in counts), (0,) * len(numbers)
+    start = ((0,) * len(traces), (), ((),) * len(traces), idle, empty)
     seen, left = {start}, [start]
     while left:
         state = left.pop()
@@ -73,8 +73,7 @@ def _following(steps, counts, at, copies, products, barriers, buffers):
             pair, arriving = (what[0], what[2]), [started[0] for started in copies]
             there = all(buffers[buffer] == count for buffer, count in (what[:2], what[2:]))
             assert there and not set(pair) & set(arriving), "a product of what is not there"
-            what = pair
-            yield after, copies, changed(products, side, (*products[side], tuple(what))), barriers, buffers
+            yield after, copies, changed(products, side, (*products[side], pair)), barriers, buffers
         else:
             left = products[side][max(0, len(products[side]) - what[0]) :]
             yield after, copies, changed(products, side, left), barriers, buffers

@@ -1,7 +1,7 @@
 """Memory that cannot be overrun: tensors between pages that fault on every access, and huge tensors that cost nothing.
 
 The interpreter reads and writes real addresses, so an access outside kills the process. These tests therefore run in
-a process of their own: ``python tests/guarded.py end | start | large``, which prints each case before it runs it.
+a process of their own: ``python tests/guarded.py MODE`` (see ``main``), which prints each case before it runs it.
 """
 
 from __future__ import annotations
@@ -116,44 +116,49 @@ def small_cases() -> list:
     ]
 
 
-CROSSINGS = {"batch": 0, "depth": 2, "height": 3, "width": 4}
+CROSSINGS = ("batch", "depth", "height", "width")
 
 
-def large_case(pass_: str, crossing: str) -> tuple:
-    """(problem, operands) of a tiny case over views whose offsets pass 2^31 along one dimension, of :data:`CROSSINGS`."""
+def large_case(pass_: str, crossing: str, depthwise: bool = False, contiguous: bool = False) -> tuple:
+    """(problem, operands) of a tiny case over views whose offsets pass 2^31 along one dimension: channels last, or in rows."""
     import torch
     from cases import Case, make, pose
 
     from triton_conv3d.problem import Operands
 
-    size, kernel = [2, 1, 1, 1, 1], [1, 1, 1]
-    size[CROSSINGS[crossing]] = 4
-    if crossing != "batch":
-        kernel[CROSSINGS[crossing] - 2] = 2
-    case = Case(pass_, batch=size[0], in_channels=3, out_channels=3, input_size=tuple(size[2:]),
-                kernel_size=tuple(kernel), dtype="float16")  # fmt: skip
+    size = {"batch": 2, "channels": 3, "depth": 1, "height": 1, "width": 1, crossing: 4}
+    kernel = tuple(1 + (crossing == name) for name in ("depth", "height", "width"))
+    batch, channels, *pixels = size.values()
+    case = Case(
+        pass_, batch=batch, in_channels=channels, out_channels=channels, groups=channels if depthwise else 1,
+        input_size=tuple(pixels), kernel_size=kernel, dtype="float16",
+        layouts=("contiguous" if contiguous else "channels_last",) * 2,
+    )  # fmt: skip
     _, operands = make(case)
 
     def spread(tensor: torch.Tensor) -> torch.Tensor:
         step = 2**30 + 5  # itself a 32-bit number: twice it is not
-        strides = [step if dim == CROSSINGS[crossing] else 7 for dim in range(5)]
-        strides[1] = 1
+        strides = [step if name == crossing else 7 for name in size]
+        strides[4 if contiguous else 1] = 1
         extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)) + 1
         return reserved(extent, tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
 
     # A weight of such an extent would be copied.
     wide = Operands(*(spread(t) if t is not None and i != 1 else t for i, t in enumerate(operands.tensors)))
-    return pose(case, wide), wide
+    problem = pose(case, wide)
+    return problem.replace(layouts=("contiguous",) * 3) if contiguous else problem, wide
 
 
-def run_large(engine, pass_: str, crossing: str) -> None:
+def run_large(engine, pass_: str, crossing: str, contiguous: bool = False) -> None:
     """Exact over a view whose offsets need 64 bits."""
     import tolerances
 
-    problem, operands = large_case(pass_, crossing)
+    depthwise = engine.NAME == "depthwise"
+    problem, operands = large_case(pass_, crossing, depthwise, contiguous)
     assert problem.index64
-    result = engine.launch(problem, operands, engine.configs(problem)[-1])
-    tolerances.check_exact(result, problem, operands)
+    offers = engine.configs(problem)
+    for config in {offers[0], offers[-1]} if depthwise else offers[-1:]:  # of its kernels the two kinds
+        tolerances.check_exact(engine.launch(problem, operands, config), problem, operands)
 
 
 def overflow_is_caught() -> None:

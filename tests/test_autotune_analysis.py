@@ -7,10 +7,9 @@ import json
 import math
 
 import pytest
-from autotune_cases import GPU, PROBLEMS, World, header, offers
+from autotune_cases import GPU, PROBLEMS, World, call, header, offers
 from fake_clock import Clock
 
-from autotune import __main__ as command
 from autotune import analysis, export, fit, records
 from triton_conv3d import configure
 from triton_conv3d.tuning import coefficients, cost_model, table
@@ -29,12 +28,6 @@ def swept(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(swept):
     return analysis.measured(records.read(swept))
-
-
-def call(capsys, *arguments):
-    status = command.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_regret_of_choices(found):

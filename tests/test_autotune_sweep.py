@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from autotune_cases import ENVIRONMENT, GPU, PROBLEMS, World, header, offers
+from autotune_cases import ENVIRONMENT, GPU, PROBLEMS, World, call, header, offers
 from fake_clock import Clock
 
 from autotune import __main__ as command
@@ -16,7 +16,6 @@ from autotune import device, records, suites, sweep
 from triton_conv3d import ops, workload
 from triton_conv3d.problem import PASSES
 from triton_conv3d.tuning import measure
-from triton_conv3d.tuning.environment import environment
 from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.search import OWN
 from triton_conv3d.tuning.storage import canonical
@@ -213,45 +212,38 @@ class TestSuites:
 
 
 class TestCommand:
-    def call(self, capsys, *arguments):
-        status = command.main(list(arguments))
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
     def test_without_a_gpu_it_says_what_can_be_done(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
-        status, _, err = self.call(capsys, "sweep", suites.DESIGNED, "--out", str(tmp_path / "s"))
+        status, _, err = call(capsys, "sweep", suites.DESIGNED, "--out", str(tmp_path / "s"))
         assert status == 2 and "--dry-run" in err and not (tmp_path / "s").exists()
 
     def test_dry_run(self, capsys, tmp_path):
         (tmp_path / "w.json").write_text(json.dumps([LAYER]))
-        status, out, _ = self.call(capsys, "sweep", str(tmp_path / "w.json"), "--out", "s", "--dry-run")
+        status, out, _ = call(capsys, "sweep", str(tmp_path / "w.json"), "--out", "s", "--dry-run")
         assert status == 0 and out.startswith("3 problems,") and "NVIDIA H200" in out
 
     @pytest.mark.parametrize("arguments, named", [
         (("--guided", "1"), "--guided 1"), (("--budget", "0"), "--budget 0"), (("--passes", "x"), "'x' is not known"),
     ])  # fmt: skip
     def test_mistakes(self, capsys, arguments, named):
-        status, _, err = self.call(capsys, "sweep", suites.DESIGNED, "--out", "s", *arguments)
+        status, _, err = call(capsys, "sweep", suites.DESIGNED, "--out", "s", *arguments)
         assert status == 2 and named in err and err.count("\n") == 1
 
     def test_a_suite_that_is_not_there(self, capsys):
-        status, _, err = self.call(capsys, "sweep", "nothing.json", "--out", "s")
+        status, _, err = call(capsys, "sweep", "nothing.json", "--out", "s")
         assert status == 2 and "'nothing.json' is no file" in err
 
     def test_the_real_bench(self, capsys, tmp_path, monkeypatch):
         """Every config of every engine is launched and verified, in the interpreter; its times mean nothing."""
         pytest.importorskip("triton")
-        cpu = torch.device("cpu")
-        monkeypatch.setattr(device, "find", lambda: cpu)
-        monkeypatch.setattr(device, "names", lambda here: ("cpu", "interpreter", environment(cpu)))
+        monkeypatch.setattr(device, "find", lambda: torch.device("cpu"))
         timer = types.SimpleNamespace(time=lambda launch: float(launch().numel()))
         monkeypatch.setattr(measure, "EventTimer", lambda here: timer)
         monkeypatch.setattr(sweep, "REPETITIONS", 1)
         small = {**LAYER, "D": 3, "H": 4, "W": 3, "C": 2, "K": 3, "dtype": "fp32"}
         (tmp_path / "w.json").write_text(json.dumps([small]))
         arguments = (str(tmp_path / "w.json"), "--out", str(tmp_path / "s"), "--precisions", "ieee")
-        status, out, err = self.call(capsys, "sweep", *arguments)
+        status, out, err = call(capsys, "sweep", *arguments)
         found = records.read(tmp_path / "s")
         assert status == 0, err
         assert "3 problems are done, 0 left" in out and len(found.problems) == 3
@@ -261,12 +253,12 @@ class TestCommand:
         """The command with a device that is made up: it measures, and the same command has nothing left."""
         world = World(Clock())
         monkeypatch.setattr(device, "find", lambda: types.SimpleNamespace(type="cuda"))
-        monkeypatch.setattr(device, "names", lambda here: (GPU, "sm_90", ENVIRONMENT))
+        monkeypatch.setattr(command, "environment", lambda here: ENVIRONMENT)
         monkeypatch.setattr(device, "benches", lambda cases, here: world.open_bench)
         (tmp_path / "w.json").write_text(json.dumps([LAYER]))
         arguments = ("sweep", str(tmp_path / "w.json"), "--out", str(tmp_path / "s"), "--passes", "forward")
-        assert self.call(capsys, *arguments)[0] == 0
-        assert "0 measurements" in self.call(capsys, *arguments)[1] and world.asked
+        assert call(capsys, *arguments)[0] == 0
+        assert "0 measurements" in call(capsys, *arguments)[1] and world.asked
 
 
 def test_engines_on_trial_are_measured_too():

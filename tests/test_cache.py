@@ -91,7 +91,7 @@ def test_modes_are_private(directory):
     assert stat.S_IMODE((directory / NAME).stat().st_mode) == 0o600
 
 
-def test_no_directory_means_memory_only(tmp_path):
+def test_no_directory_means_memory_only():
     plans = PlanCache(None)
     assert (plans.store(ENTRY), plans.load(PROBLEM, ENVIRONMENT), list(plans.entries()), plans.clear()) == (
         False, None, [], 0)

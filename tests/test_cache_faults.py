@@ -39,9 +39,9 @@ def _link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
-def _elsewhere(directory: Path, content: bytes = DATA) -> Path:
+def _elsewhere(directory: Path) -> Path:
     path = directory.parent / "elsewhere"
-    path.write_bytes(content)
+    path.write_bytes(DATA)
     path.chmod(0o600)
     return path
 

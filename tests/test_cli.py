@@ -189,10 +189,7 @@ def test_a_file_that_is_no_workload(capsys, tmp_path, text):
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last_3d, torch.contiguous_format], ids=str)
-def test_a_layer_poses_the_problems_of_its_passes(tmp_path, monkeypatch, memory_format):
-    posed = []
-    run = triton_conv3d.tuning.run
-    monkeypatch.setattr(triton_conv3d.tuning, "run", lambda p, operands: posed.append(p) or run(p, operands))
+def test_a_layer_poses_the_problems_of_its_passes(tmp_path, posed, memory_format):
     (layer,), _ = read(write_workload(tmp_path / "w.json"))
     layer.run(("forward", "dgrad", "wgrad"), torch.device("cpu"), memory_format)
     assert [p.pass_ for p in posed] == ["forward", "dgrad", "wgrad"]
@@ -215,10 +212,7 @@ def small_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Conv3d(2, 3, 3), torch.nn.Conv3d(3, 1, 1))
 
 
-def test_tune_runs_every_pass_of_a_model(capsys, monkeypatch):
-    posed = []
-    run = triton_conv3d.tuning.run
-    monkeypatch.setattr(triton_conv3d.tuning, "run", lambda p, operands: posed.append(p) or run(p, operands))
+def test_tune_runs_every_pass_of_a_model(capsys, monkeypatch, posed):
     monkeypatch.setattr(cli, "_need_gpu", lambda what: torch.device("cpu"))
     status, out, _ = call(capsys, "tune", f"{__name__}:small_model", "--input-shape", "1,2,5,5,5")
     assert status == 0 and "2 converted, 0 skipped" in out

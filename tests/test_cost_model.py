@@ -118,9 +118,8 @@ class TestSharedReads:
     """Programs that run at once read a row or a column of tiles once, whatever the number of tiles in it."""
 
     @staticmethod
-    def bytes(programs, group=8, rows=64, columns=16, cache=2**40, reuse=1.0, iterations=10):
-        order = Order(rows, columns, group, 100.0, 1.0, reuse)
-        return cost_model._shared_reads(order, iterations, programs, cache)
+    def bytes(programs, group=8, columns=16, cache=2**40, reuse=1.0):
+        return cost_model._shared_reads(Order(64, columns, group, 100.0, 1.0, reuse), 10, programs, cache)
 
     @pytest.mark.parametrize(
         "programs, group, rows, columns",

@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, check_footprint, make, pose, run
+from cases import DTYPES, LAYOUTS, check_footprint, make, pose, run, seeds
 from depthwise_cases import ENGINE, FIRST, LAST, depthwise, fuzz_case, large, patched_once
 from guarded import subprocess_of
 
@@ -20,7 +20,7 @@ from triton_conv3d.engines.depthwise.configs import smallest
 from triton_conv3d.engines.depthwise.geometry import plan
 from triton_conv3d.problem import PASSES, met_taps
 
-IN_CI, LONG = 300, 3_000
+IN_CI = 300
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +32,9 @@ def quick_interpreter():
 # ------------------------------------------------------------------------------------------------- T1 and T2
 
 
-@pytest.mark.parametrize("seed", range(IN_CI))
+@pytest.mark.parametrize("seed", seeds(IN_CI, 3_000))
 @pytest.mark.parametrize("pass_", PASSES)
 def test_fuzz(pass_: str, seed: int) -> None:
-    case, config = fuzz_case(pass_, seed)
-    run(case, ENGINE, config)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(IN_CI, LONG))
-@pytest.mark.parametrize("pass_", PASSES)
-def test_fuzz_long(pass_: str, seed: int) -> None:
     case, config = fuzz_case(pass_, seed)
     run(case, ENGINE, config)
 
@@ -71,19 +63,8 @@ def test_fuzzer_reaches_everything(pass_: str) -> None:
         seen["width below strip"] += size[2] < config.columns
         seen["several tiles"] += max(at.tiles) > 1
         seen["several parts"] += config.splits > 1
-    wanted = [
-        *DTYPES,
-        *LAYOUTS,
-        "last=True",
-        "last=False",
-        "slide",
-        "3x3x3",
-        "5x5x5",
-        "7x7x7",
-        "1x3x3",
-        "3x1x1",
-        "5x1x1",
-    ]
+    wanted = [*DTYPES, *LAYOUTS, "last=True", "last=False", "slide"]
+    wanted += ["3x3x3", "5x5x5", "7x7x7", "1x3x3", "3x1x1", "5x1x1"]
     wanted += ["multiplier=1", "multiplier=2", "multiplier=3", "odd channels", "one channel", "strided", "dilated"]
     wanted += ["asymmetric", "taps skipped", "kernel above input", "dilation above input", "width below strip"]
     wanted += ["several tiles", "several parts"] + ["rows"] * (pass_ != "wgrad") + ["bias=True"] * (pass_ == "forward")

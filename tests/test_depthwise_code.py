@@ -1,6 +1,6 @@
 """Machine code of the depthwise engine, compiled ahead of time with no GPU: no spills, wide loads, few instructions.
 
-``python tests/test_depthwise_code.py sm_90`` compiles the representative set of an architecture and prints its reports.
+``PYTHONPATH=. python tests/test_depthwise_code.py sm_90`` prints the reports of an architecture's representative set.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 
 import ahead_of_time
 import pytest
 
 pytest.importorskip("triton")
+from perf.machine_code import compiled, compiling_for, launches, loops, resources
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # (pass, dtype, layout, kernel, whether architectures beside sm_90 compile it too); the first config of that kernel.
 SET = (
@@ -34,7 +35,6 @@ def report(arch: str, pass_: str, dtype: str, layout: str, kernel: str) -> dict:
     import torch
     from depthwise_cases import ENGINE
 
-    from perf.machine_code import compiled, compiling_for, launches
     from triton_conv3d.problem import Operands, describe
 
     def empty(*shape: int) -> torch.Tensor:
@@ -54,42 +54,17 @@ def report(arch: str, pass_: str, dtype: str, layout: str, kernel: str) -> dict:
         kernels = dict(map(compiled, launches(problem, operands, ENGINE, config)))
     name = "wgrad" if pass_ == "wgrad" else kernel
     found = {"arch": arch, "pass": pass_, "dtype": dtype, "layout": layout, "kernel": kernel, "config": str(config)}
-    return found | (_amd if arch.startswith("gfx") else _nvidia)(kernels[name])
+    registers, spills, text = resources(arch, kernels[name])
+    return found | {"registers": registers, "spills": spills} | ({} if arch.startswith("gfx") else innermost(text))
 
 
-def _amd(compiled) -> dict:
-    text = compiled.asm["amdgcn"]
+def innermost(text: str) -> dict:
+    """Of the innermost loop with the products: instructions, products, loads of 16 bytes."""
+    loop = min((loop for loop in loops(text) if any("FFMA" in line for line in loop)), key=len)
     return {
-        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
-        "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]),
-        "wide": len(re.findall(r"(?:buffer|global)_load_dwordx4", text)),
-    }
-
-
-def _nvidia(compiled) -> dict:
-    """Registers and spills of all, and of the innermost loop with the products: instructions, products, 16-byte loads."""
-    from perf.machine_code import _tool
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
-    labels, body, loops = {}, [], []
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(body)
-        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line):
-            body.append(line)
-            branch = re.search(r"BRA\S*\s.*`\(+(\.L\w+)", line)
-            if branch and branch[1] in labels:
-                loops.append(body[labels[branch[1]] :])
-    loop = min((inside for inside in loops if any("FFMA" in i for i in inside)), key=len)
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": sum(bool(re.search(r"\b(LDL|STL)\b", i)) for i in body),
-        "wide": sum("LDG.E.128" in i for i in loop),
+        "wide": sum("LDG.E.128" in line for line in loop),
         "loop": len(loop),
-        "products": sum(bool(re.search(r"\bFFMA2?\b", i)) * (1 + ("FFMA2" in i)) for i in loop),
+        "products": sum(bool(re.search(r"\bFFMA2?\b", line)) * (1 + ("FFMA2" in line)) for line in loop),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import planting
-from guarded import guards, overflow_checked
+from guarded import guards, overflow_checked, run_large
 
 # name: (file, what stands there once, what is planted)
 FAULTS = {
@@ -50,7 +50,6 @@ FAULTS = {
 def battery(engine: ModuleType, fault: str) -> None:
     """Raises, or kills the process, if the engine is wrong."""
     from cases import Case, make, run
-    from depthwise_cases import run_large
 
     rows = ("contiguous",) * 2
     geometries = (
@@ -76,7 +75,7 @@ def battery(engine: ModuleType, fault: str) -> None:
                 run(case, engine, dataclasses.replace(offers[-1], splits=3, vector=1 if pass_ != "wgrad" else 4), fresh)
     for pass_ in ("forward", "dgrad", "wgrad"):
         with overflow_checked():
-            run_large(engine, pass_, "batch", contiguous=False)
+            run_large(engine, pass_, "batch")
 
 
 outcomes, test_without_a_fault_the_battery_passes, test_planted_fault_is_caught = planting.tests(Path(__file__).name, FAULTS)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import Case, run
+from cases import Case, run, seeds
 from folded_cases import draw
 
 from triton_conv3d import engines
@@ -15,20 +15,10 @@ from triton_conv3d.engines.base import format_strides
 from triton_conv3d.engines.implicit_gemm.configs import CHAIN
 from triton_conv3d.problem import PASSES, Problem
 
-IN_CI, LONG = 60, 300
 
-
-@pytest.mark.parametrize("seed", range(IN_CI))
+@pytest.mark.parametrize("seed", seeds(60, 300))
 @pytest.mark.parametrize("pass_", PASSES)
 def test_fuzz(pass_: str, seed: int) -> None:
-    case, config = draw(pass_, seed)
-    run(case, "folded", config)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(IN_CI, LONG))
-@pytest.mark.parametrize("pass_", PASSES)
-def test_fuzz_long(pass_: str, seed: int) -> None:
     case, config = draw(pass_, seed)
     run(case, "folded", config)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 
 import pytest
-from cases import LAYOUTS, Case, engines_for, fuzz, fuzz_case, make, run
+from cases import LAYOUTS, Case, engines_for, fuzz, fuzz_case, make, run, seeds
 
 from triton_conv3d import engines
 from triton_conv3d.engines.implicit_gemm.configs import exchanged
@@ -46,16 +46,9 @@ REGRESSIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(IN_CI))
+@pytest.mark.parametrize("seed", seeds(IN_CI, LONG))
 @pytest.mark.parametrize("pass_", PASSES)
 def test_fuzz(pass_: str, seed: int) -> None:
-    fuzz(pass_, seed)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(IN_CI, LONG))
-@pytest.mark.parametrize("pass_", PASSES)
-def test_fuzz_long(pass_: str, seed: int) -> None:
     fuzz(pass_, seed)
 
 

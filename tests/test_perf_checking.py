@@ -23,10 +23,10 @@ DEPTHS = {
 }
 
 
-def problem_of(pass_: str, depth=(3, 1, 1, 1), batch: int = 3, size: int = 7, **changes) -> Problem:
+def problem_of(pass_: str, depth=(3, 1, 1, 1), batch: int = 3, **changes) -> Problem:
     kernel, stride, padding, dilation = depth
     return Problem(
-        pass_, batch, 2, 4, (size, 3, 2), (kernel, 1, 2), stride=(stride, 1, 1), padding=(padding, padding, 0, 0, 1, 0),
+        pass_, batch, 2, 4, (7, 3, 2), (kernel, 1, 2), stride=(stride, 1, 1), padding=(padding, padding, 0, 0, 1, 0),
         dilation=(dilation, 1, 1), groups=2, dtype="float32",
     ).replace(**changes)  # fmt: skip
 

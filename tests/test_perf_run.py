@@ -240,7 +240,7 @@ class TestCommand:
         "arguments, message",
         [
             ("--suite resnet", "no suite named 'resnet': the suites are core, all, nnunet3d"),
-            ("--provider cudnn", "no provider named 'cudnn': the providers are ours"),
+            ("--provider ours,cudnn", "no provider named 'cudnn': the providers are ours, "),
             ("--filter c33", "filter 'c33' matches no case: there are nnunet3d"),
             ("--pass backward", "no pass named 'backward': there are forward, dgrad, wgrad, train"),
             ("--dtype float16", "no dtype named 'float16': there are fp16, bf16, fp32"),

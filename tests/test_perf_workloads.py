@@ -102,20 +102,6 @@ class TestCases:
         assert len(cases) == 2 * 2 * (1 + 3)  # passes, layouts; only float32 has precisions
         assert all(case.precision == "ieee" for case in cases if case.dtype == "fp16")
 
-    @pytest.mark.parametrize(
-        "arguments, message",
-        [
-            ({"passes": ["backward"]}, "no pass named 'backward': there are forward, dgrad, wgrad, train"),
-            ({"dtypes": ["float16"]}, "no dtype named 'float16': there are fp16, bf16, fp32"),
-            ({"layouts": ["NDHWC"]}, "no layout named 'NDHWC': there are channels_last, contiguous"),
-            ({"precisions": ["high"]}, "no precision named 'high': there are ieee, tf32, tf32x3"),
-        ],
-        ids=("pass", "dtype", "layout", "precision"),
-    )
-    def test_an_unknown_value_lists_what_exists(self, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            workloads.cases(self.LAYERS, **arguments)
-
 
 class TestSelect:
     CASES = workloads.cases(workloads.suite("nnunet3d"))

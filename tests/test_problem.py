@@ -71,11 +71,11 @@ def test_layouts(tensor, layout):
     assert layout_of(tensor) == layout
 
 
-def described(x: torch.Tensor, filters: int = 5, channels_last: bool = True) -> Problem:
+def described(x: torch.Tensor, filters: int = 5) -> Problem:
     w = torch.empty(filters, x.shape[1], 1, 1, 1, dtype=x.dtype, device=x.device)
     w = w.contiguous(memory_format=torch.channels_last_3d)
     geometry = ((1, 1, 1), (0,) * 6, (1, 1, 1), 1)
-    return describe("forward", Operands(x, w), x.shape, w.shape, *geometry, channels_last, "tf32")
+    return describe("forward", Operands(x, w), x.shape, w.shape, *geometry, True, "tf32")
 
 
 ALIGNMENTS = {

@@ -87,14 +87,14 @@ def world(monkeypatch, tmp_path):
     selecting.forget()
 
 
-def store(directory, config, engine="fast", mode="quick", problem=GPU):
+def store(directory, config):
     PlanCache(directory).store(
-        Entry(problem.to_dict(), ENVIRONMENT, {"mode": mode}, engine, config.to_dict(), 5.0, 9.0, 3)
+        Entry(GPU.to_dict(), ENVIRONMENT, {"mode": "quick"}, "fast", config.to_dict(), 5.0, 9.0, 3)
     )
 
 
 class TestSources:
-    def test_measured_then_memory_then_cache(self, world, tmp_path):
+    def test_measured_then_memory_then_cache(self, world):
         first = select(GPU, OPERANDS)
         assert (first.engine, first.config, first.source, first.time_us) == ("fast", Knob(5), "measured", 5e6)
         assert select(GPU) is first
@@ -147,7 +147,7 @@ class TestSources:
         monkeypatch.setattr(selecting, "lookup", lambda *a: [(entry, 0.0)])
         assert (select(GPU).config, select(GPU).source) == (Knob(7), "cache")
 
-    def test_a_gpu_that_is_not_here_has_no_cache(self, monkeypatch, tmp_path):
+    def test_a_gpu_that_is_not_here_has_no_cache(self, tmp_path):
         selecting.forget()
         missing = GPU.replace(device="NVIDIA Z9")
         with configure(cache_dir=tmp_path):
@@ -194,7 +194,7 @@ class TestOnTrial:
 
 
 class TestForced:
-    def test_is_tuned_and_kept_apart(self, world, tmp_path):
+    def test_is_tuned_and_kept_apart(self, world):
         world["aten"].configs = lambda problem: (AtenConfig(),)
         world["slow"] = Engine("slow", [Knob(200), Knob(150)])
         with configure(engine="slow"):

@@ -92,21 +92,20 @@ def _read(arch: str, kernel) -> dict:
     """Resources; products, and those whose operands both come from shared memory; instructions of the main loop."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    from perf.machine_code import _tool, main_loop
+    from perf.machine_code import main_loop, resources
 
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
-        cubin.write_bytes(kernel.asm["cubin"])
-        ptx.write_text(kernel.asm["ptx"])
-        usage, text = _tool("cuobjdump", "-res-usage", str(cubin)), _tool("nvdisasm", "-c", str(cubin))
-        warnings = ""
-        if arch == "sm_90":  # only its products can be serialised
+    registers, spills, text = resources(arch, kernel)
+    warnings = ""
+    if arch == "sm_90":  # only its products can be serialised
+        with tempfile.TemporaryDirectory() as folder:
+            ptx = Path(folder, "ptx")
+            ptx.write_text(kernel.asm["ptx"])
             command = [get_ptxas(90).path, "--gpu-name", "sm_90a", "-o", Path(folder, "again"), ptx]
             warnings = subprocess.run(command, capture_output=True, text=True).stderr
-    loop, in_loop = main_loop(text.splitlines())
+    loop, in_loop = main_loop(text)
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        "registers": registers,
+        "spills": spills,
         "shared": kernel.metadata.shared,
         "products": len(re.findall(r"\b(?:HGMMA|UTCHMMA)", text)),
         "from_shared": len(re.findall(r"\bHGMMA\S* R\d+, gdesc|\bUTCHMMA\S* gdesc\[\w+\], gdesc", text)),

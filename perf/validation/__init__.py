@@ -2,7 +2,7 @@
 
     NAME, WHAT                 "correctness.large", and one line for people
     WORKERS                    steps that run at the same time
-    unavailable(setting)       why none of it can run here beside the lack of a GPU, or None
+    unavailable()              why none of it can run here beside the lack of a GPU, or None; without it all can
     steps(setting)             its steps; without a GPU too, for their number and estimated times
 
 Each finished step is a row of a result file; the next call goes on with what has none.
@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
 from .. import machine
 from ..machine import Machine
-from ..results import FAILED, MEMORY, OK, UNSUPPORTED
+from ..results import FAILED, MEMORY, OK, UNSUPPORTED, now
 from ..run import BAD
 from ..timing import policy
 from . import process
@@ -68,10 +67,6 @@ class Step:
     keeps: bool = False
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True)
 class Check:
     """A row of the result file: one finished step. seconds: that it took. measured: when, ISO 8601 in UTC."""
@@ -82,7 +77,7 @@ class Check:
     reason: str
     checks: int
     seconds: float
-    measured: str = field(default_factory=_now)
+    measured: str = field(default_factory=now)
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ def progress(module: ModuleType, setting: Setting, rows: Iterable[Check]) -> Pro
     steps = module.steps(setting)
     names = {step.name for step in steps}
     known = {row.step: row for row in rows if row.slice == module.NAME and row.step in names}
-    return Progress(module, steps, module.unavailable(setting), known)
+    return Progress(module, steps, getattr(module, "unavailable", lambda: None)(), known)
 
 
 def advance(

@@ -18,10 +18,6 @@ SUITE = "core"
 _SECONDS = 9.0  # three passes of a layer by five providers; an estimate
 
 
-def unavailable(setting: Setting) -> str | None:
-    return None
-
-
 def steps(setting: Setting) -> list[Step]:
     return [
         Step(workload.id, _SECONDS, functools.partial(_bench, setting, workload)) for workload in workloads.suite(SUITE)

@@ -11,10 +11,7 @@ WHAT = "1,750 fuzz cases a pass beyond the 300 of the tests"
 WORKERS = pytested.WORKERS
 _SHARDS, _TAKEN = 97, 63  # of the 2,700 long seeds a pass 1,753; a prime, so that a shard has as many of each pass
 _SECONDS = 120.0  # a shard, compiling included; an estimate
-
-
-def unavailable(setting: Setting) -> str | None:
-    return pytested.unavailable()
+unavailable = pytested.unavailable
 
 
 def steps(setting: Setting) -> list[Step]:

@@ -71,10 +71,6 @@ CASES = dict((
 ))  # fmt: skip
 
 
-def unavailable(setting: Setting) -> str | None:
-    return None
-
-
 def steps(setting: Setting) -> list[Step]:
     return [Step(name, _SECONDS, functools.partial(_step, setting.memory, name)) for name in CASES]
 

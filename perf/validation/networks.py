@@ -17,10 +17,6 @@ _SECONDS = {TRAIN: 300.0, INFER: 120.0}  # tuning and torch.compile included; es
 _QUICK = {"qwen2_vl": 30.0}  # of a single layer
 
 
-def unavailable(setting: Setting) -> str | None:
-    return None
-
-
 def steps(setting: Setting) -> list[Step]:
     return [
         Step(

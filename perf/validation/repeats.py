@@ -34,10 +34,6 @@ _CONFIGS = 6  # of an engine, beside its smallest
 _SECONDS = 60.0  # a step, compiling included; an estimate
 
 
-def unavailable(setting: Setting) -> str | None:
-    return None
-
-
 def steps(setting: Setting) -> list[Step]:
     names = [f"{layer}/{pass_}" for layer in LAYERS for pass_ in PASSES]
     return [Step(name, _SECONDS, functools.partial(child.step, __name__, name)) for name in names]

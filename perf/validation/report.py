@@ -14,7 +14,7 @@ WHAT = "pictures and report of what was measured"
 WORKERS = 1
 
 
-def unavailable(setting: Setting) -> str | None:
+def unavailable() -> str | None:
     return None if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
 
 

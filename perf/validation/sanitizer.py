@@ -17,7 +17,7 @@ _TAKEN = {"memcheck": 12, "racecheck": 3, "initcheck": 3, "synccheck": 3}  # sha
 _SECONDS = 150.0  # a shard, compiling included; an estimate
 
 
-def unavailable(setting: Setting) -> str | None:
+def unavailable() -> str | None:
     missing = None if shutil.which(_TOOL) else f"{_TOOL} is not on the PATH"
     return missing or pytested.unavailable()
 

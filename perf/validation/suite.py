@@ -12,10 +12,7 @@ WORKERS = pytested.WORKERS
 _SHARDS = {"test_engines.py": 32, "test_fuzz.py": 16}  # of the files that compile most; the others are one step each
 _SECONDS = {"test_engines.py": 90.0, "test_fuzz.py": 90.0}  # of a shard, compiling included; estimates
 _OTHER_SECONDS = 60.0
-
-
-def unavailable(setting: Setting) -> str | None:
-    return pytested.unavailable()
+unavailable = pytested.unavailable
 
 
 def steps(setting: Setting) -> list[Step]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from datetime import datetime, timezone
 
 import torch
 
@@ -16,7 +15,7 @@ from triton_conv3d.tuning.faults import is_illegal_access, is_out_of_memory
 
 from .. import workloads
 from ..providers import PROVIDERS, alike
-from ..results import FAILED, MEMORY, OK, UNSUPPORTED, WRONG
+from ..results import FAILED, MEMORY, OK, UNSUPPORTED, WRONG, now
 from ..tensors import Tensors
 from ..threads import separately
 from ..workloads import Case, Workload
@@ -31,10 +30,6 @@ _OURS = "ours"
 _KNOWN = ("measured", "cache")  # sources of a plan that some call measured
 _SECONDS = 9.0  # three passes of a layer, compiling included; an estimate
 _TABLE = "table"
-
-
-def unavailable(setting: Setting) -> str | None:
-    return None
 
 
 def steps(setting: Setting) -> list[Step]:
@@ -88,8 +83,7 @@ def _write(setting: Setting, limit: float) -> Outcome:
     entries = [entry for _, entry in PlanCache(setting.cache).entries() if entry.environment == names]
     if not entries:
         return Outcome(FAILED, f"{setting.cache} holds no plans of this machine")
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     folder = setting.out / TABLES
     folder.mkdir(parents=True, exist_ok=True)
-    path = table.write(table.Table(names, entries[0].policy, machine.stamp.commit, created, tuple(entries)), folder)
+    path = table.write(table.Table(names, entries[0].policy, machine.stamp.commit, now(), tuple(entries)), folder)
     return Outcome(OK, "", len(table.read(path).entries))
