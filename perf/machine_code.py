@@ -65,6 +65,8 @@ class Layer:
 LAYERS = (
     Layer("implicit_gemm", 128, 128),
     Layer("implicit_gemm", 128, 128, stride=2),
+    Layer("implicit_gemm", 16, 16),  # has tiles of its own
+    Layer("implicit_gemm", 16, 16, stride=2),
     Layer("implicit_gemm", 20, 20),  # fills no vector
     Layer("implicit_gemm", 64, 64, groups=16),  # several groups in a tile
     Layer("folded", 1, 128),

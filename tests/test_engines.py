@@ -41,11 +41,12 @@ SHAPES = {
 }  # fmt: skip
 
 
-def large(pass_: str, dtype: str, precision: str) -> Problem:
-    """A problem that takes every tile of an engine's tables, of this GPU or else of the one with the most."""
+def large(pass_: str, dtype: str, precision: str, channels: int = 512) -> Problem:
+    """A problem that takes every wide tile of an engine's tables, of this GPU or else of the one with the most; with 16
+    channels every narrow one."""
     arch = device_name(DEVICE)[1] if DEVICE.type == "cuda" else "sm_90"
     return Problem(
-        pass_, 64, 512, 512, (64, 64, 64), (3, 3, 3), dtype=dtype, precision=precision, arch=arch, device="any"
+        pass_, 64, channels, channels, (64, 64, 64), (3, 3, 3), dtype=dtype, precision=precision, arch=arch, device="any"
     )  # fmt: skip
 
 
@@ -56,7 +57,9 @@ def tiles(pass_: str) -> list:
         pytest.param(dtype, precision, config, id=f"{pass_}-{dtype}-{precision}-" + "x".join(map(str, vars(config).values())))
         for dtype, precision in KINDS
         for config in dict.fromkeys(
-            dataclasses.replace(config, splits=1) for config in gemm.configs(large(pass_, dtype, precision))
+            dataclasses.replace(config, splits=1)
+            for channels in (512, 16)
+            for config in gemm.configs(large(pass_, dtype, precision, channels))
         )
     ]  # fmt: skip
 
@@ -193,7 +196,7 @@ def test_wgrad_chain_longer_than_one_accumulator() -> None:
     case = Case("wgrad", in_channels=1, out_channels=2, input_size=(17, 31, 32), kernel_size=(1, 1, 1), dtype="float16")
     assert CHAIN < 17 * 31 * 32 < 2 * CHAIN
     gemm = engines.get("implicit_gemm")
-    config = next(c for c in gemm.configs(large("wgrad", "float16", "ieee")) if c.block_k == 64 and c.block_m == 16)
+    config = next(c for c in gemm.configs(large("wgrad", "float16", "ieee", 16)) if c.block_k == 64)
     for splits in (1, 2):
         run(case, "implicit_gemm", dataclasses.replace(config, splits=splits))
 

@@ -65,6 +65,8 @@ _GATHER_16 = _tiles(
     (128, 64, 32, 4, 5),
     (128, 16, 64, 4, 4),
     (64, 32, 32, 4, 4),
+    (256, 32, 16, 4, 4),
+    (256, 16, 16, 4, 4),
     (32, 16, 16, 2, 2),
 )
 _GATHER_32 = _tiles(
@@ -73,6 +75,7 @@ _GATHER_32 = _tiles(
     (64, 64, 32, 4, 3),
     (128, 32, 32, 4, 3),
     (64, 32, 16, 4, 3),
+    (128, 16, 16, 4, 3),
     (32, 16, 16, 2, 2),
 )
 _GATHER_FMA = _tiles((128, 64, 16, 8, 3), (64, 64, 16, 8, 3), (64, 32, 16, 4, 2), (32, 16, 16, 2, 2))
@@ -84,10 +87,11 @@ _WGRAD_16 = _tiles(
     (32, 128, 64, 4, 4),
     (32, 64, 64, 4, 4),
     (16, 128, 64, 4, 4),
+    (16, 64, 64, 4, 4),
     (32, 32, 32, 2, 3),
     (16, 16, 32, 2, 2),
 )
-_WGRAD_32 = _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 16, 16, 2, 2))
+_WGRAD_32 = _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 64, 16, 4, 3), (16, 16, 16, 2, 2))
 _WGRAD_FMA = _tiles((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (16, 16, 16, 2, 2))
 
 # Of these, (block_m, block_n, num_warps) that need more registers than a thread has, as perf/machine_code.py finds: whole,
@@ -107,7 +111,7 @@ _SPILLING_SPLIT = {
     ("sm_90", "strided dgrad"): ((128, 128, 4),),
     ("sm_90", "wgrad"): ((16, 128, 4),),
     ("sm_100", "forward"): ((128, 128, 4), (128, 16, 4)),
-    ("sm_100", "strided dgrad"): ((128, 128, 4),),
+    ("sm_100", "strided dgrad"): ((128, 128, 4), (256, 16, 4)),
     ("sm_80", "packed forward"): ((128, 64, 4),),
     ("sm_100", "packed dgrad"): ((128, 32, 4),),
 }
@@ -240,13 +244,17 @@ def shared_limit(problem: Problem) -> int:
 
 
 def _fits(problem: Problem, tile: GemmConfig) -> bool:
-    """The tile's stages fit into shared memory, and it is not more than twice what a side of the product needs."""
-    rows, columns, _ = _extent(problem, packed_groups(problem, tile))
+    """The tile's stages fit into shared memory, it is not more than twice what a side of the product needs, and where a
+    layer is wide enough its steps, or of wgrad its rows, are not narrow."""
+    together = packed_groups(problem, tile)
+    rows, columns, _ = _extent(problem, together)
+    narrow = tile.block_m < min(rows, 32) if problem.pass_ == "wgrad" else tile.block_k < min(together * sides(problem)[1], 32)
     stages = problem.itemsize * (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
     return (
         stages <= shared_limit(problem)
         and tile.block_m < 2 * max(rows, 16)
         and tile.block_n < 2 * max(columns, 16)
+        and not (narrow and problem.itemsize == 2)
     )
 
 
