@@ -106,8 +106,8 @@ def best(
         ranked: (predicted seconds, engine, config), the most promising first.
         mode: ``quick`` measures at most ``QUICK_CANDIDATES`` of them, ``full`` all.
         timer: measures one call; device events if None.
-        seconds: budget for verifying and timing; :func:`budget` or else the mode's own if None. The best candidate and
-            torch's own are measured whatever it is.
+        seconds: budget for verifying and timing candidates; :func:`budget` or else the mode's own if None. The best one
+            and torch's own are measured whatever it is.
         hints: candidates that were the fastest of similar problems.
 
     Raises:
@@ -174,8 +174,8 @@ class Bench:
         self.timer = EventTimer(self.device) if timer is None else timer
         self.right: list[Candidate] = []
         self.wrong: list[Candidate] = []
-        self.begin = time.monotonic()
         self.expected = self.attempt(*own, lambda: verify.trusted(self.problem, self.operands))
+        self.begin = time.monotonic()
         self.ready = self.expected is not None
 
     def late(self, part: float) -> bool:
@@ -201,8 +201,11 @@ class Bench:
         return statistics.median(samples)
 
     def is_usable(self, candidate: Candidate) -> bool:
-        """Whether a candidate runs and is right."""
+        """Whether a candidate runs and is right. What cuDNN searches meanwhile does not count, as compiling does not."""
+        before = time.monotonic()
         good = self.attempt(*candidate, lambda: self.is_right(*candidate))
+        if candidate[0].NAME == OWN:
+            self.begin += time.monotonic() - before
         if good is not None:
             (self.right if good else self.wrong).append(candidate)
         return bool(good)
@@ -281,7 +284,9 @@ def _compile(problem: Problem, operands: Operands, device: torch.device, candida
         key = (id(kernel), repr(options), repr([getattr(argument, "dtype", argument == 1) for argument in args]))
         if key not in begun:
             begun.add(key)
-            kernel.run(*args, grid=(*grid, 1), warmup=True, **options)
+            compiled = kernel.run(*args, grid=(*grid, 1), warmup=True, **options)
+            # Loads it, and builds what launches it: up to Triton 3.6, and longer than a measurement, by a C compiler.
+            getattr(compiled, "run", None)
 
     def one(candidate: Candidate) -> None:
         compiling.here = True
