@@ -14,7 +14,7 @@ from fake_clock import Clock
 from autotune import __main__ as command
 from autotune import device, records, suites, sweep
 from triton_conv3d import ops, workload
-from triton_conv3d.problem import PASSES
+from triton_conv3d.problem import PASSES, interpreted
 from triton_conv3d.tuning import measure
 from triton_conv3d.tuning.environment import environment
 from triton_conv3d.tuning.measure import QUICK_CANDIDATES
@@ -241,7 +241,8 @@ class TestCommand:
 
     def test_the_real_bench(self, capsys, tmp_path, monkeypatch):
         """Every config of every engine is launched and verified, in the interpreter; its times mean nothing."""
-        pytest.importorskip("triton")
+        if not interpreted():
+            pytest.skip("on the CPU, in the interpreter")
         cpu = torch.device("cpu")
         monkeypatch.setattr(device, "find", lambda: cpu)
         monkeypatch.setattr(device, "names", lambda here: ("cpu", "interpreter", environment(cpu)))

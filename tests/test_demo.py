@@ -166,6 +166,7 @@ def program(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU; from NumPy 2.4 on Triton 3.6 has none")
 def test_the_interpreter_runs_the_kernels():
     done = program("--device", "interpreter", "--steps", "1", "--width", "2", "--patch", "8")
     assert done.returncode == 0, done.stderr
