@@ -305,8 +305,12 @@ def check_footprint(
 
 
 def engines_for(problem: Problem) -> list[str]:
-    """Names of the engines that support a problem."""
-    return [name for name, engine in engines.available().items() if engine.supports(problem) is None]
+    """Names of the engines that support a problem; those on trial have tests of their own, and may hang."""
+    return [
+        name
+        for name, engine in engines.available().items()
+        if engine.supports(problem) is None and not getattr(engine, "TRIAL", False)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ fuzzing
