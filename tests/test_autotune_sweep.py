@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import types
 
 import pytest
@@ -40,6 +41,14 @@ class TestSweep:
         for problem, bench in zip(PROBLEMS, world.benches, strict=True):
             assert min(found.times(problem).values()) == min(bench.times.values())
         assert world.run(tmp_path / "s").measured == 0
+
+    def test_a_candidate_that_never_ends_takes_the_process_but_not_the_sweep(self, tmp_path, monkeypatch):
+        ended = threading.Event()
+        monkeypatch.setattr(sweep, "HANGING_SECONDS", 0.1)
+        monkeypatch.setattr(sweep.os, "_exit", lambda status: ended.set())
+        World(Clock(), limit=lambda: ended.wait(20)).run(tmp_path / "s", PROBLEMS[:1])
+        found = records.read(tmp_path / "s")
+        assert ended.is_set() and len(found.wrong) == 1
 
     def test_guided_measures_few_and_finds_the_best(self, world, tmp_path):
         world.run(tmp_path / "s", most=QUICK_CANDIDATES)
