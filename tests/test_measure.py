@@ -379,6 +379,30 @@ def test_tritons_errors_still_have_their_names(name, module):
     assert faults.is_out_of_resources(silent())
 
 
+def test_the_host_is_ahead_of_the_device_when_a_launch_is_timed(monkeypatch):
+    """Or what launching takes the host would count: longer than overwriting the L2 cache, for some engines."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("wait" if cycles >= 4e5 else "too short"))
+    monkeypatch.setattr(measure, "_FLUSH_BYTES", 1)
+    assert measure.EventTimer(torch.device("cpu")).time(lambda: log.append("launch")) == 2e-3
+    assert log == ["wait", "record", "launch", "record", "synchronize"]
+
+
 class TestProgress:
     def test_silent_unless_a_terminal(self, capsys):
         with progress("tuning", 2) as step:
