@@ -34,7 +34,7 @@ TUNING = "quick"  # the mode in which the slices tune
 TIMED = policy(TUNING)  # as ``python -m perf run`` stamps it by default
 _WHOLE = 0.9 * BUDGET  # seconds: a step that had so many and was not done would never be
 _PATIENCE, _LEAST_PATIENCE = 5, 120.0  # times what a step is estimated to take, and seconds, after which it hangs
-_GRACE = 45.0  # seconds: a call ends within ten minutes even if one of its steps never does
+_GRACE = 30.0  # seconds: a call ends within ten minutes even if one of its steps never does
 _REASON = 500  # characters
 
 
