@@ -358,6 +358,8 @@ class TestCompile:
         ("CUDA error: misaligned address", True, False),
         ("CUDA error: device-side assert triggered", True, False),
         ("Triton Error [HIP]: unspecified launch failure", True, False),
+        ("CUDA error: operation not supported on global/shared address space", True, False),
+        ("Triton Error [CUDA]: the launch timed out and was terminated", True, False),
         ("out of resource: shared memory, Required: 300000", False, True),
         ("CUDA error: too many resources requested for launch", False, True),
         ("PassManager::run failed", False, True),
