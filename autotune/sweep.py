@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from .records import FAILED, WRONG, Record, Writer
 
 REPETITIONS = 7  # of each measurement of an exhaustive sweep, as many as tuning takes of its finalists
 COMPILE_SECONDS = 1.0  # of one candidate, as seen for sm_90: 0.2 to 1.5 s
+HANGING_SECONDS = 120.0  # of measuring one candidate, after which it is taken never to end; usual ones take less than one
+_TOGETHER = 16  # candidates that are compiled before any of them is measured: little is lost where a sweep is ended
 _LAUNCHES = 2 + REPETITIONS  # of one candidate: compiled, verified, timed
 
 
@@ -131,21 +136,36 @@ def _sweep_one(
         return True
 
     def measure(candidate: Candidate, repetitions: int) -> float | None:
+        def leave() -> None:  # nothing ends a kernel from within: the process goes, as after an illegal access
+            writer.add(_record(problem, candidate, None, WRONG))
+            print(f"{candidate[0].NAME} [{candidate[1]}] does not end on {problem}: quarantined; the same command goes on",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            os._exit(1)
+
+        watch = threading.Timer(HANGING_SECONDS, leave)
+        watch.daemon = True
+        watch.start()
         try:
             seconds = bench.measure(candidate, repetitions)
         except RuntimeError:  # an illegal access: the device is lost to this process, and the candidate to the sweep
             writer.add(_record(problem, candidate, None, WRONG))
             raise
+        finally:
+            watch.cancel()
         wrong = seconds is None and candidate in bench.wrong
         writer.add(_record(problem, candidate, seconds, None if seconds is not None else WRONG if wrong else FAILED))
         return seconds
 
     if most is None:
-        bench.prepare(left)
-        for candidate in left:
+        for first in range(0, len(left), _TOGETHER):
+            batch = left[first : first + _TOGETHER]
             if late():
                 return False
-            measure(candidate, REPETITIONS)
+            bench.prepare(batch)
+            for candidate in batch:
+                if late():
+                    return False
+                measure(candidate, REPETITIONS)
         return True
     kept = {_key(candidate) for candidate in left}
     offers = [item for item in ranked if _key(item[1:]) in kept]

@@ -1,7 +1,9 @@
 """``python -m perf validate``: the whole acceptance on a machine with a GPU, in calls of nine minutes.
 
 Each call goes on where the last one stopped, until it says that all is done; without ``FOLDER/validate/steps.csv`` it
-begins anew. Exit status: 0 all done and right, 1 something is wrong, 3 nothing is wrong so far and steps are left.
+begins anew. A step that takes five times its estimate, and two minutes at least, has failed; one that never ends takes the
+process with it, and the next call goes on behind it. Exit status: 0 all done and right, 1 something is wrong, 3 nothing is
+wrong so far and steps are left.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from triton_conv3d import Conv3d, LazyConv3d, broadcast_plans, configure, materialize, settings
+from triton_conv3d import Conv3d, LazyConv3d, broadcast_plans, compile_backend, configure, materialize, settings
 from triton_conv3d.tuning import select
 from triton_conv3d.tuning.cache import Entry, PlanCache
 
@@ -94,7 +94,7 @@ def fsdp():
 
 
 def compiled(model: nn.Module):
-    return torch.compile(model, backend="triton_conv3d", options={"inner": "aot_eager"})
+    return torch.compile(model, backend=compile_backend.backend, options={"inner": "aot_eager"})
 
 
 @check

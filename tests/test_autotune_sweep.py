@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import types
 
 import pytest
@@ -14,7 +15,7 @@ from fake_clock import Clock
 from autotune import __main__ as command
 from autotune import device, records, suites, sweep
 from triton_conv3d import ops, workload
-from triton_conv3d.problem import PASSES
+from triton_conv3d.problem import PASSES, interpreted
 from triton_conv3d.tuning import measure
 from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.search import OWN
@@ -39,6 +40,14 @@ class TestSweep:
         for problem, bench in zip(PROBLEMS, world.benches, strict=True):
             assert min(found.times(problem).values()) == min(bench.times.values())
         assert world.run(tmp_path / "s").measured == 0
+
+    def test_a_candidate_that_never_ends_takes_the_process_but_not_the_sweep(self, tmp_path, monkeypatch):
+        ended = threading.Event()
+        monkeypatch.setattr(sweep, "HANGING_SECONDS", 0.1)
+        monkeypatch.setattr(sweep.os, "_exit", lambda status: ended.set())
+        World(Clock(), limit=lambda: ended.wait(20)).run(tmp_path / "s", PROBLEMS[:1])
+        found = records.read(tmp_path / "s")
+        assert ended.is_set() and len(found.wrong) == 1
 
     def test_guided_measures_few_and_finds_the_best(self, world, tmp_path):
         world.run(tmp_path / "s", most=QUICK_CANDIDATES)
@@ -235,7 +244,8 @@ class TestCommand:
 
     def test_the_real_bench(self, capsys, tmp_path, monkeypatch):
         """Every config of every engine is launched and verified, in the interpreter; its times mean nothing."""
-        pytest.importorskip("triton")
+        if not interpreted():
+            pytest.skip("on the CPU, in the interpreter")
         monkeypatch.setattr(device, "find", lambda: torch.device("cpu"))
         timer = types.SimpleNamespace(time=lambda launch: float(launch().numel()))
         monkeypatch.setattr(measure, "EventTimer", lambda here: timer)

@@ -304,6 +304,32 @@ def test_aten_takes_everything(pass_: str) -> None:
     torch.testing.assert_close(result, reference.compute(problem, operands), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("engine, dtype, precision, within", [
+    ("aten", "float32", "ieee", ("ieee", True, True)),
+    ("aten", "float32", "tf32x3", ("ieee", True, True)),
+    ("aten", "float32", "tf32", ("tf32", True, True)),
+    ("aten", "float16", "ieee", ("tf32", True, True)),
+    ("matmul", "float16", "ieee", ("tf32", False, True)),
+    ("matmul", "bfloat16", "ieee", ("tf32", True, False)),
+])  # fmt: skip
+def test_torchs_switches_are_as_the_problem_wants_them(engine, dtype, precision, within, monkeypatch) -> None:
+    """cuDNN's precision is the problem's, cuBLAS rounds no partial sums; and outside everything is as it was."""
+    engine, own = engines.get(engine), torch.backends.cuda.matmul
+    inside = {"aten": "_convolution", "matmul": "_product"}[engine.NAME]
+    compute = getattr(engine, inside)
+
+    def switches() -> tuple:
+        sums = (own.allow_fp16_reduced_precision_reduction, own.allow_bf16_reduced_precision_reduction)
+        return torch.backends.cudnn.conv.fp32_precision, *sums
+
+    before, seen = switches(), []
+    assert before == ("tf32", True, True)
+    monkeypatch.setattr(engine, inside, lambda *args: seen.append(switches()) or compute(*args))
+    problem, operands = make(Case("forward", kernel_size=(1, 1, 1), dtype=dtype, precision=precision))
+    engine.launch(problem.replace(arch="sm_90"), operands, engine.configs(problem)[0])
+    assert seen == [within] and switches() == before
+
+
 def test_engine_names() -> None:
     names = ["matmul", "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "aten"]
     assert list(engines.available()) == names

@@ -210,6 +210,23 @@ class TestBest:
         result = self.contest(clock, [30, 10, 20], seconds=0.5)
         assert set(clock.count) == {30, 50} and result.config.tile == 30 and result.aten_us == 50e6
 
+    def test_the_reference_and_cudnns_search_do_not_count(self, monkeypatch):
+        """The first convolution of a process loads cuDNN, and the first of a shape searches."""
+        clock, trusted, is_right = Clock(monkeypatch), verify.trusted, measure.Bench.is_right
+
+        def loading(problem, operands):
+            clock.now += 10.0
+            return trusted(problem, operands)
+
+        def searching(bench, engine, config):
+            clock.now += 10.0 * (engine.NAME == "aten")
+            return is_right(bench, engine, config)
+
+        monkeypatch.setattr(verify, "trusted", loading)
+        monkeypatch.setattr(measure.Bench, "is_right", searching)
+        self.contest(clock, [30, 10, 20], seconds=1.0)
+        assert set(clock.count) == {10, 20, 30, 50}
+
     def test_budget_of_a_block(self, monkeypatch):
         clock = Clock(monkeypatch, seconds_each=1.0)
         with measure.budget(3.5):
@@ -256,12 +273,23 @@ class TestBest:
         assert self.contest(Clock(monkeypatch), [5], dtype=torch.complex64) is None
 
 
+class Lazy:
+    """A compiled kernel as Triton returns it: loaded, and its launcher built, when ``run`` is first asked for."""
+
+    def __init__(self, loaded):
+        self._loaded = loaded
+
+    @property
+    def run(self):
+        self._loaded.append(self)
+
+
 class TestCompile:
     """A kernel that only records, launched as engines launch theirs, on a GPU that is made up."""
 
     @pytest.fixture(autouse=True)
     def _gpu(self, monkeypatch):
-        self.runs, self.elsewhere = [], []
+        self.runs, self.loaded = [], []
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(measure, "interpreted", lambda: False)
 
@@ -271,6 +299,7 @@ class TestCompile:
 
     def run(self, *args, warmup, num_warps, **_):
         self.runs.append((warmup, num_warps, threading.get_ident()))
+        return Lazy(self.loaded)
 
     def launch(self, problem, operands, config):
         launching.launch_kernel(self, (1, 1), (operands.input,), {"num_warps": config.tile // 2})
@@ -278,6 +307,7 @@ class TestCompile:
     def test_each_kernel_once_and_none_launched(self):
         self.compile(6, self.launch)
         assert sorted((warmup, warps) for warmup, warps, _ in self.runs) == [(True, 0), (True, 1), (True, 2)]
+        assert len(self.loaded) == 3  # or building launchers would count as measuring
         launching.launch_kernel(self, (1, 1), (torch.empty(0),), {"num_warps": 9})
         assert self.runs[-1][:2] == (False, 9)
 
@@ -316,6 +346,8 @@ class TestCompile:
         ("CUDA error: misaligned address", True, False),
         ("CUDA error: device-side assert triggered", True, False),
         ("Triton Error [HIP]: unspecified launch failure", True, False),
+        ("CUDA error: operation not supported on global/shared address space", True, False),
+        ("Triton Error [CUDA]: the launch timed out and was terminated", True, False),
         ("out of resource: shared memory, Required: 300000", False, True),
         ("CUDA error: too many resources requested for launch", False, True),
         ("PassManager::run failed", False, True),
@@ -335,6 +367,30 @@ def test_tritons_errors_still_have_their_names(name, module):
     kind = getattr(importlib.import_module(module), name)
     silent = type("Silent", (kind,), {"__init__": lambda self: None, "__str__": lambda self: ""})
     assert faults.is_out_of_resources(silent())
+
+
+def test_the_host_is_ahead_of_the_device_when_a_launch_is_timed(monkeypatch):
+    """Or what launching takes the host would count: longer than overwriting the L2 cache, for some engines."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("wait" if cycles >= 4e5 else "too short"))
+    monkeypatch.setattr(measure, "_FLUSH_BYTES", 1)
+    assert measure.EventTimer(torch.device("cpu")).time(lambda: log.append("launch")) == 2e-3
+    assert log == ["wait", "record", "launch", "record", "synchronize"]
 
 
 class TestProgress:

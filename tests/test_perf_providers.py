@@ -146,12 +146,13 @@ class TestPlans:
         case = perf_cases.case(layer, TRAIN)
         tensors = Tensors(case, DEVICE)
         forget()
-        ready = PROVIDERS["ours"].prepare(case, tensors)
-        ready.call()
-        chosen: list = []
-        module = sys.modules[select.__module__]
-        monkeypatch.setattr(module, "_choose", lambda *args: chosen.append(args) or pytest.fail("not posed before"))
-        assert [plan.engine for plan in ready.plans()] and len(ready.plans()) == 3 and not chosen
+        with alike(case):
+            ready = PROVIDERS["ours"].prepare(case, tensors)
+            ready.call()
+            chosen: list = []
+            module = sys.modules[select.__module__]
+            monkeypatch.setattr(module, "_choose", lambda *args: chosen.append(args) or pytest.fail("not posed before"))
+            assert [plan.engine for plan in ready.plans()] and len(ready.plans()) == 3 and not chosen
 
     def test_an_engine_alone_is_that_engine_and_the_setting_is_given_back(self):
         ready = prepared("aten", perf_cases.case())

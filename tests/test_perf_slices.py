@@ -55,6 +55,10 @@ def launching(monkeypatch, change):
             monkeypatch.setattr(engine, "launch", lambda *args, launch=launch: change(launch(*args)))
 
 
+def illegal(result: torch.Tensor):
+    raise ILLEGAL
+
+
 def off_by_one(result: torch.Tensor) -> torch.Tensor:
     result[(-1,) * 5] += 1
     return result
@@ -100,6 +104,16 @@ def test_plans_are_of_every_engine_but_torchs_own():
     assert "aten" not in {engine.NAME for engine, _ in found} and len(set(map(str, found))) == len(found)
     offers = [config for engine, config in found if engine is GEMM]
     assert len(offers) == 3 and offers[-1] == GEMM.configs(problem)[-1]
+
+
+@pytest.mark.parametrize("trial", [False, True])
+def test_engines_on_trial_have_steps_of_their_own(trial):
+    """A kernel of theirs that hangs, or takes the device, then costs no other engine its results."""
+    problem = Problem("forward", 2, 64, 64, (8, 8, 8), (3, 3, 3), arch="sm_90", device="NVIDIA H200", dtype="float16")
+    found = {engine.NAME for engine, _ in exact.plans(problem, 1, trial)}
+    assert found == ({"hopper"} if trial else {"implicit_gemm", "tma", "halo"})
+    names = [step.name for step in large.steps(Setting(None))]
+    assert [exact.parted(name) for name in names] == [(name, on) for on in (False, True) for name in large.CASES]
 
 
 # Large tensors
@@ -162,9 +176,21 @@ def test_a_config_that_does_not_fit_is_no_fault(monkeypatch):
     assert large.check(tiny("batch_65537"), DEVICE) == Outcome(OK, "", 0)
 
 
+def test_what_raises_is_named_and_the_others_go_on_until_the_device_is_lost(monkeypatch):
+    checks = large.check(tiny("batch_65537"), DEVICE).checks
+    monkeypatch.setattr(GEMM, "launch", lambda *args: 1 / 0)
+    outcome = large.check(tiny("batch_65537"), DEVICE)
+    assert outcome.status == WRONG and 0 < outcome.checks < checks
+    assert "forward: implicit_gemm [block_m=" in outcome.reason and "raised ZeroDivisionError" in outcome.reason
+    launching(monkeypatch, illegal)
+    outcome = large.check(tiny("batch_65537"), DEVICE)
+    assert outcome.reason.count("raised") == 1 and "illegal memory access" in outcome.reason
+
+
 def test_large_cases_are_computed_by_name(monkeypatch):
-    monkeypatch.setattr(large, "check", lambda case, device: (case, device.type))
-    assert large.compute("batch_65537") == (large.CASES["batch_65537"], "cuda")
+    monkeypatch.setattr(large, "check", lambda case, device, trial: (case, device.type, trial))
+    case = large.CASES["batch_65537"]
+    assert [large.compute(f"batch_65537{more}") for more in ("", ", on trial")] == [(case, "cuda", on) for on in (False, True)]
 
 
 def test_too_little_memory_is_named(monkeypatch):
@@ -204,7 +230,7 @@ def test_repeats_are_of_six_real_layers_a_pass(monkeypatch):
     names = [step.name for step in repeats.steps(Setting(None))]
     assert [name.split("/")[1] for name in names].count("wgrad") == 6
     asked = []
-    monkeypatch.setattr(repeats, "check", lambda cases, device, runs: asked.append((cases, runs)))
+    monkeypatch.setattr(repeats, "check", lambda cases, device, runs, trial: asked.append((cases, runs)))
     for name in names:
         repeats.compute(name)
     assert {len(cases) for cases, _ in asked} == {3} and {runs for _, runs in asked} == {100}
@@ -280,7 +306,9 @@ def test_the_table_holds_what_was_measured_here(where):
 
 @pytest.fixture
 def few_samples(monkeypatch):
+    """And by the ranking's plans: where there is a GPU, tuning would find out what is planted, and use torch's own."""
     monkeypatch.setattr(timing, "SAMPLES", 1)
+    monkeypatch.setattr(bench, "TUNING", "off")
     monkeypatch.setattr(torch, "compile", lambda module, **how: module)
 
 

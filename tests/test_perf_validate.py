@@ -72,9 +72,9 @@ class TestAdvance:
 
     def test_what_fits_is_run_and_recorded(self):
         clock, limits = Clock(), []
-        steps = [Step(name, 100.0, takes(clock, 90.0, log=limits)) for name in "abcdefgh"]
+        steps = [Step(name, 90.0, takes(clock, 90.0, log=limits)) for name in "abcdefgh"]
         rows = self.go(clock, *steps)
-        assert list(rows) == list("abcde") and limits == [540.0, 450.0, 360.0, 270.0, 180.0]
+        assert list(rows) == list("abcdef") and limits == [450.0, 450.0, 360.0, 270.0, 180.0, 90.0]
         assert {(row.slice, row.status, row.checks, row.seconds) for row in rows.values()} == {("some", OK, 1, 90.0)}
 
     def test_a_shorter_one_takes_the_place_of_one_that_does_not_fit(self):
@@ -87,12 +87,25 @@ class TestAdvance:
         rows = self.go(clock, Step("a", 1.0, takes(clock, 1.0, KeyError("gone"))), Step("b", 1.0, takes(clock, 1.0)))
         assert (rows["a"].status, rows["a"].reason) == (FAILED, "KeyError: 'gone'") and rows["b"].status == OK
 
-    @pytest.mark.parametrize("seconds, keeps, status", [(540, False, FAILED), (300, False, None), (540, True, None)])
-    def test_one_that_is_not_done_in_time(self, seconds, keeps, status):
-        """It is left for the next call, unless it had a whole call for itself and nothing of it is kept."""
+    @pytest.mark.parametrize("estimate, seconds, keeps, status", [
+        (200, 540, False, FAILED), (200, 300, False, None), (200, 540, True, None),
+        (9, 130, False, FAILED), (9, 110, False, None),
+    ])  # fmt: skip
+    def test_one_that_is_not_done_in_time(self, estimate, seconds, keeps, status):
+        """It is left for the next call, unless it had long enough and nothing of it is kept."""
         clock = Clock()
-        rows = self.go(clock, Step("a", 200.0, takes(clock, 400.0, None), keeps), seconds=seconds)
+        rows = self.go(clock, Step("a", estimate, takes(clock, 400.0, None), keeps), seconds=seconds)
         assert [row.status for row in rows.values()] == ([status] if status else [])
+
+    @pytest.mark.parametrize("keeps, seconds, recorded", [(False, 540, True), (True, 540, True), (True, 300, False)])
+    def test_one_that_never_ends_takes_the_process_but_not_the_rest(self, keeps, seconds, recorded, monkeypatch):
+        """As a kernel may: the next call begins behind it, unless it keeps what it does and had no whole call."""
+        ended, rows = threading.Event(), []
+        monkeypatch.setattr(validation, "_GRACE", 0.1 - (seconds if keeps else validation._LEAST_PATIENCE))
+        monkeypatch.setattr(validation.os, "_exit", lambda status: ended.set())
+        step = Step("a", 9.0, lambda limit: ended.wait(20) and FINE, keeps)
+        advance(progress(slice_of(step), Setting(None), []), seconds, lambda row: rows.append(row), lambda: 0.0)
+        assert ended.is_set() and [row.status for row in rows] == [FAILED] * recorded + [OK]
 
     @pytest.mark.parametrize("outcome", [None, Outcome(FAILED, "illegal")])
     def test_a_lost_device_ends_the_call(self, outcome):

@@ -8,18 +8,27 @@ import re
 import subprocess
 import sys
 import types
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch
 
 import triton_conv3d
 from triton_conv3d import __main__ as cli
-from triton_conv3d import engines, settings
+from triton_conv3d import compile_backend, engines, settings
 from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = list((ROOT / "perf" / "results").glob("*/*.csv"))  # of a GPU; what is compiled only is kept as JSON
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _installed():
+    """Of a checkout that is only on the path torch does not know the backend by its name."""
+    if not entry_points(group="torch_dynamo_backends", name="triton_conv3d"):
+        torch._dynamo.register_backend(compile_backend.backend, name="triton_conv3d")
 
 
 def blocks(language: str) -> list[str]:

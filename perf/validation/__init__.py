@@ -11,6 +11,8 @@ Each finished step is a row of a result file; the next call goes on with what ha
 from __future__ import annotations
 
 import math
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
@@ -30,6 +32,8 @@ BUDGET = 540.0  # seconds of one call: nine minutes
 TUNING = "quick"  # the mode in which the slices tune
 TIMED = policy(TUNING)  # as ``python -m perf run`` stamps it by default
 _WHOLE = 0.9 * BUDGET  # seconds: a step that had so many and was not done would never be
+_PATIENCE, _LEAST_PATIENCE = 5, 120.0  # times what a step is estimated to take, and seconds, after which it hangs
+_GRACE = 30.0  # seconds: a call ends within ten minutes even if one of its steps never does
 _REASON = 500  # characters
 
 
@@ -65,6 +69,11 @@ class Step:
     seconds: float
     run: Callable[[float], Outcome | None]
     keeps: bool = False
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which it has failed."""
+        return _WHOLE if self.keeps else min(_WHOLE, max(_LEAST_PATIENCE, _PATIENCE * self.seconds))
 
 
 @dataclass(frozen=True)
@@ -164,12 +173,13 @@ def advance(
                         break
                     pending.remove(step)
                     begin = clock()
-                    running[pool.submit(step.run, deadline - begin)] = (step, begin)
+                    limit = deadline - begin if step.keeps else min(deadline - begin, step.patience)
+                    running[pool.submit(_watched, state, step, limit, record)] = (step, begin, limit)
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    step, begin = running.pop(future)
-                    outcome = _outcome(future, step, deadline - begin)
+                    step, begin, limit = running.pop(future)
+                    outcome = _outcome(future, step, limit)
                     if outcome is not None:
                         row = Check(state.slice.NAME, step.name, **vars(outcome), seconds=clock() - begin)
                         state.rows[step.name] = row
@@ -178,6 +188,25 @@ def advance(
                         raise future.exception()
         finally:
             process.end_all()
+
+
+def _watched(state: Progress, step: Step, limit: float, record: Callable[[Check], None]) -> Outcome | None:
+    """``step.run(limit)``. Nothing ends a kernel from within: if one never does, this process goes; the next call goes on."""
+    wait = limit if step.keeps else step.patience
+
+    def leave() -> None:
+        if not step.keeps or limit >= step.patience:
+            record(Check(state.slice.NAME, step.name, FAILED, f"still not done after {wait + _GRACE:.0f} s", 0, wait + _GRACE))
+        process.end_all()
+        os._exit(1)
+
+    watch = threading.Timer(wait + _GRACE, leave)
+    watch.daemon = True
+    watch.start()
+    try:
+        return step.run(limit)
+    finally:
+        watch.cancel()
 
 
 class _Inline(Executor):
@@ -199,7 +228,7 @@ def _outcome(future: Future, step: Step, limit: float) -> Outcome | None:
         return error.outcome
     if error is not None:
         return Outcome(FAILED, f"{type(error).__name__}: {error}"[:_REASON])
-    if future.result() is None and not step.keeps and limit >= _WHOLE:
+    if future.result() is None and not step.keeps and limit >= step.patience:
         return Outcome(FAILED, f"not done within {limit:.0f} s")
     return future.result()
 

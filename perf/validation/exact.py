@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 import torch
@@ -16,6 +16,7 @@ from .. import checking
 
 _SUMS = 2.0**22  # products that differ from 0, of one sum: float32 holds every integer up to 2^24
 _ATEN = "aten"  # torch's own, which is not ours to judge
+_TRIAL = ", on trial"
 
 
 def fill(problem: Problem, operands: Operands) -> None:
@@ -37,10 +38,22 @@ def differing(problem: Problem, operands: Operands, result: torch.Tensor, elemen
     return sum(int((result[index] != expected.to(result.dtype)).sum()) for index, expected in slabs)
 
 
-def plans(problem: Problem, most: int) -> Iterator[tuple[ModuleType, Config]]:
-    """Of every engine but torch's own: the most promising configs and the smallest, which fits every GPU."""
+def steps(names: Iterable[str]) -> list[str]:
+    """Each twice, without and with the engines on trial: what those do to the device, or keep it from, costs only them."""
+    names = list(names)
+    return names + [name + _TRIAL for name in names]
+
+
+def parted(step: str) -> tuple[str, bool]:
+    """(the name, whether it is for the engines on trial) of one of :func:`steps`."""
+    return step.removesuffix(_TRIAL), step.endswith(_TRIAL)
+
+
+def plans(problem: Problem, most: int, trial: bool = False) -> Iterator[tuple[ModuleType, Config]]:
+    """Of every engine but torch's own, or of those on trial: the most promising configs and the smallest, which fits every
+    GPU."""
     for engine in engines.available().values():
-        if engine.NAME != _ATEN and engine.supports(problem) is None:
+        if engine.NAME != _ATEN and getattr(engine, "TRIAL", False) == trial and engine.supports(problem) is None:
             offers = engine.configs(problem)
             ranked = [config for _, _, config in cost_model.rank(problem, [(engine, config) for config in offers])]
             yield from ((engine, config) for config in dict.fromkeys((*ranked[:most], offers[-1])))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from triton_conv3d.problem import PASSES, VIEW, Operands, Problem
-from triton_conv3d.tuning.faults import is_out_of_resources
+from triton_conv3d.tuning.faults import is_illegal_access, is_out_of_resources
 from triton_conv3d.workload import DTYPES, Layer
 
 from ..checking import SLAB
@@ -72,32 +72,36 @@ CASES = dict((
 
 
 def steps(setting: Setting) -> list[Step]:
-    return [Step(name, _SECONDS, functools.partial(_step, setting.memory, name)) for name in CASES]
+    return [Step(name, _SECONDS, functools.partial(_step, setting.memory, name)) for name in exact.steps(CASES)]
 
 
 def _step(memory: int, name: str, limit: float) -> Outcome | None:
-    needed = CASES[name].memory
+    needed = CASES[exact.parted(name)[0]].memory
     if needed > memory:
         return Outcome(MEMORY, f"needs {needed / 2**30:.1f} GiB, this GPU has {memory / 2**30:.1f} GiB")
     return child.step(__name__, name, limit)
 
 
 def compute(name: str) -> Outcome:
-    return check(CASES[name], torch.device("cuda"))
+    case, trial = exact.parted(name)
+    return check(CASES[case], torch.device("cuda"), trial=trial)
 
 
-def check(large: Large, device: torch.device, elements: int = SLAB) -> Outcome:
+def check(large: Large, device: torch.device, elements: int = SLAB, trial: bool = False) -> Outcome:
     """Every pass of a case, by every engine but torch's own, with its best ranked and its smallest config."""
     wrong, checks = [], 0
     for pass_ in large.passes:
         problem, operands = make(large, pass_, device)
-        for engine, config in exact.plans(problem, _CONFIGS):
+        for engine, config in exact.plans(problem, _CONFIGS, trial):
             try:
                 count = exact.differing(problem, operands, engine.launch(problem, operands, config), elements)
             except Exception as error:
                 if is_out_of_resources(error):
                     continue
-                raise
+                wrong.append(f"{pass_}: {engine.NAME} [{config}] raised {error!r:.200}")
+                if is_illegal_access(error):  # which ends all computing in this process
+                    return Outcome(WRONG, "; ".join(wrong), checks)
+                continue
             checks += 1
             if count:
                 wrong.append(f"{pass_}: {count} elements by {engine.NAME} [{config}]")

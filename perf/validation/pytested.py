@@ -15,6 +15,7 @@ from . import Outcome, process
 
 TESTS = process.ROOT / "tests"
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))  # each compiles on one core, with torch's threads beside it
+_THREADS = str(max(1, (os.cpu_count() or 1) // WORKERS))  # of torch's, or each worker has as many as there are cores
 _NOTHING_COLLECTED = 5  # pytest's exit status
 _NAMED = 5  # failing tests that a reason names
 SANITIZER = 99  # exit status asked for where a sanitizer reports something
@@ -39,7 +40,7 @@ def run(
         report = Path(folder) / "report.xml"
         options = ["-q", "-p", "no:cacheprovider", "-p", "perf.shard", f"--junitxml={report}"]
         command = [*prefix, sys.executable, "-m", "pytest", *options, *arguments]
-        done = process.run(command, limit, **environment)
+        done = process.run(command, limit, OMP_NUM_THREADS=_THREADS, **environment)
         if done is None:
             return None
         counts, failing = _read(report) if report.exists() else (0, [])

@@ -10,7 +10,7 @@ import torch
 
 from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import PASSES, Operands, Problem
-from triton_conv3d.tuning.faults import is_out_of_resources
+from triton_conv3d.tuning.faults import is_illegal_access, is_out_of_resources
 
 from ..results import OK, WRONG
 from ..tensors import Tensors
@@ -35,29 +35,33 @@ _SECONDS = 60.0  # a step, compiling included; an estimate
 
 
 def steps(setting: Setting) -> list[Step]:
-    names = [f"{layer}/{pass_}" for layer in LAYERS for pass_ in PASSES]
+    names = exact.steps(f"{layer}/{pass_}" for layer in LAYERS for pass_ in PASSES)
     return [Step(name, _SECONDS, functools.partial(child.step, __name__, name)) for name in names]
 
 
 def compute(name: str) -> Outcome:
-    layer, pass_ = name.split("/")
-    return check(cases([w for w in real() if w.id == layer], (pass_,), _DTYPES), torch.device("cuda"), RUNS)
+    case, trial = exact.parted(name)
+    layer, pass_ = case.split("/")
+    return check(cases([w for w in real() if w.id == layer], (pass_,), _DTYPES), torch.device("cuda"), RUNS, trial)
 
 
-def check(asked: Sequence[Case], device: torch.device, runs: int) -> Outcome:
+def check(asked: Sequence[Case], device: torch.device, runs: int, trial: bool = False) -> Outcome:
     """T1 and equal bits, for the most promising configs of every engine but torch's own."""
     faults, checks = [], 0
     for case in asked:
         (problem,) = Tensors(case, device).problems
         integers, noise = (Tensors(case, device).operands(problem) for _ in range(2))
         exact.fill(problem, integers)
-        for engine, config in exact.plans(problem, _CONFIGS):
+        for engine, config in exact.plans(problem, _CONFIGS, trial):
             try:
                 fault = _fault(problem, integers, noise, engine, config, runs)
             except Exception as error:
                 if is_out_of_resources(error):
                     continue
-                raise
+                faults.append(f"{case.dtype} {engine.NAME} [{config}] raised {error!r:.200}")
+                if is_illegal_access(error):  # which ends all computing in this process
+                    return Outcome(WRONG, "; ".join(faults), checks)
+                continue
             checks += 1
             if fault:
                 faults.append(f"{case.dtype} {engine.NAME} [{config}]: {fault}")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..problem import CHANNELS_LAST, Operands, Problem
-from .base import Config, Memory, finish, in_format
+from .base import Config, Memory, finish, in_format, switched
 
 NAME = "aten"
 
@@ -54,14 +54,19 @@ def launch(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Te
         last = {"memory_format": torch.channels_last_3d}
         input, weight, grad = (t if t is None else t.contiguous(**last) for t in operands[:3])
         operands = operands._replace(input=input, weight=weight, grad=grad)
-    if not config.benchmark:
+    cudnn = torch.backends.cudnn
+    with (
+        switched(cudnn, "benchmark", config.benchmark or None),
+        switched(cudnn.conv, "fp32_precision", _precision(problem)),
+    ):
         return _finished(problem, operands)
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        return _finished(problem, operands)
-    finally:
-        torch.backends.cudnn.benchmark = before
+
+
+def _precision(problem: Problem) -> str | None:
+    """Of cuDNN's float32 products, whatever torch's own switch says; it has no tf32x3. None: of none."""
+    if problem.dtype != "float32" or not problem.arch.startswith("sm_"):
+        return None
+    return "tf32" if problem.precision == "tf32" else "ieee"
 
 
 def _finished(problem: Problem, operands: Operands) -> torch.Tensor:

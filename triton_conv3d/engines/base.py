@@ -15,9 +15,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +116,20 @@ def aligned(tensor: torch.Tensor) -> bool:
 def upcast(problem: Problem) -> bool:
     """The interpreter multiplies raw bits of bfloat16, and truncates to it: kernels then compute in float32."""
     return problem.dtype == "bfloat16" and interpreted()
+
+
+@contextlib.contextmanager
+def switched(owner: object, name: str, value: object) -> Iterator[None]:
+    """Within the block one of torch's switches has this value; None: the one that it has."""
+    before = getattr(owner, name)
+    if value is None or value == before:
+        yield
+        return
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def in_format(result: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..problem import CHANNELS_LAST, Operands, Problem
-from .base import Config, Memory, finish, in_format
+from .base import Config, Memory, finish, in_format, switched
 
 NAME = "matmul"
 
@@ -63,20 +63,18 @@ def memory(problem: Problem, config: MatmulConfig) -> Memory:
 
 
 def launch(problem: Problem, operands: Operands, config: MatmulConfig) -> torch.Tensor:
-    result = _in_precision(problem, operands)
+    with switched(torch.backends.cuda.matmul, *_switch(problem)):
+        result = _product(problem, operands)
     return finish(problem, operands, result) if problem.fused else result
 
 
-def _in_precision(problem: Problem, operands: Operands) -> torch.Tensor:
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    if problem.dtype != "float32" or not problem.arch.startswith("sm_") or before == problem.precision:
-        return _product(problem, operands)
-    switch.fp32_precision = problem.precision  # the convolution's switch holds, not the one of torch.matmul
-    try:
-        return _product(problem, operands)
-    finally:
-        switch.fp32_precision = before
+def _switch(problem: Problem) -> tuple[str, str | bool | None]:
+    """Of torch's GEMM, and its value: the convolution's precision, and no partial sums that are rounded to 16 bits."""
+    short = {"float16": "fp16", "bfloat16": "bf16"}.get(problem.dtype)
+    if short and problem.arch.startswith("sm_"):
+        return f"allow_{short}_reduced_precision_reduction", False
+    own = problem.dtype == "float32" and problem.arch.startswith("sm_")
+    return "fp32_precision", problem.precision if own else None
 
 
 def _product(problem: Problem, operands: Operands) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# Errors after which the device's context, or the kernel, can no longer be trusted.
+# Errors after which the device's context, or the kernel, can no longer be trusted: all of CUDA's that stay (cudaError, 700 to
+# 721), for whatever is launched after them fails alike.
 _FATAL = (
     "illegal memory access",
     "illegal address",
@@ -12,6 +13,12 @@ _FATAL = (
     "misaligned address",
     "device-side assert",
     "unspecified launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "global/shared address space",
+    "invalid program counter",
+    "tensor memory not completely freed",
+    "uncorrectable ecc error",
 )
 _UNFIT_TYPES = ("OutOfResources", "CompilationError", "CompileTimeAssertionFailure", "PTXASError")  # Triton's, by name
 _UNFIT = ("passmanager::run failed", "out of resource", "too many resources requested")

@@ -32,6 +32,7 @@ FULL_SECONDS = 60.0  # a bound for enormous volumes; of usual ones everything is
 QUICK_CANDIDATES = 12  # torch's own among them: tests/test_search.py shows what the search misses with so many
 _COMPILERS = 8  # threads
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache, MI300X's 256 MiB of last-level cache included
+_AHEAD_CYCLES = 1_000_000  # half a millisecond at 2 GHz; the host takes 0.03 to 0.2 to launch a candidate
 
 _quarantine: set[tuple[str, Config, str]] = set()  # of this process, and so of one version of Triton
 _budget: float | None = None
@@ -74,8 +75,8 @@ class Timer(Protocol):
 
 
 class EventTimer:
-    """Device events around one call. The L2 cache is overwritten first; meanwhile the host gets ahead of the device,
-    so that launching is not counted."""
+    """Device events around one call. The L2 cache is overwritten first; then the device waits, so that the host gets ahead
+    of it and launching is not counted."""
 
     def __init__(self, device: torch.device):
         self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -83,6 +84,7 @@ class EventTimer:
     def time(self, function: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
+        torch.cuda._sleep(_AHEAD_CYCLES)
         start.record()
         function()
         end.record()
@@ -106,8 +108,8 @@ def best(
         ranked: (predicted seconds, engine, config), the most promising first.
         mode: ``quick`` measures at most ``QUICK_CANDIDATES`` of them, ``full`` all.
         timer: measures one call; device events if None.
-        seconds: budget for verifying and timing; :func:`budget` or else the mode's own if None. The best candidate and
-            torch's own are measured whatever it is.
+        seconds: budget for verifying and timing candidates; :func:`budget` or else the mode's own if None. The best one
+            and torch's own are measured whatever it is.
         hints: candidates that were the fastest of similar problems.
 
     Raises:
@@ -174,8 +176,8 @@ class Bench:
         self.timer = EventTimer(self.device) if timer is None else timer
         self.right: list[Candidate] = []
         self.wrong: list[Candidate] = []
-        self.begin = time.monotonic()
         self.expected = self.attempt(*own, lambda: verify.trusted(self.problem, self.operands))
+        self.begin = time.monotonic()
         self.ready = self.expected is not None
 
     def late(self, part: float) -> bool:
@@ -201,8 +203,11 @@ class Bench:
         return statistics.median(samples)
 
     def is_usable(self, candidate: Candidate) -> bool:
-        """Whether a candidate runs and is right."""
+        """Whether a candidate runs and is right. What cuDNN searches meanwhile does not count, as compiling does not."""
+        before = time.monotonic()
         good = self.attempt(*candidate, lambda: self.is_right(*candidate))
+        if candidate[0].NAME == OWN:
+            self.begin += time.monotonic() - before
         if good is not None:
             (self.right if good else self.wrong).append(candidate)
         return bool(good)
@@ -281,7 +286,9 @@ def _compile(problem: Problem, operands: Operands, device: torch.device, candida
         key = (id(kernel), repr(options), repr([getattr(argument, "dtype", argument == 1) for argument in args]))
         if key not in begun:
             begun.add(key)
-            kernel.run(*args, grid=(*grid, 1), warmup=True, **options)
+            compiled = kernel.run(*args, grid=(*grid, 1), warmup=True, **options)
+            # Loads it, and builds what launches it: up to Triton 3.6, and longer than a measurement, by a C compiler.
+            getattr(compiled, "run", None)
 
     def one(candidate: Candidate) -> None:
         compiling.here = True

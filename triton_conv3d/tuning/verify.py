@@ -38,8 +38,8 @@ def private_operands(operands: Operands) -> Operands:
 def trusted(problem: Problem, operands: Operands) -> torch.Tensor:
     """torch's own result in a wider type: float32 for 16-bit operands, else float64.
 
-    No precision switch is touched: products of 16-bit operands are exact in tf32 as well, and float64 knows no other
-    precision. Where memory does not permit it, 16-bit operands are judged by torch's result in their own type.
+    Products of 16-bit operands are exact in tf32 as well, and float64 knows no other precision. Where memory does not
+    permit it, 16-bit operands are judged by torch's result in their own type.
 
     Raises:
         torch.OutOfMemoryError: there is nothing to judge float32 by.
@@ -47,7 +47,8 @@ def trusted(problem: Problem, operands: Operands) -> torch.Tensor:
     wide = torch.float32 if problem.itemsize == 2 else torch.float64
     try:
         widened = operands.map(lambda t: t.to(wide))
-        return aten.launch(problem.replace(dtype=str(wide).removeprefix("torch.")), widened, aten.AtenConfig())
+        wider = problem.replace(dtype=str(wide).removeprefix("torch."), precision="tf32")
+        return aten.launch(wider, widened, aten.AtenConfig())
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         if problem.itemsize != 2:
