@@ -9,6 +9,8 @@ from compiled import by_aten, compare, compiled, conversions_between_convolution
 from tolerances import COMPILED
 from torch import nn
 
+from triton_conv3d.compile_backend import backend, reports
+
 CALLS = {
     "torch's, without weights": lambda x, a, b, m, v, new: torch.instance_norm(
         x, None, None, m, v, new, 0.3, 1e-4, False
@@ -108,3 +110,17 @@ def test_what_is_asked_for_as_a_copy_is_one(name):
     with torch.no_grad():
         y, copied, kept = compiled(Copying())(x)
     assert kept.equal(before) and graphs and copied.equal(y) and copied.data_ptr() != y.data_ptr()
+
+
+def test_padding_of_any_size_is_cropped_in_the_backward_pass():
+    conv = nn.Conv3d(2, 2, 3)
+
+    def padded(x):
+        return conv(nn.functional.pad(x.sin(), (1, 1, 0, 2, 2, 0)))
+
+    x = torch.randn(3, 2, 4, 5, 6, requires_grad=True)
+    torch._dynamo.reset()
+    function = torch.compile(padded, backend=backend, options={"inner": "aot_eager"}, dynamic=True)
+    given, wanted = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (function, padded))
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+    assert [r.fused for r in reports()] == [["padding"], ["padding"]]

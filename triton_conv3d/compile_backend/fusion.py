@@ -40,7 +40,7 @@ def _fold_padding(rewriter: Rewriter, report: Report) -> None:
             found = _padded(crop, -1)
             if found is not None:
                 padding = _added(node.args[4], found[1])
-                size = rewriter.sizes(crop, crop)
+                size = _cropped(rewriter, crop, node.args[2], found[1])
                 result = rewriter.call(crop, DGRAD, *node.args[:2], size, node.args[3], padding, *node.args[5:])
                 rewriter.take_over(crop, result)
                 report.fused.append("padding")
@@ -79,6 +79,15 @@ def _is_zeros(node: fx.Node) -> bool:
     if node.target in (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default):
         return True
     return node.target in (aten.full.default, aten.new_full.default, aten.full_like.default) and node.args[-1] == 0
+
+
+def _cropped(rewriter: Rewriter, before: fx.Node, size, ends: list[int]) -> list:
+    """(N, C, D, H, W), integers and nodes, without so many pixels at the ends."""
+    spatial = [
+        rewriter.call(before, operator.sub, pixels, low + high) if isinstance(pixels, fx.Node) else pixels - low - high
+        for pixels, low, high in zip(size[2:], ends[::2], ends[1::2], strict=True)
+    ]
+    return [*size[:2], *spatial]
 
 
 def _added(padding, ends: list[int]) -> list[int]:
