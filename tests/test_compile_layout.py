@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import by_aten, compare, conversions_between_convolutions, graphs  # noqa: F401
+from compiled import by_aten, compare, compiled, conversions_between_convolutions, graphs  # noqa: F401
 from tolerances import COMPILED
 from torch import nn
+
+from triton_conv3d.compile_backend import backend, reports
 
 CALLS = {
     "torch's, without weights": lambda x, a, b, m, v, new: torch.instance_norm(
@@ -63,6 +65,8 @@ PARTS = {  # of the first convolution's result, for the second one
     "channels": lambda y: torch.cat([y[:, 1:], y[:, :1]], 1),
     "a mean": lambda y: y * y.mean((2, 3, 4), keepdim=True),
     "masked": lambda y: y.masked_fill(y[:, :1] > 0.3, 0.5) + y,
+    "pixels": lambda y: y * y[:, :, [0, 3], [1, 2], [4, 0]].mean(2)[:, :, None, None, None],
+    "of a vector": lambda y: y + y.mean((0, 2, 3, 4))[1:].sum(),
 }
 
 
@@ -76,6 +80,47 @@ def test_gradients_of_parts_and_means(name):
         def forward(self, x):
             return self.last(PARTS[name](self.first(x)))
 
-    off, _ = compare(Parts(), torch.randn(2, 2, 4, 3, 5), True)
-    assert off <= COMPILED
-    assert [len(conversions_between_convolutions(g.graph)) for g in graphs] == [0, 0]
+    off, made = compare(Parts(), torch.randn(2, 2, 4, 3, 5), True)
+    assert off <= COMPILED and len(made) == 2
+    scattered = name == "pixels"  # their gradients go into contiguous zeros
+    assert [len(conversions_between_convolutions(g.graph)) for g in graphs] == [0, scattered]
+
+
+COPIES = {  # of a channels-last input, which is then changed
+    "contiguous": lambda x: x.contiguous(),
+    "contiguous part": lambda x: x[:, :, 1:].split(2, 2)[0].contiguous(),
+    "channels-last": lambda x: x.clone(memory_format=torch.channels_last_3d),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_what_is_asked_for_as_a_copy_is_one(name):
+    class Copying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(2, 2, 3, padding=1)
+
+        def forward(self, x):
+            kept, y = COPIES[name](x), self.conv(x).relu()
+            x.add_(1)
+            return y, y.clone(memory_format=torch.channels_last_3d), kept
+
+    x = torch.randn(2, 2, 4, 3, 5).contiguous(memory_format=torch.channels_last_3d)
+    before = COPIES[name](x)
+    with torch.no_grad():
+        y, copied, kept = compiled(Copying())(x)
+    assert kept.equal(before) and graphs and copied.equal(y) and copied.data_ptr() != y.data_ptr()
+
+
+def test_padding_of_any_size_is_cropped_in_the_backward_pass():
+    conv = nn.Conv3d(2, 2, 3)
+
+    def padded(x):
+        return conv(nn.functional.pad(x.sin(), (1, 1, 0, 2, 2, 0)))
+
+    x = torch.randn(3, 2, 4, 5, 6, requires_grad=True)
+    torch._dynamo.reset()
+    function = torch.compile(padded, backend=backend, options={"inner": "aot_eager"}, dynamic=True)
+    given, wanted = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (function, padded))
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+    assert [r.fused for r in reports()] == [["padding"], ["padding"]]

@@ -51,6 +51,16 @@ def test_unbatched():
     assert conv3d(X[0], W, B).shape == F.conv3d(X[0], W, B).shape == (6, 3, 4, 5)
 
 
+@pytest.mark.parametrize("fused", (False, True), ids=("plain", "fused"))
+def test_complex_numbers_train(fused):
+    further = {"residual": torch.randn(1, 3, 3, 3, 3, dtype=torch.complex64)} if fused else {}
+    shapes = (1, 2, 4, 4, 4), (3, 2, 2, 2, 2), (3,)
+    x, w, b = (torch.randn(shape, dtype=torch.complex64, requires_grad=True) for shape in shapes)
+    results = conv3d(x, w, b, **further), F.conv3d(x, w, b) + further.get("residual", 0)
+    gradients = (torch.autograd.grad(y.abs().square().sum(), (x, w, b)) for y in results)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "x, w, padding",
     ((X[:0], W, 0), (X[:, :0], W[:, :0], 0), (X[:0, :, :0], W, 2)),

@@ -68,13 +68,18 @@ def conv3d(
         return handle_torch_function(conv3d, overridden, *overridden, stride, padding, dilation, groups)
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
         _refuse_types(input=input, weight=weight, bias=bias)
-    if input.layout is not torch.strided:  # sparse and MKL-DNN tensors: what torch can do with them
+    if _is_torchs(input):
         return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
     unbatched = input.dim() == 4
     if unbatched:
         input = input.unsqueeze(0)
     result = ops.conv3d(input, weight, bias, *checked_geometry(input, weight, bias, stride, padding, dilation, groups))
     return result.squeeze(0) if unbatched else result
+
+
+def _is_torchs(input: Tensor) -> bool:
+    """Sparse, MKL-DNN and complex tensors: what torch can do with them. It computes complex ones by real ones."""
+    return input.layout is not torch.strided or input.is_complex()
 
 
 def _fused(input, weight, bias, residual, geometry, activation, negative_slope) -> Tensor:
@@ -89,7 +94,7 @@ def _fused(input, weight, bias, residual, geometry, activation, negative_slope) 
     activation = NO_ACTIVATION if activation is None else activation
     if isinstance(negative_slope, bool) or not isinstance(negative_slope, (int, float, torch.SymFloat)):
         raise TypeError(f"conv3d: negative_slope must be a number, got {_brief(negative_slope)}")
-    if input.layout is not torch.strided:
+    if _is_torchs(input):
         sums = F.conv3d(input, weight, bias, *geometry)
         return activate(sums if residual is None else sums + residual, activation, negative_slope)
     unbatched = input.dim() == 4

@@ -13,6 +13,7 @@ from .report import Report
 from .rewriting import DGRAD, FUSED, WGRAD, Rewriter, aten, only_user, prims
 
 _LOW = (torch.float16, torch.bfloat16)
+_FLOATS = (*_LOW, torch.float32, torch.float64)
 
 
 def fuse(rewriter: Rewriter, report: Report) -> None:
@@ -39,7 +40,7 @@ def _fold_padding(rewriter: Rewriter, report: Report) -> None:
             found = _padded(crop, -1)
             if found is not None:
                 padding = _added(node.args[4], found[1])
-                size = rewriter.sizes(crop, crop)
+                size = _cropped(rewriter, crop, node.args[2], found[1])
                 result = rewriter.call(crop, DGRAD, *node.args[:2], size, node.args[3], padding, *node.args[5:])
                 rewriter.take_over(crop, result)
                 report.fused.append("padding")
@@ -66,6 +67,8 @@ def _joined_to_zeros(node: fx.Node) -> tuple[fx.Node, list[int]] | None:
     sizes = [part.meta["val"].shape[dim] for part in parts]
     if dim < 2 or len(inner) != 1 or not all(isinstance(size, int) for size in sizes):
         return None
+    if inner[0].meta["val"].dtype != node.meta["val"].dtype:  # zeros of a wider type decide for both
+        return None
     at = parts.index(inner[0])
     ends = [0] * 6
     ends[2 * (dim - 2)], ends[2 * (dim - 2) + 1] = sum(sizes[:at]), sum(sizes[at + 1 :])
@@ -76,6 +79,15 @@ def _is_zeros(node: fx.Node) -> bool:
     if node.target in (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default):
         return True
     return node.target in (aten.full.default, aten.new_full.default, aten.full_like.default) and node.args[-1] == 0
+
+
+def _cropped(rewriter: Rewriter, before: fx.Node, size, ends: list[int]) -> list:
+    """(N, C, D, H, W), integers and nodes, without so many pixels at the ends."""
+    spatial = [
+        rewriter.call(before, operator.sub, pixels, low + high) if isinstance(pixels, fx.Node) else pixels - low - high
+        for pixels, low, high in zip(size[2:], ends[::2], ends[1::2], strict=True)
+    ]
+    return [*size[:2], *spatial]
 
 
 def _added(padding, ends: list[int]) -> list[int]:
@@ -115,7 +127,7 @@ def _read(user: fx.Node, node: fx.Node) -> tuple | None:
     """What a node does to its operand: ("cast",), (name, operand) or ("batch norm", ...); None for anything else."""
     target, args = user.target, user.args
     if target is prims.convert_element_type.default or (target is aten._to_copy.default and set(user.kwargs) <= {"dtype"}):
-        return ("cast",)
+        return ("cast",) if user.meta["val"].dtype in _FLOATS else None  # others drop more than roundoff
     if target is aten._native_batch_norm_legit_no_training.default and args[0] is node:
         first = only_user(user)
         return ("batch norm", *args[1:5], args[6]) if first is not None and first.args[1] == 0 else None
@@ -124,6 +136,8 @@ def _read(user: fx.Node, node: fx.Node) -> tuple | None:
     name = _ARITHMETIC[target]
     other = args[1] if args[0] is node else args[0]
     if other is node or (args[0] is not node and name in ("sub", "div")) or not _is_per_channel(other, node):
+        return None
+    if name == "div" and not isinstance(other, fx.Node) and other == 0:  # no factor gives infinity and NaN as it does
         return None
     return name, other
 

@@ -7,6 +7,7 @@ the operands of ops whose strides are their own affair, get back the strides tha
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -157,7 +158,9 @@ class _Propagation:
         """A copy of a channels-last tensor that makes it contiguous, or channels-last."""
         if node.target is not aten.clone.default or node.kwargs.get("memory_format") not in _FORMATS:
             return
-        if _is_last(node.args[0].meta["val"]):
+        source = node.args[0]
+        copies = source not in self.before and _is_last(node.meta["val"])  # asked for as a copy, in the same strides
+        if _is_last(source.meta["val"]) and not copies and not _is_changed(source):
             node.target, node.kwargs = aten.alias.default, {}
             self._revalue(node)
             self.report.removed += 1
@@ -211,7 +214,10 @@ class _Propagation:
         values = node.args[2:3] if node.target in _SCATTERS else ()
         pixels = len(indices) == 5 and indices[:2] == [None, None] and all(isinstance(i, fx.Node) for i in indices[2:])
         read = values or (tensor,)  # a scatter goes into zeros, made for it
-        if not pixels or not all(_is_channels_inside(n.meta["val"]) for n in read) or (values and tensor.target not in _FILLED):
+        whole = all(n.meta["val"].dim() == 5 for n in values or (node,))  # not of a list of pixels
+        if not (pixels and whole) or not all(_is_channels_inside(n.meta["val"]) for n in read):
+            return False
+        if values and tensor.target not in _FILLED:
             return False
         values = [self.rewriter.call(node, aten.permute.default, n, _LAST) for n in values]
         if values:
@@ -224,13 +230,13 @@ class _Propagation:
 
     def _scatter_gradient(self, node: fx.Node) -> bool:
         """The gradient of a slice, or of one plane, goes into contiguous zeros, too."""
-        if node.target not in _PARTS:
+        if node.target not in _PARTS or len(node.args[1]) != 5:
             return False
         grad, sizes, dim, *ends = node.args
         kept = [each for each in _LAST if node.target is aten.slice_backward.default or each != dim % 5]
         order, value = [sorted(kept).index(each) for each in kept], grad.meta["val"]
         inside = kept[-1] == 1 and statically_known_true(value.stride(order[-1]) == 1)
-        if len(sizes) != 5 or not inside or is_contiguous(value):
+        if not inside or is_contiguous(value):
             return False
         moved, sizes = self.rewriter.call(node, aten.permute.default, grad, order), [sizes[each] for each in _LAST]
         self._take_over(node, self.rewriter.call(node, node.target, moved, sizes, _LAST.index(dim % 5), *ends))
@@ -317,6 +323,13 @@ def _is_dense_5d(value: object) -> bool:
     if not isinstance(value, torch.Tensor) or value.dim() != 5:
         return False
     return not any(statically_known_true(stride == 0) for stride in value.stride())  # of expanded ones little is there
+
+
+def _is_changed(node: fx.Node) -> bool:
+    """Whether it is a graph input, or a view of one, that the graph changes in place."""
+    while getattr(node.target, "is_view", False) or node.target in (aten.reshape.default, operator.getitem):
+        node = node.args[0]
+    return any(user.target is aten.copy_.default and user.args[0] is node for user in node.users)
 
 
 def _aliases(node: fx.Node) -> bool:
