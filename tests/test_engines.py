@@ -302,7 +302,7 @@ def test_aten_takes_everything(pass_: str) -> None:
 
 
 def test_engine_names() -> None:
-    names = ["matmul", "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "aten"]
+    names = ["matmul", "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "subpixel", "aten"]
     assert list(engines.available()) == names
     for name, engine in engines.available().items():
         assert engine.NAME == name
