@@ -20,6 +20,7 @@ from triton_conv3d.tuning.select import ranking, refusals
 pytest.importorskip("triton")
 ENGINE = engines.get("subpixel")
 KINDS = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"), ("float32", "ieee"))
+ARCHS = ("sm_80", "sm_90", "sm_100")
 # The last transposed convolution of MONAI's UNet, 32 -> 2 channels with output padding 1.
 LAST = Problem(
     "dgrad", 2, 2, 32, (128,) * 3, (3, 3, 3), (2, 2, 2), (1,) * 6, dtype="bfloat16", device="NVIDIA H200", arch="sm_90"
@@ -145,6 +146,11 @@ def test_the_other_problem_claims_no_more_than_it_has() -> None:
 def test_configs_survive_files() -> None:
     for config in ENGINE.configs(LAST):
         assert offered(LAST, "subpixel", json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_tiles_that_spill_are_not_offered() -> None:
+    planes = {arch: {getattr(c.config, "planes", 1) for c in ENGINE.configs(LAST.replace(arch=arch))} for arch in ARCHS}
+    assert 4 in planes["sm_90"] and 4 not in planes["sm_80"] | planes["sm_100"]
 
 
 def test_it_is_a_plan_only_where_it_was_measured() -> None:

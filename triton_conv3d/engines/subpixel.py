@@ -1,6 +1,6 @@
 """subpixel: strided input gradients of few channels, and such transposed convolutions, all parity classes in one product.
 
-    z[j, (a, c)]           = sum over taps e and channels r of  grad[j + low - e, r] * w[r, c, e * stride + a - front]
+    z[j, (a, c)]                   = sum over taps e and channels r of  grad[j + low - e, r] * w[r, c, e * stride + a - front]
     dx[j * stride + a - before, c] = z[j, (a, c)]
 
 Positions of a block of stride[0] * stride[1] * stride[2] read the same few pixels of the gradient, each through other taps.
@@ -51,7 +51,8 @@ def supports(problem: Problem) -> str | None:
     columns = math.prod(problem.stride) * problem.in_channels
     if columns > _MOST_COLUMNS:
         return f"stride {problem.stride} makes {columns} columns of {problem.in_channels} channels: more than {_MOST_COLUMNS}"
-    if any(k > 1 and s > 1 and d > 1 for k, s, d in zip(problem.kernel_size, problem.stride, problem.dilation, strict=True)):
+    sides = zip(problem.kernel_size, problem.stride, problem.dilation, strict=True)
+    if any(min(side) > 1 for side in sides):
         return f"dilation {problem.dilation} beside stride {problem.stride}: a block would meet more pixels than taps"
     if matmul.supports(problem) is None:
         return "engine matmul computes it without zeros"
@@ -114,7 +115,10 @@ def blocked(problem: Problem) -> Blocked:
 
 
 def configs(problem: Problem) -> tuple[ThroughConfig, ...]:
-    return offers_through(_ENGINES, blocked(problem).problem)
+    """What the other engines offer. Of 2x2x2 taps 4 planes spill on sm_80 and sm_100, as perf/machine_code.py finds."""
+    few = problem.arch.startswith("sm_") and problem.arch != "sm_90"
+    offers = offers_through(_ENGINES, blocked(problem).problem)
+    return tuple(offer for offer in offers if not few or getattr(offer.config, "planes", 1) < 4)
 
 
 @functools.lru_cache(maxsize=4096)
