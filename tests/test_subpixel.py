@@ -141,6 +141,7 @@ def test_the_other_problem_claims_no_more_than_it_has() -> None:
     large = LAST.replace(batch=1, in_channels=1, out_channels=16, input_size=(1019, 1019, 1033), kernel_size=(1, 1, 1))
     assert 2 * math.prod(large.input_shape) < 2**31 < 2 * math.prod(blocked(large).problem.input_shape)
     assert blocked(large).problem.index64 and not blocked(LAST).problem.index64
+    assert all(min(blocked(case(name).geometry()).problem.padding) >= 0 for name in GEOMETRIES)
 
 
 def test_configs_survive_files() -> None:
