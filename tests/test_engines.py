@@ -331,7 +331,7 @@ def test_torchs_switches_are_as_the_problem_wants_them(engine, dtype, precision,
 
 
 def test_engine_names() -> None:
-    names = ["matmul", "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "aten"]
+    names = ["matmul", "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "subpixel", "aten"]
     assert list(engines.available()) == names
     for name, engine in engines.available().items():
         assert engine.NAME == name

@@ -10,7 +10,8 @@ import torch
 from cases import DEVICE, LAYOUTS, Case, check_footprint, make, run
 
 from triton_conv3d import engines
-from triton_conv3d.engines.padded import PaddedConfig, widened
+from triton_conv3d.engines.padded import widened
+from triton_conv3d.engines.through import ThroughConfig
 from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, PASSES, VIEW, Problem
 from triton_conv3d.tuning.plan import offered
 from triton_conv3d.tuning.select import ranking
@@ -133,7 +134,7 @@ def test_configs_survive_files_and_know_their_kind() -> None:
     for config in (gemm, tma):
         assert offered(LARGE, "padded", json.loads(json.dumps(config.to_dict()))) == config
         assert spelled(config).startswith(f"engine={config.engine} ") and "splits" not in spelled(config)
-    split = PaddedConfig(gemm.engine, next(c.config for c in ENGINE.configs(LARGE) if c.engine == gemm.engine))
+    split = ThroughConfig(gemm.engine, next(c.config for c in ENGINE.configs(LARGE) if c.engine == gemm.engine))
     assert split.whole() == gemm.whole() and split.splits == gemm.splits
 
 

@@ -8,8 +8,8 @@ import importlib.util
 from types import ModuleType
 
 # Triton exists for Linux only; engines without kernels of their own are plain torch.
-_MODULES = ("matmul", "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "aten")
-_NEED_TRITON = ("depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded")
+_MODULES = ("matmul", "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "subpixel", "aten")
+_NEED_TRITON = ("depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "subpixel")
 
 
 @functools.cache

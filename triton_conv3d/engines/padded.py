@@ -15,42 +15,19 @@ copy for its layout is copied here instead, so that there its padding costs noth
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
 from . import folded, halo, implicit_gemm, tma
-from .base import Config, Memory, Work, aligned, in_format, refused_by_kernels
+from .base import Memory, Work, aligned, in_format, refused_by_kernels
+from .through import ThroughConfig, offers_through
 
 NAME = "padded"
 _ENGINES = {engine.NAME: engine for engine in (tma, halo, implicit_gemm)}  # the one that takes everything last
-_MOST_TILES = 3  # of each engine, and its smallest
 _READ = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}  # roles: input, weight, output
 _RESULT = {"forward": 2, "dgrad": 0, "wgrad": 1}
-
-
-@dataclass(frozen=True)
-class PaddedConfig(Config):
-    """
-    engine: that computes from the copies.
-    config: its own, of the problem with more channels.
-    """
-
-    engine: str
-    config: Config
-
-    @property
-    def splits(self) -> int:
-        return getattr(self.config, "splits", 1)
-
-    def whole(self) -> PaddedConfig:
-        return self.replace(config=self.config.whole())
-
-    def to_dict(self) -> dict:
-        return {"engine": self.engine, **self.config.to_dict()}
 
 
 def supports(problem: Problem) -> str | None:
@@ -108,16 +85,8 @@ def _cut(problem: Problem, wide: Problem) -> tuple[int, ...]:
     return (role,) if _shapes(problem)[role] != _shapes(wide)[role] else ()
 
 
-def configs(problem: Problem) -> tuple[PaddedConfig, ...]:
-    """The largest tiles that the other engines offer, whole and in the fewest parts that fill a GPU, and the smallest last."""
-    wide, found = widened(problem), []
-    for name, engine in _ENGINES.items():
-        if engine.supports(wide) is None:
-            *offers, smallest = engine.configs(wide)
-            tiles = itertools.groupby(offers, key=Config.whole)
-            few = [config for _, parts in itertools.islice(tiles, _MOST_TILES) for config in itertools.islice(parts, 2)]
-            found += [PaddedConfig(name, config) for config in (*few, smallest)]
-    return tuple(found)
+def configs(problem: Problem) -> tuple[ThroughConfig, ...]:
+    return offers_through(_ENGINES, widened(problem))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,13 +101,13 @@ def _moved(problem: Problem) -> tuple[int, int, int]:
     return copies, moved, len(copied) + sides + len(cut)  # each side with something new is filled by itself
 
 
-def memory(problem: Problem, config: PaddedConfig) -> Memory:
+def memory(problem: Problem, config: ThroughConfig) -> Memory:
     """A dense operand that needs no new channels is copied too where its address is no multiple of 16: not counted."""
     other = _ENGINES[config.engine].memory(widened(problem), config.config)
     return Memory(other.workspace, other.copies + _moved(problem)[0])
 
 
-def work(problem: Problem, config: PaddedConfig) -> Work:
+def work(problem: Problem, config: ThroughConfig) -> Work:
     """The launches as the cost model sees them."""
     work = _ENGINES[config.engine].work(widened(problem), config.config)
     _, moved, launches = _moved(problem)
@@ -147,7 +116,7 @@ def work(problem: Problem, config: PaddedConfig) -> Work:
     return work
 
 
-def launch(problem: Problem, operands: Operands, config: PaddedConfig) -> torch.Tensor:
+def launch(problem: Problem, operands: Operands, config: ThroughConfig) -> torch.Tensor:
     wide = widened(problem)
     input, weight, grad = (
         None if tensor is None else _filled(tensor, shape, layout)

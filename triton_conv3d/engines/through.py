@@ -1,0 +1,47 @@
+"""What engines share that rewrite a problem and hand it to another engine, whose kernels compute it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from ..problem import Problem
+from .base import Config
+
+_MOST_TILES = 3  # of each engine, and its smallest
+
+
+@dataclass(frozen=True)
+class ThroughConfig(Config):
+    """
+    engine: that computes the rewritten problem.
+    config: its own, of that problem.
+    """
+
+    engine: str
+    config: Config
+
+    @property
+    def splits(self) -> int:
+        return getattr(self.config, "splits", 1)
+
+    def whole(self) -> ThroughConfig:
+        return self.replace(config=self.config.whole())
+
+    def to_dict(self) -> dict:
+        return {"engine": self.engine, **self.config.to_dict()}
+
+
+def offers_through(engines: Mapping[str, ModuleType], problem: Problem) -> tuple[ThroughConfig, ...]:
+    """Of each engine, in this order, the largest tiles that it offers for the rewritten problem, whole and in the fewest
+    parts that fill a GPU, and its smallest last."""
+    found = []
+    for name, engine in engines.items():
+        if engine.supports(problem) is None:
+            *offers, smallest = engine.configs(problem)
+            tiles = itertools.groupby(offers, key=Config.whole)
+            few = [config for _, parts in itertools.islice(tiles, _MOST_TILES) for config in itertools.islice(parts, 2)]
+            found += [ThroughConfig(name, config) for config in (*few, smallest)]
+    return tuple(found)
