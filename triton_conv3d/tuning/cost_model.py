@@ -124,7 +124,7 @@ _CODE = {
     (True, False, 2): Code(64, 35.0, 1.8, 6.6, 60.0, 11.2),
     (True, False, 4): Code(64, 28.0, 2.5, 8.4, 47.0, 34.0),
     (True, True, 2): Code(64, 89.0, 2.8, 5.7, 117.0, 30.0),
-    (True, True, 4): Code(64, 85.0, 4.9, 0.0, 0.0, 75.0),
+    (True, True, 4): Code(64, 11.0, 6.0, 14.3, 19.0, 58.0),
 }
 
 # Seconds in Triton's interpreter, fitted to small layers: before and after the steps of a program, of an operation on
