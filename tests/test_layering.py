@@ -19,7 +19,7 @@ LAYERS = (
     ("problem", "settings"),
     ("reference",),
     ("engines",),
-    ("tuning", "batching"),
+    ("tuning", "batching", "flops"),
     ("posing",),
     ("ops",),
     ("functional",),

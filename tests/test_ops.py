@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from triton_conv3d import Conv3d, configure, conv3d, ops
 
@@ -133,6 +135,21 @@ def test_only_the_gradients_that_are_needed(wanted, posed):
     assert [p.pass_ for p in posed] == ["forward", *[("dgrad",), ("wgrad",), ()][wanted]]
 
 
+@pytest.mark.parametrize("leaves", (True, False), ids=("leaves", "results"))
+@pytest.mark.parametrize("wanted, passes", [((0,), ["dgrad"]), ((1,), ["wgrad"]), ((0, 1), ["dgrad", "wgrad"])], ids=str)
+def test_only_the_gradients_that_are_asked_for(wanted, passes, leaves, posed):
+    """Of tensors that all require one, as for a gradient penalty; then of those gradients, all of them."""
+    given = tensors()[:2]
+    inputs = given if leaves else [t * 1 for t in given]
+    result = ops.conv3d(*inputs, None, *GEOMETRY)
+    found = torch.autograd.grad(result.square().sum(), [given[i] for i in wanted], create_graph=True)
+    assert [p.pass_ for p in posed] == ["forward", *passes]
+    expected = torch.autograd.grad(reference(*given, None).square().sum(), [given[i] for i in wanted], create_graph=True)
+    of_found, of_expected = (torch.autograd.grad(sum(g.square().sum() for g in grads), given) for grads in (found, expected))
+    for result, want in zip((*found, *of_found), (*expected, *of_expected), strict=True):
+        torch.testing.assert_close(result, want, rtol=1e-3, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_autocast(dtype):
     x, w, b = tensors()
@@ -164,6 +181,19 @@ def test_export_keeps_one_node_a_convolution():
     assert calls.count(ops.conv3d) == 2
     other = torch.randn(3, 2, 4, 5, 8)
     torch.testing.assert_close(program.module()(other), model(other))
+
+
+@pytest.mark.parametrize("call", (conv3d, functools.partial(conv3d, activation="relu")), ids=("plain", "fused"))
+def test_flops_are_counted_as_of_torch(call):
+    """Each pass by itself. Of groups torch counts too many of the weight's gradient."""
+    counts = []
+    for each in (F.conv3d, call):
+        x, w = torch.ones(2, 3, 5, 6, 7, requires_grad=True), torch.ones(4, 3, 3, 2, 3, requires_grad=True)
+        for inputs in ((x,), (w,), (x, w)):
+            with FlopCounterMode(display=False) as counter:
+                torch.autograd.grad(each(x, w, None, (1, 2, 1), (1, 0, 1)).sum(), inputs)
+            counts.append(counter.get_total_flops())
+    assert counts[:3] == counts[3:] and counts[0] == 2 * 2 * 4 * (3 * 18) * (5 * 3 * 7) * 2
 
 
 def test_checkpointing_and_functional_call():

@@ -19,7 +19,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from . import batching
+from . import batching, flops
 from .engines.base import activate
 from .posing import pose, run, with_epilogue
 from .problem import ACTIVATIONS, NO_ACTIVATION, Operands, Problem
@@ -257,6 +257,19 @@ def _tangent(op, ctx, *_):
         return sum(terms[1:], terms[0])
 
 
+def _wanted(ctx) -> tuple[bool, bool]:
+    """Whether the derivative by the first and by the second tensor is asked for, by this run of the engine too: to a Python
+    function torch tells only whether they require one, which ``torch.autograd.grad`` need not ask for."""
+    return tuple(ctx.needs_input_grad[1 + i] and _will_run(ctx.next_functions[i][0]) for i in range(2))
+
+
+def _will_run(node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that is asked for, or no engine at all (compiled autograd)
+        return True
+
+
 def _sum_bias(grad):
     return grad.sum((0, 2, 3, 4))
 
@@ -273,12 +286,12 @@ def _backward_forward(ctx, grad):
 
 def _gradients(ctx, grad, input, weight):
     """Of input, weight and bias."""
-    _, *needs = ctx.needs_input_grad
+    of_input, of_weight = _wanted(ctx)
     geometry = (*ctx.geometry, ctx.channels_last)
     return (
-        conv3d_dgrad(grad, weight, input.shape, *geometry) if needs[0] else None,
-        conv3d_wgrad(grad, input, weight.shape, *geometry) if needs[1] else None,
-        _sum_bias(grad) if needs[2] else None,
+        conv3d_dgrad(grad, weight, input.shape, *geometry) if of_input else None,
+        conv3d_wgrad(grad, input, weight.shape, *geometry) if of_weight else None,
+        _sum_bias(grad) if ctx.needs_input_grad[3] else None,
     )
 
 
@@ -335,10 +348,10 @@ def _setup_dgrad(ctx, inputs, output):
 
 def _backward_dgrad(ctx, grad_input):
     grad, weight = ctx.saved_tensors
-    _, *needs = ctx.needs_input_grad
+    of_grad, of_weight = _wanted(ctx)
     return (
-        conv3d(grad_input, weight, None, *ctx.geometry) if needs[0] else None,
-        conv3d_wgrad(grad, grad_input, weight.shape, *ctx.geometry, ctx.channels_last) if needs[1] else None,
+        conv3d(grad_input, weight, None, *ctx.geometry) if of_grad else None,
+        conv3d_wgrad(grad, grad_input, weight.shape, *ctx.geometry, ctx.channels_last) if of_weight else None,
         *[None] * 6,
     )
 
@@ -350,10 +363,10 @@ def _setup_wgrad(ctx, inputs, output):
 
 def _backward_wgrad(ctx, grad_weight):
     grad, input = ctx.saved_tensors
-    _, *needs = ctx.needs_input_grad
+    of_grad, of_input = _wanted(ctx)
     return (
-        conv3d(input, grad_weight, None, *ctx.geometry) if needs[0] else None,
-        conv3d_dgrad(grad, grad_weight, input.shape, *ctx.geometry, ctx.channels_last) if needs[1] else None,
+        conv3d(input, grad_weight, None, *ctx.geometry) if of_grad else None,
+        conv3d_dgrad(grad, grad_weight, input.shape, *ctx.geometry, ctx.channels_last) if of_input else None,
         *[None] * 6,
     )
 
@@ -397,6 +410,7 @@ def _register() -> None:
             conv3d_wgrad: batching.gradient_rule(conv3d_wgrad, "yxw"),
         },
     )
+    flops.register(conv3d, conv3d_fused, conv3d_dgrad, conv3d_wgrad)
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl("conv3d", _autocast(conv3d, 3, device_type, key), key)
         _library.impl("conv3d_fused", _autocast(conv3d_fused, 4, device_type, key), key)
