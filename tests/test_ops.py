@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -170,6 +171,19 @@ def test_compiles_whole_with_dynamic_shapes(backend):
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
             compiled(x).sum().backward()
     assert compiled._orig_mod[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("activation", (None, "relu"), ids=("plain", "fused"))
+def test_compiled_autograd_of_eager_calls(activation):
+    def gradients():
+        x, w, b = tensors()
+        return torch.autograd.grad(conv3d(x, w, b, (1, 2, 1), 1, 1, 2, activation=activation).square().sum(), (x, w, b))
+
+    expected = gradients()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = gradients()
+    for result, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, want)
 
 
 def test_export_keeps_one_node_a_convolution():

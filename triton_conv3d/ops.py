@@ -214,7 +214,9 @@ def _autograd(op, kernel, setup, backward):
     # Not autograd.Function, which is for calls from outside of torch.func's levels: in the dispatcher one level is left.
     function = torch.autograd.function._SingleLevelFunction
     backward_ = staticmethod(lambda ctx, grad: (None, *backward(ctx, grad)))
-    recorded = type(f"Recorded_{op._opname}", (function,), {"forward": staticmethod(forward), "backward": backward_})
+    key = torch.autograd.Function._compiled_autograd_key  # which compiled autograd asks for
+    methods = {"forward": staticmethod(forward), "backward": backward_, "_compiled_autograd_key": staticmethod(key)}
+    recorded = type(f"Recorded_{op._opname}", (function,), methods)
     methods = {"forward": staticmethod(forward_with_tangents), "jvp": staticmethod(functools.partial(_tangent, op))}
     followed = type(f"Followed_{op._opname}", (recorded,), methods)
 
