@@ -304,6 +304,17 @@ def check_footprint(
     assert touched
 
 
+def check_base_between_vectors(engine: ModuleType, case: Case) -> None:
+    """Of a dgrad, every config: a gradient whose address is no multiple of 16 gives the same bits."""
+    problem, operands = make(case)
+    expected = engine.launch(problem, operands, engine.configs(problem)[0])
+    moved = torch.empty(operands.grad.numel() + 1, dtype=operands.grad.dtype, device=DEVICE)[1:]
+    moved = moved.as_strided(operands.grad.shape, operands.grad.stride()).copy_(operands.grad)
+    assert moved.data_ptr() % 16
+    for config in engine.configs(problem):
+        assert torch.equal(engine.launch(problem, operands._replace(grad=moved), config), expected)
+
+
 def engines_for(problem: Problem) -> list[str]:
     """Names of the engines that support a problem; those on trial have tests of their own, and may hang."""
     return [

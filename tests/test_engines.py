@@ -189,6 +189,17 @@ def test_partial_sums_are_float32() -> None:
     assert result.item() == 40_000.0
 
 
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("dtype, precision", [("float16", "ieee"), ("float32", "tf32")])
+def test_narrow_tiles_are_for_narrow_layers(pass_: str, dtype: str, precision: str) -> None:
+    """Wide ones are offered steps of 64 bytes and rows of 32 filters, but for the smallest tile, which takes all."""
+    knob, least = ("block_m", 32) if pass_ == "wgrad" else ("block_k", 32 if dtype == "float16" else 16)
+    for channels in (16, 24, 64):
+        *tiles, smallest = engines.get("implicit_gemm").configs(large(pass_, dtype, precision, channels))
+        narrow = [tile for tile in tiles if getattr(tile, knob) < least and tile.replace(splits=1) != smallest]
+        assert bool(narrow) == (channels == 16 and least > 16)
+
+
 def test_wgrad_chain_longer_than_one_accumulator() -> None:
     """More pixels than CHAIN: the partial accumulators join one total, the last of them short."""
     from triton_conv3d.engines.implicit_gemm.configs import CHAIN

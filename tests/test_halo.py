@@ -174,7 +174,7 @@ def test_it_reads_half_of_what_the_implicit_gemm_reads(pass_: str) -> None:
 
 @pytest.mark.parametrize("channels, part", ((16, 0.6), (32, 0.5), (64, 0.5)))
 def test_wgrad_reads_a_part_of_what_the_implicit_gemm_reads(channels: int, part: float) -> None:
-    """From L2, as the fastest config of each is predicted to."""
+    """From L2, as the fastest config of each is predicted to; for 16 filters that has tiles of its own."""
     layer = LARGE.replace(pass_="wgrad", in_channels=channels, out_channels=channels, input_size=(128,) * 3)
     (gemm, at), (halo, here) = (
         (engine, min(engine.configs(layer), key=lambda c: cost_model.predict(layer, engine, c))) for engine in (GEMM, ENGINE)

@@ -6,8 +6,7 @@ import json
 import math
 
 import pytest
-import torch
-from cases import DEVICE, LAYOUTS, Case, check_footprint, make, run
+from cases import LAYOUTS, Case, check_base_between_vectors, check_footprint, make, run
 
 from triton_conv3d import engines
 from triton_conv3d.engines.padded import widened
@@ -57,13 +56,7 @@ def test_layouts(pass_: str, layout: str) -> None:
 
 def test_a_base_between_vectors_is_copied() -> None:
     """The gradient is dense and fills vectors, but begins 2 bytes after one."""
-    problem, operands = make(Case("dgrad", dtype="float16", **SIDES["input"], **GEOMETRY))
-    expected = ENGINE.launch(problem, operands, ENGINE.configs(problem)[0])
-    moved = torch.empty(operands.grad.numel() + 1, dtype=torch.float16, device=DEVICE)[1:]
-    moved = moved.as_strided(operands.grad.shape, operands.grad.stride()).copy_(operands.grad)
-    assert moved.data_ptr() % 16
-    for config in ENGINE.configs(problem):
-        assert torch.equal(ENGINE.launch(problem, operands._replace(grad=moved), config), expected)
+    check_base_between_vectors(ENGINE, Case("dgrad", dtype="float16", **SIDES["input"], **GEOMETRY))
 
 
 @pytest.mark.parametrize("which", (0, 1), ids=("first_operand", "second_operand"))

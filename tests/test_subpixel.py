@@ -6,8 +6,7 @@ import json
 import math
 
 import pytest
-import torch
-from cases import DEVICE, LAYOUTS, Case, check_footprint, make, run
+from cases import LAYOUTS, Case, check_base_between_vectors, check_footprint, make, run
 from guarded import guards
 
 from triton_conv3d import engines
@@ -68,13 +67,7 @@ def test_layouts(layout: str) -> None:
 
 
 def test_a_base_between_vectors_is_copied() -> None:
-    problem, operands = make(case("even", in_channels=2, out_channels=16))
-    expected = ENGINE.launch(problem, operands, ENGINE.configs(problem)[0])
-    moved = torch.empty(operands.grad.numel() + 1, dtype=torch.float16, device=DEVICE)[1:]
-    moved = moved.as_strided(operands.grad.shape, operands.grad.stride()).copy_(operands.grad)
-    assert moved.data_ptr() % 16
-    for config in ENGINE.configs(problem):
-        assert torch.equal(ENGINE.launch(problem, operands._replace(grad=moved), config), expected)
+    check_base_between_vectors(ENGINE, case("even", in_channels=2, out_channels=16))
 
 
 @pytest.mark.parametrize("at_end", (False, True), ids=("start", "end"))

@@ -1,4 +1,7 @@
-"""What ``torch.utils.flop_counter`` counts of the ops: as of torch's own convolution, but each group's weights once."""
+"""What ``torch.utils.flop_counter`` counts of the ops: as of torch's own convolution, but each group's weights once.
+
+The formulas have to be there before anybody counts. Their import imports Triton, as the first kernel would.
+"""
 
 from __future__ import annotations
 

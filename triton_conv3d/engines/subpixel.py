@@ -115,10 +115,7 @@ def blocked(problem: Problem) -> Blocked:
 
 
 def configs(problem: Problem) -> tuple[ThroughConfig, ...]:
-    """What the other engines offer. Of 2x2x2 taps 4 planes spill on sm_80 and sm_100, as perf/machine_code.py finds."""
-    few = problem.arch.startswith("sm_") and problem.arch != "sm_90"
-    offers = offers_through(_ENGINES, blocked(problem).problem)
-    return tuple(offer for offer in offers if not few or getattr(offer.config, "planes", 1) < 4)
+    return offers_through(_ENGINES, blocked(problem).problem)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -114,6 +114,11 @@ def _more_stages(problem: Problem, config: HaloConfig) -> int:
     return _MORE_STAGES.get(problem.arch, -1)
 
 
+def four_planes_spill(problem: Problem, planes: int) -> bool:
+    """Of kernels of depth 2 they do on sm_80 and sm_100, as perf/machine_code.py finds."""
+    return planes >= 4 and problem.kernel_size[0] == 2 and problem.arch.startswith("sm_") and problem.arch != "sm_90"
+
+
 def configs(problem: Problem) -> tuple[HaloConfig, ...]:
     """The tiles that hold all channels and are not more than twice as large as the result, with as many stages as there is
     room for; and the smallest."""
@@ -129,6 +134,7 @@ def configs(problem: Problem) -> tuple[HaloConfig, ...]:
         stages = min(wanted, shared_limit(problem) // step_bytes(problem, tile) - more)
         sums = tile.planes * tile.block_m * tile.block_n / (32 * tile.num_warps)
         spills = gelu_spills(problem, sums, splits=1) or (sums > _MOST_SUMS and problem.arch not in ("sm_90", "interpreter"))
+        spills |= four_planes_spill(problem, tile.planes)
         if fits and not spills and stages >= _LEAST_STAGES:
             found.append(tile.replace(num_stages=stages))
     return (*found, smallest)

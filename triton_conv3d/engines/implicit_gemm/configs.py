@@ -244,17 +244,18 @@ def shared_limit(problem: Problem) -> int:
 
 
 def _fits(problem: Problem, tile: GemmConfig) -> bool:
-    """The tile's stages fit into shared memory, it is not more than twice what a side of the product needs, and where a
-    layer is wide enough its steps, or of wgrad its rows, are not narrow."""
+    """The tile's stages fit into shared memory, it is not more than twice what a side of the product needs, and where the
+    layer is wide enough, it takes at least 64 bytes a step, or of wgrad has 32 rows."""
     together = packed_groups(problem, tile)
     rows, columns, _ = _extent(problem, together)
-    narrow = tile.block_m < min(rows, 32) if problem.pass_ == "wgrad" else tile.block_k < min(together * sides(problem)[1], 32)
+    step = min(together * sides(problem)[1], 64 // problem.itemsize)
+    narrow = tile.block_m < min(rows, 32) if problem.pass_ == "wgrad" else tile.block_k < step
     stages = problem.itemsize * (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
     return (
         stages <= shared_limit(problem)
         and tile.block_m < 2 * max(rows, 16)
         and tile.block_n < 2 * max(columns, 16)
-        and not (narrow and problem.itemsize == 2)
+        and not narrow
     )
 
 

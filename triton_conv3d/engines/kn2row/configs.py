@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...problem import Problem, Triple
 from ..base import Config
+from ..halo.configs import four_planes_spill
 from ..implicit_gemm.configs import channels, shared_limit
 
 
@@ -166,6 +167,7 @@ def _fits(problem: Problem, tile: Kn2rowConfig) -> bool:
         2 * halo(problem) <= tile.block_w < 2 * line(problem).rows
         and tile.planes < 2 * problem.result_shape[2]
         and (several or tile.planes == 1)
+        and not four_planes_spill(problem, tile.planes)
         and sums(problem, tile) <= _MOST_SUMS * 32 * tile.num_warps
         and shared_bytes(problem, tile) <= shared_limit(problem)
         and (problem.arch != "sm_100" or _compiles_for_sm_100(problem, tile))
