@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from ..problem import CHANNELS_LAST, Operands, Problem
 from .base import Config, Memory, finish, in_format, switched
 
 NAME = "aten"
+_searched = threading.local()  # .problems that cuDNN has searched: its plans are kept for each thread
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,20 @@ def launch(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Te
         operands = operands._replace(input=input, weight=weight, grad=grad)
     cudnn = torch.backends.cudnn
     with (
-        switched(cudnn, "benchmark", config.benchmark or None),
+        switched(cudnn, "benchmark", (config.benchmark and _may_search(problem)) or None),
         switched(cudnn.conv, "fp32_precision", _precision(problem)),
     ):
         return _finished(problem, operands)
+
+
+def _may_search(problem: Problem) -> bool:
+    """Its search measures, which would break the capture of a CUDA graph, unless it is done before."""
+    problems = _searched.__dict__.setdefault("problems", set())
+    if problem not in problems:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        problems.add(problem)
+    return True
 
 
 def _precision(problem: Problem) -> str | None:

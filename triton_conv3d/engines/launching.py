@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 
 GRID_LIMIT = (2**31 - 1, 65_535)  # of CUDA and HIP, for the axes x and y
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED, hipStreamCaptureModeRelaxed
 
 
 def _run(kernel, grid: tuple[int, int], args: tuple, options: dict) -> None:
-    with _on_device(args[0].device):
+    with _on_device(args[0].device), _loading_allowed(args[0].device):
         kernel.run(*args, grid=(*grid, 1), warmup=False, **options)
 
 
@@ -20,6 +23,31 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+def _loading_allowed(device: torch.device) -> contextlib.AbstractContextManager:
+    """While a CUDA graph is captured the driver refuses to load a kernel, which its first launch does."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return contextlib.nullcontext()
+    return _relaxed()
+
+
+@contextlib.contextmanager
+def _relaxed() -> Iterator[None]:
+    """This thread may make calls that a capture does not record (CUDA driver API, cuThreadExchangeStreamCaptureMode)."""
+    exchange, mode = _exchange_capture_mode(), ctypes.c_int(_RELAXED)
+    exchange(ctypes.byref(mode))  # which then holds the mode before
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+@functools.cache
+def _exchange_capture_mode() -> Callable:
+    if torch.version.hip:
+        return ctypes.CDLL("libamdhip64.so").hipThreadExchangeStreamCaptureMode
+    return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
 
 
 _runner: Callable = _run
