@@ -13,10 +13,8 @@ import torch
 from triton_conv3d import workload
 from triton_conv3d.posing import cut
 from triton_conv3d.problem import PASSES, Operands, Problem
-from triton_conv3d.workload import DTYPES, Layer
+from triton_conv3d.workload import DTYPES, LAYOUTS, PRECISIONS, Layer
 
-LAYOUTS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
-PRECISIONS = ("ieee", "tf32", "tf32x3")
 DESIGNED = "designed"
 
 # The designed set: what a table's look-up tells problems apart by, each at values an octave or two apart, so that any

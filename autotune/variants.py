@@ -15,7 +15,7 @@ from triton_conv3d.problem import Problem
 from triton_conv3d.tuning.search import OWN
 from triton_conv3d.tuning.select import ranking
 from triton_conv3d.tuning.variants import MOST, kind, spelled
-from triton_conv3d.workload import Layer
+from triton_conv3d.workload import LAYOUTS, Layer
 
 from . import suites
 
@@ -37,7 +37,7 @@ def problems(layers: Sequence[Layer], gpu: str, arch: str) -> list[Problem]:
         for k in (*_KERNELS, layer.kernel_size)
         for size in (layer.input_size, (_ODD,) * 3)
     ]
-    cases = suites.cases([*layers, *strided, *others], dtypes=("fp16", "fp32"), layouts=tuple(suites.LAYOUTS))
+    cases = suites.cases([*layers, *strided, *others], dtypes=("fp16", "fp32"), layouts=tuple(LAYOUTS))
     return [case.problem(gpu, arch) for case in cases]
 
 

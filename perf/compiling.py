@@ -23,10 +23,10 @@ import torch
 from triton_conv3d import engines
 from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import Operands, Problem
+from triton_conv3d.workload import LAYOUTS
 
 from . import machine_code
 from .machine_code import Report
-from .workloads import LAYOUTS
 
 _ROOT = Path(__file__).resolve().parent.parent
 _COMMAND = (sys.executable, "-W", "ignore", "-m", "perf.compiling")

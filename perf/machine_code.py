@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton_conv3d import engines
 from triton_conv3d.engines import launching
 from triton_conv3d.engines.base import Config
-from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES, packed_groups, spills
+from triton_conv3d.engines.implicit_gemm.configs import SHARED_BYTES, packed_groups, spills
 from triton_conv3d.problem import Operands, Problem, describe
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -118,7 +118,7 @@ class Report:
         found = []
         if self.spills:
             found.append(f"{self.spills} spills")
-        if self.shared > _SHARED_BYTES[self.arch]:
+        if self.shared > SHARED_BYTES[self.arch]:
             found.append(f"{self.shared} bytes of shared memory")
         if self.gemm and not self.matrix:
             found.append("no matrix instructions")

@@ -14,7 +14,7 @@ import torch
 from triton_conv3d import settings
 from triton_conv3d.problem import PASSES
 from triton_conv3d.tuning.progress import progress
-from triton_conv3d.workload import DTYPES
+from triton_conv3d.workload import DTYPES, LAYOUTS, PRECISIONS
 
 from . import machine as machines
 from . import providers as providers_
@@ -24,7 +24,7 @@ from .measurement import Measurement
 from .providers import Provider
 from .results import FAILED, OK, UNSUPPORTED, WRONG, Row
 from .timing import policy
-from .workloads import LAYOUTS, PRECISIONS, TRAIN, Case
+from .workloads import TRAIN, Case
 
 LEFT = "left"  # cases that are still to be measured, beside the statuses that :func:`measure` counts
 BAD = (WRONG, FAILED)

@@ -7,9 +7,9 @@ import zlib
 import torch
 
 from triton_conv3d.problem import Operands, Problem, device_name
-from triton_conv3d.workload import DTYPES
+from triton_conv3d.workload import DTYPES, LAYOUTS
 
-from .workloads import LAYOUTS, Case
+from .workloads import Case
 
 _SHAPES = {"input": "input_shape", "weight": "weight_shape", "grad": "output_shape"}
 _READ = {"forward": ("input", "weight", "bias"), "dgrad": ("weight", "grad"), "wgrad": ("input", "grad")}
@@ -33,7 +33,7 @@ class Tensors:
         Args:
             name: ``input``, ``weight``, ``grad`` (of the output) or ``bias``, all of the convolution that the layer
                 is written as. A layer without bias has None for it.
-            layout: a key of :data:`perf.workloads.LAYOUTS`.
+            layout: a key of :data:`triton_conv3d.workload.LAYOUTS`.
         """
         layer = self.case.workload.layer
         if name == "bias":

@@ -21,10 +21,10 @@ import torch
 from triton_conv3d import engines, reference
 from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import Operands, Problem, Triple, describe, device_name, interpreted
+from triton_conv3d.workload import PRECISIONS
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")  # the latter: in the interpreter
 DTYPES = ("float16", "bfloat16", "float32")
-PRECISIONS = ("ieee", "tf32", "tf32x3")
 _SLACK = 64  # NaN elements before and after an operand; keeps 16-byte alignment
 _LONGEST_STEPS = (20, 40, 80, 200)  # programs x loop steps of a fuzz case: a few milliseconds each, in the interpreter
 _EXACT_ACTIVATIONS = ("none", "relu", "leaky_relu")  # of integers, with a slope that is a power of 2

@@ -16,7 +16,7 @@ from perf import calls, providers, workloads
 from perf.checking import Reference
 from perf.providers import PROVIDERS, FlagGems, alike, cudnn_benchmark
 from perf.tensors import Tensors
-from perf.workloads import LAYOUTS, PASSES, TRAIN, Case, Workload
+from perf.workloads import LAYOUTS, PASSES, PRECISIONS, TRAIN, Case, Workload
 from triton_conv3d import engines, settings
 from triton_conv3d.tuning import forget, measure, select
 
@@ -188,7 +188,7 @@ class TestSwitches:
             yield self.state()
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, matmul.fp32_precision = old
 
-    @pytest.mark.parametrize("precision", ("ieee", "tf32", "tf32x3"))
+    @pytest.mark.parametrize("precision", PRECISIONS)
     def test_everybody_computes_in_the_cases_precision(self, before, precision):
         with alike(perf_cases.case("transposed", precision=precision)):
             assert settings.current().fp32 == precision and settings.current().engine is None

@@ -97,7 +97,7 @@ class TestCases:
 
     def test_every_combination(self):
         cases = workloads.cases(
-            self.LAYERS[:1], ("forward", "train"), ("fp16", "fp32"), workloads.LAYOUTS, ("ieee", "tf32", "tf32x3")
+            self.LAYERS[:1], ("forward", "train"), ("fp16", "fp32"), workloads.LAYOUTS, workloads.PRECISIONS
         )
         assert len(cases) == 2 * 2 * (1 + 3)  # passes, layouts; only float32 has precisions
         assert all(case.precision == "ieee" for case in cases if case.dtype == "fp16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 import triton_conv3d
 from triton_conv3d import __main__ as cli
 from triton_conv3d import compile_backend, engines, settings
-from triton_conv3d.engines.implicit_gemm.configs import _SHARED_BYTES
+from triton_conv3d.engines.implicit_gemm.configs import SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = list((ROOT / "perf" / "results").glob("*/*.csv"))  # of a GPU; what is compiled only is kept as JSON
@@ -76,13 +77,14 @@ def run_to_its_end(code: str) -> None:
 
 
 def test_settings_table_is_complete_and_right(monkeypatch):
-    for name in settings._PARSERS:
+    names = {field.name for field in dataclasses.fields(settings.Settings)}
+    for name in names:
         monkeypatch.delenv(settings.variable(name), raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     defaults = settings.from_environment()
     rows = {row[0].strip("`"): row[1:] for row in table("variable")}
-    assert set(rows) == {settings.variable(name) for name in settings._PARSERS}
-    for name in settings._PARSERS:
+    assert set(rows) == {settings.variable(name) for name in names}
+    for name in names:
         twin, default, meaning = rows[settings.variable(name)]
         assert twin == f"`configure({name}=...)`"
         value = getattr(defaults, name)
@@ -103,7 +105,7 @@ def test_gpu_table_names_architectures_that_are_known_and_claims_nothing_unmeasu
     rows = table("GPU")
     named = set(re.findall(r"sm_\d+|gfx\d+", " ".join(row[0] for row in rows)))
     assert named == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert named <= set(_SHARED_BYTES)
+    assert named <= set(SHARED_BYTES)
     assert MEASURED or {row[2] for row in rows} == {"not yet"}
 
 

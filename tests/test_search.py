@@ -114,7 +114,7 @@ def test_what_neighbours_knew_is_better_than_the_ranking():
     for problem in random.Random(1).sample(chosen, len(chosen)):
         offers = ranked(problem)
         times = gpu.times(problem, offers)
-        hints = transfer.hints(problem, transfer.nearest(problem, known), offers)
+        hints = transfer.hints(transfer.nearest(problem, known), offers)
         if hints:
             for how, given in (("hint", hints), ("ranking", ())):
                 impatient = search(offers, gpu.measure(times, {}), QUICK_CANDIDATES, given, late=lambda part: True)

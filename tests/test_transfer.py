@@ -30,7 +30,7 @@ def gemms(problem=HERE):
 def test_a_config_keeps_its_tile_and_takes_the_splits_that_suit():
     offers = ranking(HERE, measuring=True)
     whole = next(config for _, _, config in gemms(THERE) if config.splits == 1)
-    engine, config = transfer.transferred(HERE, entry(whole, time_us=1.0), offers)  # far faster than predicted
+    engine, config = transfer.transferred(entry(whole, time_us=1.0), offers)  # far faster than predicted
     assert engine.NAME == "implicit_gemm" and config.whole() == whole
     same = [seconds for seconds, _, c in gemms() if c.whole() == whole]
     assert len(same) > 1 and config.splits > 1 and dict((c, s) for s, _, c in gemms())[config] == min(same)
@@ -40,7 +40,7 @@ def test_the_model_overrules_what_no_longer_suits():
     """The slowest tile here, though it was as fast there as the model said."""
     kept = {config.whole() for _, _, config in gemms()}
     poor = [config for _, _, config in gemms(THERE) if config.whole() in kept][-1]
-    _, config = transfer.transferred(HERE, entry(poor), ranking(HERE, measuring=True))
+    _, config = transfer.transferred(entry(poor), ranking(HERE, measuring=True))
     assert config.whole() != poor.whole()
 
 
@@ -49,7 +49,7 @@ def test_torchs_own_is_taken_where_it_was_faster(part, chosen):
     own = cost_model.predict(THERE, types.SimpleNamespace(NAME="aten", memory=_memory), AtenConfig(benchmark=True)) * 1e6
     config = gemms(THERE)[0][2]
     found = entry(config, time_us=own, aten_us=part and part * own)
-    assert transfer.transferred(HERE, found, ranking(HERE, measuring=True))[0].NAME == chosen
+    assert transfer.transferred(found, ranking(HERE, measuring=True))[0].NAME == chosen
 
 
 def _memory(problem, config):
@@ -61,8 +61,8 @@ def _memory(problem, config):
 ], ids=["engine", "no-knobs", "unknown"])  # fmt: skip
 def test_an_entry_of_no_use(faulty):
     values = {**entry(gemms(THERE)[0][2]).to_dict(), **faulty}
-    assert transfer.transferred(HERE, Entry(**values), ranking(HERE)) is None
-    assert transfer.hints(HERE, [(Entry(**values), 1.0)], ranking(HERE)) == []
+    assert transfer.transferred(Entry(**values), ranking(HERE)) is None
+    assert transfer.hints([(Entry(**values), 1.0)], ranking(HERE)) == []
 
 
 def test_the_nearest_come_first():

@@ -17,7 +17,7 @@ from .problem import PASSES, Problem, interpreted
 from .tuning import table
 from .tuning.cache import PlanCache
 from .tuning.environment import environment
-from .workload import DTYPES, Layer, read
+from .workload import DTYPES, LAYOUTS, Layer, read
 
 
 class Mistake(Exception):
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
                       help=f"some of {','.join(PASSES)} (default: all; a model's gradients go together)")
     tune.add_argument("--dtype", choices=tuple(DTYPES),
                       help="instead of the layers' own; for a model: run under autocast to it")
-    tune.add_argument("--layout", choices=tuple(_LAYOUTS), default="channels_last",
+    tune.add_argument("--layout", choices=tuple(LAYOUTS), default="channels_last",
                       help="memory format of input and weight (default: channels_last)")
     tune.add_argument("--mode", choices=("quick", "full"), default="full", help="how many candidates (default: full)")
     tune.add_argument("--budget", type=_seconds, metavar="SECONDS", help="for one problem, without compiling")
@@ -102,8 +102,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # Values of options
-
-_LAYOUTS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -251,7 +249,7 @@ def _tune_layers(options: argparse.Namespace) -> None:
 def _tune_layer(layer: Layer, options: argparse.Namespace, device: torch.device) -> None:
     for pass_ in options.passes:  # one at a time: the least memory
         try:
-            layer.run((pass_,), device, _LAYOUTS[options.layout])
+            layer.run((pass_,), device, LAYOUTS[options.layout])
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             print(f"    {pass_} left out: it does not fit into this GPU's memory")
@@ -261,7 +259,7 @@ def _tune_model(options: argparse.Namespace) -> None:
     if not options.input_shape:
         raise Mistake(f"--input-shape is missing: the model {options.workload} needs it, as 2,1,64,64,64")
     model = _model(options.workload)
-    layout = _LAYOUTS[options.layout]
+    layout = LAYOUTS[options.layout]
     device = _need_gpu(f"the model {options.workload} on an input of {options.input_shape}, mode {options.mode}")
     print(convert_conv3d(model))
     model.to(device, memory_format=layout)

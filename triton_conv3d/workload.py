@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from . import ops
-from .problem import ACTIVATIONS, NO_ACTIVATION, Operands, Problem, Triple, describe
+from .problem import ACTIVATIONS, CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, Operands, Problem, Triple, describe
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = {CHANNELS_LAST: torch.channels_last_3d, CONTIGUOUS: torch.contiguous_format}
+PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32 products
 
 
 @dataclass(frozen=True)

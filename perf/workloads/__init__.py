@@ -19,17 +19,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-
-from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, PASSES, Problem
-from triton_conv3d.workload import DTYPES, Layer, layer
+from triton_conv3d.problem import CHANNELS_LAST, PASSES, Problem
+from triton_conv3d.workload import DTYPES, LAYOUTS, PRECISIONS, Layer, layer
 
 from . import sweeps
 
 REAL = Path(__file__).with_name("real.json")
 TRAIN = "train"  # forward and backward of a module, beside the three passes
-LAYOUTS = {CHANNELS_LAST: torch.channels_last_3d, CONTIGUOUS: torch.contiguous_format}
-PRECISIONS = ("ieee", "tf32", "tf32x3")
 _CORE, _ALL = "core", "all"
 _SHOWN = 3  # keys that an error quotes
 _ADJOINT = {"forward": "dgrad", "dgrad": "forward", "wgrad": "wgrad"}
@@ -69,7 +65,7 @@ class Case:
         pass_: what the model asks for: ``forward``, ``dgrad``, ``wgrad``, or ``train`` for the three of a module.
         dtype: of all tensors, a key of :data:`triton_conv3d.workload.DTYPES`.
         precision: of float32 products: ``ieee``, ``tf32`` or ``tf32x3``.
-        layout: of all tensors, a key of :data:`LAYOUTS`.
+        layout: of all tensors, a key of :data:`triton_conv3d.workload.LAYOUTS`.
     """
 
     workload: Workload

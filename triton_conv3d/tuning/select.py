@@ -299,7 +299,7 @@ def _near(problem: Problem, entry: Entry) -> Plan | None:
         for seconds, engine, config in ranked
         if engine.NAME == entry.engine or not (_on_trial(problem, engine) or _rests_on_trial(problem, config))
     ]
-    candidate = transfer.transferred(problem, entry, trusted)
+    candidate = transfer.transferred(entry, trusted)
     return None if candidate is None else Plan(candidate[0].NAME, candidate[1], "nearest")
 
 
@@ -336,7 +336,7 @@ def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
     key, cache = _key(environment(device)), PlanCache(current.cache_dir)
     measured = _measured(cache, key)
     similar = [*transfer.nearest(problem, measured), *lookup(problem, key, current.tables)]
-    hints = transfer.hints(problem, sorted(similar, key=lambda pair: pair[1]), ranked)
+    hints = transfer.hints(sorted(similar, key=lambda pair: pair[1]), ranked)
     hints += [(e, config) for _, e, config in ranked if (e.NAME, config) == (hint.engine, hint.config)]
     result = measure.best(problem, operands, ranked, current.autotune, hints=hints)
     if result is None:

@@ -29,7 +29,7 @@ def nearest(problem: Problem, entries: Iterable[Entry]) -> list[tuple[Entry, flo
     return sorted((pair for pair in apart if pair[1] <= MAX_DISTANCE), key=lambda pair: pair[1])
 
 
-def transferred(problem: Problem, entry: Entry, ranked: Sequence[Ranked]) -> Candidate | None:
+def transferred(entry: Entry, ranked: Sequence[Ranked]) -> Candidate | None:
     """The candidate that a measured plan of a similar problem speaks for; None if it is of no use here.
 
     That is its config with the splits that suit this problem, or a config that gains much more than it by the
@@ -64,7 +64,7 @@ def transferred(problem: Problem, entry: Entry, ranked: Sequence[Ranked]) -> Can
     return chosen[1:]
 
 
-def hints(problem: Problem, found: Iterable[tuple[Entry, float]], ranked: Sequence[Ranked]) -> list[Candidate]:
+def hints(found: Iterable[tuple[Entry, float]], ranked: Sequence[Ranked]) -> list[Candidate]:
     """The candidates that the nearest plans speak for, to be measured first; ``found`` as :func:`nearest` gives it."""
-    candidates = [transferred(problem, entry, ranked) for entry, _ in list(found)[:NEIGHBOURS]]
+    candidates = [transferred(entry, ranked) for entry, _ in list(found)[:NEIGHBOURS]]
     return [candidate for candidate in candidates if candidate is not None]

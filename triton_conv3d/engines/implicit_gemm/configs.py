@@ -15,7 +15,7 @@ WORKSPACE_LIMIT = 64 * 2**20  # bytes of float32 partial sums
 _SPLIT_PROGRAMS = (128, 256, 512, 1024)  # programs that a split aims at: one to several waves of 108 to 304 units
 
 # Shared memory of one block in bytes, from the vendors' documentation; others get the least of them.
-_SHARED_BYTES = {
+SHARED_BYTES = {
     "sm_80": 166_912,
     "sm_86": 101_376,
     "sm_89": 101_376,
@@ -25,7 +25,7 @@ _SHARED_BYTES = {
     "gfx942": 65_536,
     "interpreter": 232_448,
 }
-_LEAST_SHARED_BYTES = min(_SHARED_BYTES.values())
+_LEAST_SHARED_BYTES = min(SHARED_BYTES.values())
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _interpreter_tile(problem: Problem) -> GemmConfig:
 
 def shared_limit(problem: Problem) -> int:
     """Bytes of shared memory that one block of the problem's GPU can have."""
-    return _SHARED_BYTES.get(problem.arch, _LEAST_SHARED_BYTES)
+    return SHARED_BYTES.get(problem.arch, _LEAST_SHARED_BYTES)
 
 
 def _fits(problem: Problem, tile: GemmConfig) -> bool:
