@@ -8,8 +8,8 @@ import importlib.util
 from types import ModuleType
 
 # Triton exists for Linux only; engines without kernels of their own are plain torch.
-_MODULES = ("matmul", "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "subpixel", "aten")
-_NEED_TRITON = ("depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "subpixel")
+_NEED_TRITON = ("depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "subpixel", "rounded")
+_MODULES = ("matmul", *_NEED_TRITON, "aten")
 
 
 @functools.cache

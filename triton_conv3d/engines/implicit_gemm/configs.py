@@ -78,6 +78,13 @@ _GATHER_32 = _tiles(
     (128, 16, 16, 4, 3),
     (32, 16, 16, 2, 2),
 )
+_GATHER_ROUNDED = _tiles(  # of operands that hold tf32: products read them in shared memory
+    (128, 256, 32, 8, 4),
+    (256, 128, 32, 8, 4),
+    (128, 128, 32, 8, 4),
+    (128, 64, 32, 8, 4),
+    (64, 64, 32, 4, 4),
+)
 _GATHER_FMA = _tiles((128, 64, 16, 8, 3), (64, 64, 16, 8, 3), (64, 32, 16, 4, 2), (32, 16, 16, 2, 2))
 _WGRAD_16 = _tiles(
     (128, 128, 64, 8, 3),
@@ -150,6 +157,8 @@ def _base(amd: bool, wgrad: bool, dtype: str, precision: str) -> tuple[GemmConfi
         tiles = _WGRAD_16 if wgrad else _GATHER_16
     elif precision == "ieee":
         tiles = _WGRAD_FMA if wgrad else _GATHER_FMA
+    elif precision == "rounded":
+        tiles = _GATHER_ROUNDED
     else:
         tiles = _WGRAD_32 if wgrad else _GATHER_32
     if amd:  # two stages are its software pipeline, and its warps have 64 threads

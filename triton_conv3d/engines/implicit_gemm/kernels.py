@@ -19,7 +19,7 @@ from ..epilogue import finished
 
 
 @triton.jit
-def _round_tf32(value):
+def round_tf32(value):
     """float32 rounded to the nearest tf32: the tensor core itself truncates the last 13 bits."""
     bits = value.to(tl.uint32, bitcast=True)
     return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
@@ -31,9 +31,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     if PRECISION == "tf32":
-        a = _round_tf32(a)
-        b = _round_tf32(b)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        a = round_tf32(a)
+        b = round_tf32(b)
+    return tl.dot(a, b, acc, input_precision="tf32" if PRECISION == "rounded" else PRECISION)
 
 
 @triton.jit
