@@ -1,9 +1,9 @@
 """``python -m perf validate``: the whole acceptance on a machine with a GPU, in calls of nine minutes.
 
 Each call goes on where the last one stopped, until it says that all is done; without ``FOLDER/validate/steps.csv`` it
-begins anew. A step that takes five times its estimate, and two minutes at least, has failed; one that never ends takes the
-process with it, and the next call goes on behind it. Exit status: 0 all done and right, 1 something is wrong, 3 nothing is
-wrong so far and steps are left.
+begins anew. A step that takes five times its estimate, and two minutes at least, has failed; one that never ends, or ends
+the process twice, takes the process with it, and the next call goes on behind it. Exit status: 0 all done and right, 1
+something is wrong, 3 nothing is wrong so far and steps are left.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(
             print(_line(row, state), flush=True)
 
         try:
-            advance(state, deadline, record, clock)
+            advance(state, deadline, record, clock, where.state.with_name("begun.json"))
         except DeviceLost as lost:
             print(f"{lost}; the next call goes on", flush=True)
             break

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -106,6 +108,23 @@ class TestAdvance:
         step = Step("a", 9.0, lambda limit: ended.wait(20) and FINE, keeps)
         advance(progress(slice_of(step), Setting(None), []), seconds, lambda row: rows.append(row), lambda: 0.0)
         assert ended.is_set() and [row.status for row in rows] == [FAILED] * recorded + [OK]
+
+    def test_one_that_ends_the_process_is_tried_once_more(self, tmp_path, monkeypatch):
+        """As a compiler's crash does, which leaves no word but the file that names the step."""
+        begun = tmp_path / "new" / "begun.json"
+        steps = [Step(name, 1.0, lambda limit: FINE) for name in "ab"]
+        names = []
+        for _ in range(3):
+            rows: list[Check] = []
+            state = progress(slice_of(*steps), Setting(None), [])
+            with monkeypatch.context() as crash:
+                crash.setattr(pathlib.Path, "unlink", lambda *a, **k: None)  # so does a process that is gone
+                crash.setattr(validation, "_watched", lambda state, step, *rest: names.append(step.name) or sys.exit())
+                with contextlib.suppress(SystemExit):
+                    advance(state, 9.0, rows.append, lambda: 0.0, begun)
+        assert names == ["a", "a", "b"] and [(row.step, row.status) for row in rows] == [("a", FAILED)]
+        advance(progress(slice_of(*steps), Setting(None), rows), 9.0, rows.append, lambda: 0.0, begun)
+        assert [(row.step, row.status) for row in rows[1:]] == [("b", OK)] and not begun.exists()
 
     @pytest.mark.parametrize("outcome", [None, Outcome(FAILED, "illegal")])
     def test_a_lost_device_ends_the_call(self, outcome):

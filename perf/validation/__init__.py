@@ -10,6 +10,7 @@ Each finished step is a row of a result file; the next call goes on with what ha
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -35,6 +36,7 @@ _WHOLE = 0.9 * BUDGET  # seconds: a step that had so many and was not done would
 _PATIENCE, _LEAST_PATIENCE = 5, 120.0  # times what a step is estimated to take, and seconds, after which it hangs
 _GRACE = 30.0  # seconds: a call ends within ten minutes even if one of its steps never does
 _REASON = 500  # characters
+_MOST_BEGUN = 2  # times: a step that ended its process so often, as a crash of a compiler does, has failed
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,14 @@ def advance(
     deadline: float,
     record: Callable[[Check], None],
     clock: Callable[[], float] = time.monotonic,
+    begun: Path | None = None,
 ) -> None:
     """Run the pending steps that fit before the deadline, several at a time where the slice allows it.
 
     Args:
         deadline: of ``clock``, in seconds.
         record: told of every finished step.
+        begun: a file that names the step that this process is in; where it is ended, nothing else tells the next call.
 
     Raises:
         DeviceLost: no further step can run in this process.
@@ -172,6 +176,11 @@ def advance(
                     if step is None:
                         break
                     pending.remove(step)
+                    if _begin(begun, state.slice, step) > _MOST_BEGUN:
+                        reason = f"the process ended {_MOST_BEGUN} times while it ran"
+                        state.rows[step.name] = row = Check(state.slice.NAME, step.name, FAILED, reason, 0, 0.0)
+                        record(row)
+                        continue
                     begin = clock()
                     limit = deadline - begin if step.keeps else min(deadline - begin, step.patience)
                     running[pool.submit(_watched, state, step, limit, record)] = (step, begin, limit)
@@ -188,6 +197,20 @@ def advance(
                         raise future.exception()
         finally:
             process.end_all()
+            if begun:
+                begun.unlink(missing_ok=True)
+
+
+def _begin(begun: Path | None, module: ModuleType, step: Step) -> int:
+    """How often in a row this step is begun; of several at a time, which have processes of their own, always once."""
+    if begun is None or module.WORKERS > 1:
+        return 1
+    here = [module.NAME, step.name]
+    *before, times = json.loads(begun.read_text()) if begun.exists() else (0,)
+    times = times + 1 if before == here else 1
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps([*here, times]))
+    return times
 
 
 def _watched(state: Progress, step: Step, limit: float, record: Callable[[Check], None]) -> Outcome | None:
