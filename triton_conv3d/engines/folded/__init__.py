@@ -29,6 +29,7 @@ import triton.language as tl
 
 from ...problem import Operands, Problem, Triple
 from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..blocks import blocks_of, columns
 from ..implicit_gemm import pixel_strides, reduce, unit, wgrad_roles
 from ..implicit_gemm.configs import CHAIN, exchanged, sides, walked
 from ..launching import GRID_LIMIT, launch_kernel
@@ -36,6 +37,7 @@ from .configs import (
     MOST_CHANNELS,
     REGISTERS,
     WGRAD_REGISTERS,
+    FoldedBlocksConfig,
     FoldedConfig,
     FoldedWgradConfig,
     class_taps,
@@ -82,9 +84,11 @@ def work(problem: Problem, config: FoldedConfig) -> Work:
     if problem.pass_ == "wgrad":
         return _wgrad_work(problem, config)
     (produced, reduced), copies = sides(problem), problem.groups * classes(problem)
-    pixels = problem.result_elements / (produced * copies)
+    rows = problem.result_elements / (produced * copies)
+    if isinstance(config, FoldedBlocksConfig):
+        rows, produced, copies = problem.batch * math.prod(blocks_of(problem).count), columns(problem), problem.groups
     return Work(
-        programs=math.ceil(pixels / m) * math.ceil(produced / n) * copies,
+        programs=math.ceil(rows / m) * math.ceil(produced / n) * copies,
         iterations=math.ceil(math.prod(class_taps(problem)) * reduced / k),
         flops=2.0 * m * n * k,
         bytes_read=float(problem.itemsize * (m + n) * k),
@@ -189,34 +193,41 @@ def _launch(
     problem: Problem, config: FoldedConfig, x_strides: tuple[int, ...], w_strides: tuple[int, ...]
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for operands of these strides."""
-    produced = sides(problem)[0]
-    low, parity, rows = problem.padding[::2], None, problem.output_size
+    produced = wide = sides(problem)[0]
+    low, parity, blocks, copies = problem.padding[::2], None, None, problem.groups
     if problem.pass_ == "dgrad":  # position i reads grad at (i + pad - t * dilation) / stride, where that divides
         x_shape, y_shape = problem.output_shape, problem.input_shape
         rows = tuple(-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True))
         step = tuple(-d // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
         scale, start = (1, 1, 1), low
         w_channels = (w_strides[1], w_strides[0])
-        if problem.stride != (1, 1, 1):
+        if isinstance(config, FoldedBlocksConfig):
+            of, wide = blocks_of(problem), columns(problem)
+            rows, start = of.count, of.low
+            blocks = (of.front, of.before, of.last)
+        elif problem.stride != (1, 1, 1):
             parity = (problem.kernel_size, problem.stride, problem.dilation, tap_step(problem))
+            copies *= classes(problem)
     else:
         x_shape, y_shape = problem.input_shape, problem.output_shape
+        rows = y_shape[2:]
         scale, start, step = problem.stride, tuple(-pad for pad in low), problem.dilation
         w_channels = w_strides[:2]
     y_strides = format_strides(y_shape, problem.memory_format)
     pixels = pixel_strides(y_shape, y_strides)
     y_unit = unit(problem.itemsize, produced, *pixels) if y_strides[1] == 1 else 1
     arguments = (
-        problem.batch, x_shape[2:], y_shape[2:], scale, start, step, parity, x_strides,
+        problem.batch, x_shape[2:], rows if blocks else y_shape[2:], scale, start, step, parity, blocks, x_strides,
         (*w_channels, *w_strides[2:], problem.group_out * w_strides[0]),
         (*(stride // y_unit for stride in pixels), y_strides[1]), produced // y_unit,
     )  # fmt: skip
     options = dict(
+        BLOCK=(*problem.stride, produced) if blocks else None,
         Y_UNIT=y_unit,
         BIAS=problem.bias,
         ACTIVATION=problem.activation,
         **_options(problem, config, class_taps(problem)),
         **(REGISTERS.get((config.block_m, config.block_n), {}) if problem.arch.startswith("sm_") else {}),
     )
-    tiles = -(-problem.batch * math.prod(rows) // config.block_m) * -(-produced // config.block_n)
-    return (tiles, problem.groups * classes(problem)), arguments, options
+    tiles = -(-problem.batch * math.prod(rows) // config.block_m) * -(-wide // config.block_n)
+    return (tiles, copies), arguments, options

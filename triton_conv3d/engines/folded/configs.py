@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...problem import Problem, Triple
 from ..base import Config
+from ..blocks import columns, refused
 from ..implicit_gemm.configs import sides, split_counts, walked
 
 
@@ -22,6 +23,14 @@ class FoldedConfig(Config):
     block_k: int
     num_warps: int
     num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class FoldedBlocksConfig(FoldedConfig):
+    """Of a strided dgrad all parity classes in one product, and not each in its own: block_m blocks of the result
+    (:mod:`..blocks`) x block_n columns of (class, channel)."""
+
+    blocks: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ _TILES = (
     FoldedConfig(64, 64, 32, 4),
     FoldedConfig(32, 16, 16, 2),
 )
+_BLOCK_TILES = tuple(FoldedBlocksConfig(**tile.to_dict()) for tile in _TILES)
 _WGRAD_TILES = (
     FoldedWgradConfig(128, 64, 32, 8),
     FoldedWgradConfig(128, 32, 32, 4),
@@ -80,11 +90,19 @@ def class_taps(problem: Problem) -> Triple:
 
 
 def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
-    """The tiles that are not more than twice as wide as there are channels, the smallest last."""
+    """The tiles that are not more than twice as wide as there are channels, the smallest last.
+
+    Before them, those of blocks that are not more than twice as wide as all classes, and hold two of them: with fewer,
+    as much is read as class by class.
+    """
     produced, reduced = sides(problem)
     wide = 2 * max(16, produced)
     if problem.pass_ != "wgrad":
-        return tuple(tile for tile in _TILES if tile.block_n < wide)
+        by_class = tuple(tile for tile in _TILES if tile.block_n < wide)
+        if refused(problem):
+            return by_class
+        all_ = 2 * max(16, columns(problem))
+        return (*(tile for tile in _BLOCK_TILES if 2 * produced <= tile.block_n < all_), *by_class)
     high = 2 * max(16, problem.taps * reduced)
     offers, smallest = [], _WGRAD_TILES[-1]
     for tile in _WGRAD_TILES:

@@ -13,6 +13,12 @@ from ..implicit_gemm.kernels import class_at, dot, parity_class, rounded, tap_bi
 
 
 @triton.jit
+def _bits(d, h, w):
+    """What holds of each dimension, as one number."""
+    return d.to(tl.int32) | (h.to(tl.int32) << 1) | (w.to(tl.int32) << 2)
+
+
+@triton.jit
 def folded_gemm(
     x_ptr,
     w_ptr,
@@ -22,9 +28,10 @@ def folded_gemm(
     x_size,  # (d, h, w), as every triple
     y_size,
     scale,
-    start,  # of a strided dgrad: the padding
+    start,  # of parity classes: the padding
     step,
-    parity,  # None, or of a strided dgrad: kernel, stride, dilation, taps from one of a class to its next
+    parity,  # None, or of a strided dgrad by class: kernel, stride, dilation, taps from one of a class to its next
+    blocks,  # None, or of one by blocks, which y_size counts: front, before, last
     x_strides,  # (n, channel, d, h, w), in elements
     w_strides,  # (produced channel, reduced channel, d, h, w, group)
     y_strides,  # (n, d, h, w) in Y_UNIT, channel in elements
@@ -35,6 +42,7 @@ def folded_gemm(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     REDUCED: tl.constexpr,  # channels of one group that are summed over
+    BLOCK: tl.constexpr,  # None, or of blocks: positions in each dimension, channels of one group that are computed
     Y_UNIT: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -47,7 +55,11 @@ def folded_gemm(
     BLOCK_K: tl.constexpr,
 ):
     produced = produced * Y_UNIT
-    tiles_n = tl.cdiv(produced, BLOCK_N)
+    columns = produced
+    if BLOCK is not None:
+        front, before, last = blocks
+        columns = BLOCK[0] * BLOCK[1] * BLOCK[2] * BLOCK[3]
+    tiles_n = tl.cdiv(columns, BLOCK_N)
     group = tl.program_id(1)
     taps_d, taps_h, taps_w = KERNEL_D, KERNEL_H, KERNEL_W
     rows_d, rows_h, rows_w = y_size[0], y_size[1], y_size[2]
@@ -87,10 +99,15 @@ def folded_gemm(
     x_pixels += group.to(INDEX) * REDUCED * x_strides[1]
 
     q = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_q = q < produced
-    w_filters = q.to(INDEX) * w_strides[0] + group.to(INDEX) * w_strides[5]
+    in_q = q < columns
+    w_filters = group.to(INDEX) * w_strides[5]
+    if BLOCK is not None:  # q is (class, channel)
+        ad, ah, aw = class_at(q // BLOCK[3], BLOCK)
+        q = q % BLOCK[3]
+        w_filters += (ad - front[0]) * w_strides[2] + (ah - front[1]) * w_strides[3] + (aw - front[2]) * w_strides[4]
+        ahead = _bits(ad < front[0], ah < front[1], aw < front[2])  # through the first tap a class meets zeros
+    w_filters += q.to(INDEX) * w_strides[0]
 
-    # The pixels run along the tile's last dimension, so that neighbouring threads read neighbouring pixels.
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for first in range(0, KERNEL_D * KERNEL_H * KERNEL_W * REDUCED, BLOCK_K):
         r = first + tl.arange(0, BLOCK_K)
@@ -109,10 +126,16 @@ def folded_gemm(
             td = tap_d + td * tap_step[0]
             th = tap_h + th * tap_step[1]
             tw = tap_w + tw * tap_step[2]
+        in_w = in_q[:, None] & in_r[None, :]
+        if BLOCK is not None:
+            in_w &= (ahead[:, None] & _bits(td == 0, th == 0, tw == 0)[None, :]) == 0
+            td = td * BLOCK[0]
+            th = th * BLOCK[1]
+            tw = tw * BLOCK[2]
         w_taps = channel.to(INDEX) * w_strides[1] + td * w_strides[2] + th * w_strides[3] + tw * w_strides[4]
         in_x = (needed[:, None] & outside[None, :]) == 0
         x = tl.load(x_ptr + (x_taps[:, None] + x_pixels[None, :]), mask=in_x, other=0.0)
-        w = tl.load(w_ptr + (w_filters[:, None] + w_taps[None, :]), mask=in_q[:, None] & in_r[None, :], other=0.0)
+        w = tl.load(w_ptr + (w_filters[:, None] + w_taps[None, :]), mask=in_w, other=0.0)
         acc = dot(w, x, acc, PRECISION, UPCAST)
 
     if BIAS:
@@ -121,10 +144,24 @@ def folded_gemm(
         jd = jd * stride[0] + index_d
         jh = jh * stride[1] + index_h
         jw = jw * stride[2] + index_w
-    y_pixels = (n * y_strides[0] + jd * y_strides[1] + jh * y_strides[2] + jw * y_strides[3]) * Y_UNIT
-    y_channels = (group.to(INDEX) * produced + q) * y_strides[4]
-    y_tile = y_channels[:, None] + y_pixels[None, :]
     in_y = in_q[:, None] & in_rows[None, :]
+    y_channels = (group.to(INDEX) * produced + q) * y_strides[4]
+    if BLOCK is not None:  # the first and the last blocks may reach beyond y
+        begins = _bits(jd == 0, jh == 0, jw == 0) | (_bits(jd == rows_d - 1, jh == rows_h - 1, jw == rows_w - 1) << 3)
+        outside = _bits(ad < before[0], ah < before[1], aw < before[2])
+        outside |= _bits(ad >= last[0], ah >= last[1], aw >= last[2]) << 3
+        in_y &= (outside[:, None] & begins[None, :]) == 0
+        y_class = (ad - before[0]).to(INDEX) * y_strides[1] + (ah - before[1]).to(INDEX) * y_strides[2]
+        y_channels += (y_class + (aw - before[2]).to(INDEX) * y_strides[3]) * Y_UNIT
+        jd = jd * BLOCK[0]
+        jh = jh * BLOCK[1]
+        jw = jw * BLOCK[2]
+    y_pixels = n * y_strides[0] + jd * y_strides[1] + jh * y_strides[2] + jw * y_strides[3]
+    if Y_UNIT > 1:
+        y_pixels *= Y_UNIT
+    else:  # unless channels do, pixels run along neighbouring threads, one by one; Triton 3.6 would choose the first dimension
+        y_pixels = tl.multiple_of(tl.max_contiguous(y_pixels, 2), 1)
+    y_tile = y_channels[:, None] + y_pixels[None, :]
     acc = finished(acc, residual_ptr, y_tile, in_y, ACTIVATION, slope)
     tl.store(y_ptr + y_tile, rounded(acc, y_ptr.dtype.element_ty, UPCAST), mask=in_y)
 
