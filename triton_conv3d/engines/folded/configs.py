@@ -60,7 +60,14 @@ _TILES = (
     FoldedConfig(64, 64, 32, 4),
     FoldedConfig(32, 16, 16, 2),
 )
-_BLOCK_TILES = tuple(FoldedBlocksConfig(**tile.to_dict()) for tile in _TILES)
+_BLOCK_TILES = (
+    FoldedBlocksConfig(128, 128, 32, 8),
+    FoldedBlocksConfig(128, 64, 32, 8),
+    FoldedBlocksConfig(128, 32, 32, 8),
+    FoldedBlocksConfig(128, 16, 32, 4),
+    FoldedBlocksConfig(64, 64, 32, 4),
+    FoldedBlocksConfig(32, 16, 16, 2),
+)
 _WGRAD_TILES = (
     FoldedWgradConfig(128, 64, 32, 8),
     FoldedWgradConfig(128, 32, 32, 4),

@@ -59,6 +59,8 @@ def folded_gemm(
     if BLOCK is not None:
         front, before, last = blocks
         columns = BLOCK[0] * BLOCK[1] * BLOCK[2] * BLOCK[3]
+    REDUCTION: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W * REDUCED
+    STEPS: tl.constexpr = (REDUCTION + BLOCK_K - 1) // BLOCK_K
     tiles_n = tl.cdiv(columns, BLOCK_N)
     group = tl.program_id(1)
     taps_d, taps_h, taps_w = KERNEL_D, KERNEL_H, KERNEL_W
@@ -97,6 +99,8 @@ def folded_gemm(
     outside = tl.where(in_rows, ~valid, -1)
     x_pixels = n * x_strides[0] + xd * x_strides[2] + xh * x_strides[3] + xw * x_strides[4]
     x_pixels += group.to(INDEX) * REDUCED * x_strides[1]
+    if STEPS == 1:  # tell threads apart by pixels, which cost more to find than taps
+        x_pixels = tl.multiple_of(tl.max_contiguous(x_pixels, 2), 1)
 
     q = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_q = q < columns
@@ -109,9 +113,9 @@ def folded_gemm(
     w_filters += q.to(INDEX) * w_strides[0]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for first in range(0, KERNEL_D * KERNEL_H * KERNEL_W * REDUCED, BLOCK_K):
+    for first in range(0, REDUCTION, BLOCK_K):
         r = first + tl.arange(0, BLOCK_K)
-        in_r = r < KERNEL_D * KERNEL_H * KERNEL_W * REDUCED
+        in_r = r < REDUCTION
         channel = r % REDUCED
         tw = r // REDUCED % KERNEL_W
         th = r // (REDUCED * KERNEL_W) % KERNEL_H
