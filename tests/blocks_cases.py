@@ -22,7 +22,7 @@ GEOMETRIES = {
 
 
 def case(name: str, **more) -> Case:
-    return Case("dgrad", **{"batch": 2, "in_channels": 3, "out_channels": 16, "dtype": "float16", **GEOMETRIES[name], **more})
+    return Case(**{"pass_": "dgrad", "batch": 2, "in_channels": 3, "out_channels": 16, "dtype": "float16", **GEOMETRIES[name], **more})
 
 
 def zeros_met(problem: Problem, which: int, where: tuple[int, ...]) -> tuple:

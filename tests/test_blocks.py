@@ -78,12 +78,27 @@ def test_every_edge(name: str, channels: int, groups: int, channels_last: bool) 
     run(problem, FOLDED, by_blocks(problem.geometry())[0])
 
 
+@pytest.mark.parametrize("channels, channels_last", [(3, True), (8, False)])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_edge_of_the_weight(name: str, channels: int, channels_last: bool) -> None:
+    dtype, precision = KINDS[(list(GEOMETRIES).index(name) + channels) % len(KINDS)]
+    of = few(
+        name, pass_="wgrad", in_channels=channels, dtype=dtype, precision=precision, channels_last=channels_last,
+        layouts=("channels_last" if channels_last else "contiguous",) * 2,
+    )  # fmt: skip
+    wide, *_ = by_blocks(of.geometry())
+    run(of, FOLDED, wide)
+    run(of, FOLDED, wide.replace(splits=3))
+
+
 @pytest.mark.parametrize("channels", (1, 5, 16), ids="{}_channels".format)
 def test_every_config_is_exact(channels: int) -> None:
     of = few("even", in_channels=channels)
     for i, config in enumerate(by_blocks(of.geometry())):
         run(few("odd", in_channels=channels, seed=i), FOLDED, config)
         run(of.replace(seed=i), FOLDED, config)
+    for config in by_blocks(of.replace(pass_="wgrad").geometry()):
+        run(of.replace(pass_="wgrad"), FOLDED, config.replace(splits=1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -106,6 +121,21 @@ def test_one_nan_touches_only_its_footprint(name: str, which: int) -> None:
     problem, operands = make(few(name))
     assert getattr(FOLDED.configs(problem)[0], "blocks", False)
     check_footprint(FOLDED, problem, operands, which, partial(zeros_met, problem, which))
+
+
+@pytest.mark.parametrize("changes, takes", [
+    (dict(), True),
+    (dict(in_channels=100), True),
+    (dict(out_channels=9), False),
+    (dict(groups=2, in_channels=32, out_channels=6), False),
+    (dict(dilation=(1, 1, 2)), False),
+], ids=lambda value: str(value) if isinstance(value, dict) else "")  # fmt: skip
+def test_what_wgrad_takes_by_blocks(changes: dict, takes: bool) -> None:
+    problem = THREE.replace(pass_="wgrad", **changes)
+    assert (FOLDED.supports(problem) is None) == takes
+    assert not takes or by_blocks(problem) == list(FOLDED.configs(problem))  # by pixels there are too many channels
+    narrow = problem.replace(in_channels=8 * problem.groups)
+    assert FOLDED.supports(narrow) is None and bool(by_blocks(narrow)) == takes
 
 
 @pytest.mark.parametrize("changes, columns", [
@@ -134,3 +164,12 @@ def test_the_gradient_is_read_once_for_all_classes() -> None:
     assert work.iterations == 1 and work.programs == 128 * 16 * 32 * 32 / config.block_m
     first = next((engine.NAME, best) for _, engine, best in ranking(THREE, measuring=True) if engine.NAME != "aten")
     assert first == ("folded", config)
+
+
+def test_wgrad_reads_its_input_once() -> None:
+    problem = THREE.replace(pass_="wgrad")
+    work = FOLDED.work(problem, FOLDED.configs(problem)[0])
+    blocks = 128 * 16 * 32 * 32
+    assert work.programs * work.iterations * 32 == blocks and work.bytes_read == 4 * 32 * (32 + 128)
+    first = next((e.NAME, getattr(c, "blocks", False)) for _, e, c in ranking(problem, measuring=True) if e.NAME != "aten")
+    assert first == ("folded", True)

@@ -20,7 +20,7 @@ from triton_conv3d.problem import PASSES
 KERNELS, HOST = "kernels.py", "__init__.py"
 FAULTS = {
     "rows_off": (KERNELS, "in_rows = m < sample * batch", "in_rows = m >= 0"),
-    "filters_off": (KERNELS, "in_q = q < produced", "in_q = q >= 0"),
+    "filters_off": (KERNELS, "in_q = q < columns", "in_q = q >= 0"),
     "reduction_off": (KERNELS, "needed = tl.where(in_r, needed, -1)", "needed = tl.where(in_r, needed, 0)"),
     "one_dimension_checked": (KERNELS, "(one << tw) | (one << (KERNEL_W + th)) |", "(one << tw) |"),
     "tap_order": (KERNELS, "th = r // (REDUCED * KERNEL_W) % KERNEL_H", "th = r // (REDUCED * KERNEL_H) % KERNEL_H"),
@@ -46,16 +46,20 @@ FAULTS = {
     "dgrad_block_place": (KERNELS, "(aw - before[2]).to(INDEX)", "aw.to(INDEX)"),
     "dgrad_block_low": (HOST, "rows, start = of.count, of.low", "rows = of.count"),
     "roles_of_channels": (HOST, "channels = (w_strides[1], w_strides[0])", "channels = w_strides[:2]"),
-    "wgrad_rows_off": (KERNELS, "mask=(r < COLUMNS)[:, None] & in_q[None, :]", "mask=(r >= 0)[:, None] & in_q[None, :]"),
+    "wgrad_rows_off": (KERNELS, "in_dw = (r < REDUCTION)[:, None]", "in_dw = (r >= 0)[:, None]"),
     "wgrad_filters_off": (KERNELS, "in_g = in_p[:, None] & in_q[None, :]", "in_g = in_p[:, None] & (q >= 0)[None, :]"),
     "wgrad_pixels_off": (KERNELS, "in_p = p < end", "in_p = p >= 0"),
-    "wgrad_x_beyond_the_pixels": (KERNELS, "outside = tl.where(in_p, ~valid, -1)", "outside = ~valid"),
+    "wgrad_x_beyond_the_pixels": (KERNELS, "unmet = tl.where(in_p, ~valid, -1)", "unmet = ~valid"),
     "wgrad_lines": (KERNELS, "planes = lines // y_size[1]", "planes = lines // y_size[0]"),
     "wgrad_group_of_input": (KERNELS, "x_taps = (group * REDUCED + channel)", "x_taps = channel"),
-    "wgrad_group_of_gradient": (KERNELS, "g_filters = (group * produced + q)", "g_filters = q"),
+    "wgrad_group_of_gradient": (KERNELS, "g_filters += (group * produced + q)", "g_filters += q"),
     "wgrad_split_short": (KERNELS, "tl.minimum(begin + share, pixels)", "tl.minimum(begin + share, pixels - 1)"),
     "wgrad_order_of_result": (HOST, "wgrad_roles(problem, split)", "wgrad_roles(problem, False)"),
     "wgrad_dilation": (KERNELS, "tw.to(INDEX) * dilation[2] * x_strides[4]", "tw.to(INDEX) * dilation[1] * x_strides[4]"),
+    "wgrad_block_front": (KERNELS, "dw_columns += (ad - front[0])", "dw_columns += ad"),
+    "wgrad_block_zeros": (KERNELS, "in_dw &= (_bits(", "in_dw &= (0 * _bits("),
+    "wgrad_block_ends": (KERNELS, "in_g &= (ends[:, None] & ", "in_g &= (0 * ends[:, None] & "),
+    "wgrad_block_low": (HOST, "tuple(-by for by in of.low)", "tuple(by for by in of.low)"),
     "last_step_only": (KERNELS, "acc = dot(w, x, acc, PRECISION, UPCAST)", "acc = dot(w, x, acc * 0, PRECISION, UPCAST)"),
     "offsets_in_32_bits": (HOST, "tl.int64 if problem.index64 else tl.int32,", "tl.int32,"),
 }  # fmt: skip
@@ -63,8 +67,8 @@ FAULTS = {
 
 def battery(engine: ModuleType, fault: str) -> None:
     """Raises, or kills the process, if the engine is wrong."""
-    for name in GEOMETRIES if fault.startswith("dgrad_block") or fault == planting.SOUND else ():
-        of = case(name, out_channels=3)
+    for name in GEOMETRIES if "_block_" in fault or fault == planting.SOUND else ():
+        of = case(name, out_channels=3, pass_="wgrad" if fault.startswith("wgrad") else "dgrad")
         with guards(at_end=True) as fresh:
             run(of, engine, engine.configs(of.geometry())[0], fresh)
     for pass_ in sorted(PASSES, key=lambda pass_: not fault.startswith(pass_)):

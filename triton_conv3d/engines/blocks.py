@@ -31,10 +31,8 @@ class Blocks:
     last: Triple
 
 
-def refused(problem: Problem) -> str | None:
-    """Why a problem has no such blocks; None if it has."""
-    if problem.pass_ != "dgrad":
-        return f"{problem.pass_}: only input gradients have parity classes"
+def unblocked(problem: Problem) -> str | None:
+    """Why the input of a problem has no such blocks; None if it has."""
     if problem.stride == (1, 1, 1):
         return "stride 1: there is one parity class"
     sides = zip(problem.kernel_size, problem.stride, problem.dilation, strict=True)

@@ -26,7 +26,7 @@ import torch
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem, Triple
 from . import folded, halo, implicit_gemm, kn2row, matmul, tma
 from .base import Memory, Work, aligned, refused_by_kernels
-from .blocks import blocks_of, columns, refused
+from .blocks import blocks_of, columns, unblocked
 from .through import ThroughConfig, offers_through
 
 NAME = "subpixel"
@@ -37,7 +37,9 @@ _MOST_COLUMNS = 128  # classes x channels: tiles are full before, and the more c
 
 
 def supports(problem: Problem) -> str | None:
-    if reason := refused(problem) or refused_by_kernels(problem):
+    if problem.pass_ != "dgrad":
+        return f"{problem.pass_}: only input gradients have parity classes"
+    if reason := unblocked(problem) or refused_by_kernels(problem):
         return reason
     if problem.groups != 1:
         return f"groups={problem.groups}: the channels of each would have to be moved apart"

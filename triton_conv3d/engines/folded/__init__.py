@@ -31,19 +31,21 @@ from ...problem import Operands, Problem, Triple
 from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..blocks import blocks_of, columns
 from ..implicit_gemm import pixel_strides, reduce, unit, wgrad_roles
-from ..implicit_gemm.configs import CHAIN, exchanged, sides, walked
+from ..implicit_gemm.configs import CHAIN, exchanged, sides
 from ..launching import GRID_LIMIT, launch_kernel
 from .configs import (
     MOST_CHANNELS,
     REGISTERS,
-    WGRAD_REGISTERS,
-    FoldedBlocksConfig,
     FoldedConfig,
     FoldedWgradConfig,
+    by_blocks,
     class_taps,
     classes,
     configs,
     tap_step,
+    wgrad_by_blocks,
+    wgrad_extent,
+    wgrad_registers,
     wgrad_tiles,
 )
 from .kernels import folded_gemm, folded_wgrad
@@ -52,6 +54,7 @@ __all__ = ["MOST_CHANNELS", "NAME", "FoldedConfig", "FoldedWgradConfig", "config
 
 NAME = "folded"
 _WGRAD_STEP, _WGRAD_LOAD = 250.0, 14.0  # instructions of a warp in a step of wgrad, and for each load of x: SASS, sm_90
+_BLOCK_STEP = 800.0  # the same of a step by blocks
 _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 
 
@@ -59,7 +62,7 @@ def supports(problem: Problem) -> str | None:
     if reason := refused_by_kernels(problem):
         return reason
     produced, reduced = sides(problem)
-    if reduced > MOST_CHANNELS:
+    if reduced > MOST_CHANNELS and not wgrad_by_blocks(problem):
         what = "channels that taps gather" if problem.pass_ == "wgrad" else "channels to sum over"
         return f"{reduced} {what} in a group: more than {MOST_CHANNELS}"
     if reduced == produced == 1 and problem.groups > 1:
@@ -85,7 +88,7 @@ def work(problem: Problem, config: FoldedConfig) -> Work:
         return _wgrad_work(problem, config)
     (produced, reduced), copies = sides(problem), problem.groups * classes(problem)
     rows = problem.result_elements / (produced * copies)
-    if isinstance(config, FoldedBlocksConfig):
+    if by_blocks(config):
         rows, produced, copies = problem.batch * math.prod(blocks_of(problem).count), columns(problem), problem.groups
     return Work(
         programs=math.ceil(rows / m) * math.ceil(produced / n) * copies,
@@ -106,7 +109,7 @@ def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
     m, n, k, item, split = config.block_m, config.block_n, config.block_k, problem.itemsize, config.splits > 1
     return Work(
         programs=wgrad_tiles(problem, config) * problem.groups * config.splits,
-        iterations=math.ceil(math.ceil(walked(problem) / k) / config.splits),
+        iterations=math.ceil(math.ceil(wgrad_extent(problem, config)[2] / k) / config.splits),
         flops=2.0 * m * n * k,
         bytes_read=float(item * (m + n) * k),
         bytes_written=float((4 if split else item) * m * n),
@@ -118,7 +121,7 @@ def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
         sums=m * n,
         vector_bytes=item,
         stages=config.num_stages,
-        instructions=_WGRAD_STEP + _WGRAD_LOAD * m * k / (32 * config.num_warps),
+        instructions=(_BLOCK_STEP if by_blocks(config) else _WGRAD_STEP) + _WGRAD_LOAD * m * k / (32 * config.num_warps),
     )
 
 
@@ -137,7 +140,7 @@ def _wgrad(problem: Problem, operands: Operands, config: FoldedWgradConfig) -> t
     dw = problem.empty_result(x.device)
     split = config.splits > 1
     target = x.new_empty((config.splits, dw.numel()), dtype=torch.float32) if split else dw
-    if exchanged(problem):
+    if exchanged(problem) or by_blocks(config):
         x, grad = grad, x
     grid, arguments, options = _wgrad_launch(problem, config, x.stride(), grad.stride(), aligned(grad))
     launch_kernel(folded_wgrad, grid, (grad, x, target, *arguments), options)
@@ -151,31 +154,42 @@ def _wgrad_launch(
     problem: Problem, config: FoldedWgradConfig, x_strides: tuple[int, ...], g_strides: tuple[int, ...], g_aligned: bool
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for an x that is gathered and a grad that is walked along."""
-    split = config.splits > 1
-    x_shape, g_shape, geometry, dw_strides = wgrad_roles(problem, split)
-    pixels, wide = pixel_strides(g_shape, g_strides), sides(problem)[0]
+    split, blocks = config.splits > 1, None
+    x_shape, g_shape, geometry, (filters, tap, channel) = wgrad_roles(problem, split)
+    wide, reduced = sides(problem)
+    kernel, size = problem.kernel_size, g_shape[2:]
+    dw_taps = (kernel[1] * kernel[2] * tap, kernel[2] * tap, tap)
+    if by_blocks(config):  # block j of the input meets the gradient at j + low - e * step
+        of = blocks_of(problem)
+        x_shape, g_shape = g_shape, x_shape
+        step = tuple(-1 if s > 1 else -d for s, d in zip(problem.stride, problem.dilation, strict=True))
+        geometry = ((1, 1, 1), tuple(-by for by in of.low), step)
+        filters, channel, wide, reduced = channel, filters, reduced, wide
+        kernel, size, blocks = of.taps, of.count, (of.front, of.before, of.last)
+    pixels = pixel_strides(g_shape, g_strides)
     g_unit = unit(problem.itemsize, wide, *pixels) if g_aligned and g_strides[1] == 1 else 1
     arguments = (
-        walked(problem), x_shape[2:], g_shape[2:], *geometry,
-        x_strides, (*(stride // g_unit for stride in pixels), g_strides[1]), dw_strides,
+        wgrad_extent(problem, config)[2], x_shape[2:], size, *geometry,
+        x_strides, (*(stride // g_unit for stride in pixels), g_strides[1]), (filters, *dw_taps, channel), blocks,
         math.prod(problem.weight_shape) if split else 0, wide // g_unit, config.splits,
     )  # fmt: skip
     options = dict(
+        BLOCK=(*problem.stride, wide) if blocks else None,
         G_UNIT=g_unit,
         CHAIN=CHAIN,
-        **_options(problem, config, problem.kernel_size),
-        **WGRAD_REGISTERS.get((problem.arch, config.block_m, config.block_n), {}),
+        **_options(problem, config, kernel, reduced),
+        **wgrad_registers(problem, config),
     )
     return (wgrad_tiles(problem, config) * config.splits, problem.groups), arguments, options
 
 
-def _options(problem: Problem, config: FoldedConfig, kernel: Triple) -> dict:
+def _options(problem: Problem, config: FoldedConfig, kernel: Triple, reduced: int) -> dict:
     """What both kernels have in common."""
     return dict(
         KERNEL_D=kernel[0],
         KERNEL_H=kernel[1],
         KERNEL_W=kernel[2],
-        REDUCED=sides(problem)[1],
+        REDUCED=reduced,
         INDEX=tl.int64 if problem.index64 else tl.int32,
         BITS=tl.int32 if sum(kernel) < 32 else tl.int64,
         PRECISION=problem.precision,
@@ -193,7 +207,8 @@ def _launch(
     problem: Problem, config: FoldedConfig, x_strides: tuple[int, ...], w_strides: tuple[int, ...]
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the tensors, options) for operands of these strides."""
-    produced = wide = sides(problem)[0]
+    produced, reduced = sides(problem)
+    wide = produced
     low, parity, blocks, copies = problem.padding[::2], None, None, problem.groups
     if problem.pass_ == "dgrad":  # position i reads grad at (i + pad - t * dilation) / stride, where that divides
         x_shape, y_shape = problem.output_shape, problem.input_shape
@@ -201,7 +216,7 @@ def _launch(
         step = tuple(-d // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
         scale, start = (1, 1, 1), low
         w_channels = (w_strides[1], w_strides[0])
-        if isinstance(config, FoldedBlocksConfig):
+        if by_blocks(config):
             of, wide = blocks_of(problem), columns(problem)
             rows, start = of.count, of.low
             blocks = (of.front, of.before, of.last)
@@ -226,7 +241,7 @@ def _launch(
         Y_UNIT=y_unit,
         BIAS=problem.bias,
         ACTIVATION=problem.activation,
-        **_options(problem, config, class_taps(problem)),
+        **_options(problem, config, class_taps(problem), reduced),
         **(REGISTERS.get((config.block_m, config.block_n), {}) if problem.arch.startswith("sm_") else {}),
     )
     tiles = -(-problem.batch * math.prod(rows) // config.block_m) * -(-wide // config.block_n)

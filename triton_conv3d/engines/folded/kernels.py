@@ -183,7 +183,8 @@ def folded_wgrad(
     dilation,
     x_strides,  # (n, channel, d, h, w), in elements
     g_strides,  # (n, d, h, w) in G_UNIT, channel in elements
-    dw_strides,  # (filter, tap, channel), in elements: of a head (channel, tap, filter), as are all roles of the two
+    dw_strides,  # (filter, tap of d, h, w, channel), in elements: of a head (channel, ..., filter), as are all roles of the two
+    blocks,  # None, or of a head with y as blocks of pixels that it counts: front, before, last
     split_stride,  # elements from one split's partial sums to the next
     produced,  # filters of one group, in G_UNIT
     splits,
@@ -191,6 +192,7 @@ def folded_wgrad(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     REDUCED: tl.constexpr,  # input channels of one group
+    BLOCK: tl.constexpr,  # None, or of blocks: pixels in each dimension, channels
     G_UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     BITS: tl.constexpr,
@@ -201,10 +203,14 @@ def folded_wgrad(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    COLUMNS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W * REDUCED
+    REDUCTION: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W * REDUCED
     produced = produced * G_UNIT
-    tiles_n = tl.cdiv(produced, BLOCK_N)
-    tiles = tiles_n * tl.cdiv(COLUMNS, BLOCK_M)
+    columns = produced
+    if BLOCK is not None:
+        front, before, last = blocks
+        columns = BLOCK[0] * BLOCK[1] * BLOCK[2] * BLOCK[3]
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    tiles = tiles_n * tl.cdiv(REDUCTION, BLOCK_M)
     group = tl.program_id(1)
     split = tl.program_id(0) // tiles
     pid_n = tl.program_id(0) % tiles_n
@@ -217,12 +223,29 @@ def folded_wgrad(
     td = r // (REDUCED * KERNEL_W * KERNEL_H)
     one = tl.full([BLOCK_M], 1, BITS)
     needed = (one << tw) | (one << (KERNEL_W + th)) | (one << (KERNEL_W + KERNEL_H + td))
-    needed = tl.where(r < COLUMNS, needed, -1)  # no pixel has every bit
+    needed = tl.where(r < REDUCTION, needed, -1)  # no pixel has every bit
     x_taps = (group * REDUCED + channel).to(INDEX) * x_strides[1] + td.to(INDEX) * dilation[0] * x_strides[2]
     x_taps += th.to(INDEX) * dilation[1] * x_strides[3] + tw.to(INDEX) * dilation[2] * x_strides[4]
     q = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_q = q < produced
-    g_filters = (group * produced + q).to(INDEX) * g_strides[4]
+    in_q = q < columns
+    in_dw = (r < REDUCTION)[:, None] & in_q[None, :]
+    g_filters = tl.zeros([BLOCK_N], INDEX)
+    dw_columns = tl.zeros([BLOCK_N], INDEX)
+    if BLOCK is not None:  # q is (class, channel)
+        ad, ah, aw = class_at(q // BLOCK[3], BLOCK)
+        q = q % BLOCK[3]
+        outside = _bits(ad < before[0], ah < before[1], aw < before[2])
+        outside |= _bits(ad >= last[0], ah >= last[1], aw >= last[2]) << 3
+        g_filters += (ad - before[0]).to(INDEX) * g_strides[1] + (ah - before[1]).to(INDEX) * g_strides[2]
+        g_filters = (g_filters + (aw - before[2]).to(INDEX) * g_strides[3]) * G_UNIT
+        dw_columns += (ad - front[0]) * dw_strides[1] + (ah - front[1]) * dw_strides[2] + (aw - front[2]) * dw_strides[3]
+        ahead = _bits(ad < front[0], ah < front[1], aw < front[2])
+        in_dw &= (_bits(td == 0, th == 0, tw == 0)[:, None] & ahead[None, :]) == 0
+        td = td * BLOCK[0]
+        th = th * BLOCK[1]
+        tw = tw * BLOCK[2]
+    g_filters += (group * produced + q).to(INDEX) * g_strides[4]
+    dw_columns += (group * produced + q).to(INDEX) * dw_strides[0]
 
     share = tl.cdiv(tl.cdiv(pixels, BLOCK_K), splits).to(INDEX) * BLOCK_K
     begin = split * share
@@ -247,19 +270,25 @@ def folded_wgrad(
             valid = tap_bits(valid, 0, xw, dilation[2], x_size[2], KERNEL_W, False)
             valid = tap_bits(valid, KERNEL_W, xh, dilation[1], x_size[1], KERNEL_H, False)
             valid = tap_bits(valid, KERNEL_W + KERNEL_H, xd, dilation[0], x_size[0], KERNEL_D, False)
-            outside = tl.where(in_p, ~valid, -1)
+            unmet = tl.where(in_p, ~valid, -1)
             x_pixels = n * x_strides[0] + xd.to(INDEX) * x_strides[2]
             x_pixels += xh.to(INDEX) * x_strides[3] + xw.to(INDEX) * x_strides[4]
+            in_g = in_p[:, None] & in_q[None, :]
+            if BLOCK is not None:  # the first and the last blocks may reach beyond y
+                ends = _bits(jd == y_size[0] - 1, jh == y_size[1] - 1, jw == y_size[2] - 1)
+                ends = _bits(jd == 0, jh == 0, jw == 0) | (ends << 3)
+                in_g &= (ends[:, None] & outside[None, :]) == 0
+                jd = jd * BLOCK[0]
+                jh = jh * BLOCK[1]
+                jw = jw * BLOCK[2]
             g_pixels = n * g_strides[0] + jd.to(INDEX) * g_strides[1]
             g_pixels = (g_pixels + jh.to(INDEX) * g_strides[2] + jw.to(INDEX) * g_strides[3]) * G_UNIT
-            in_x = (needed[:, None] & outside[None, :]) == 0
+            in_x = (needed[:, None] & unmet[None, :]) == 0
             x = tl.load(x_ptr + (x_taps[:, None] + x_pixels[None, :]), mask=in_x, other=0.0)
-            in_g = in_p[:, None] & in_q[None, :]
             grad = tl.load(grad_ptr + (g_pixels[:, None] + g_filters[None, :]), mask=in_g, other=0.0)
             acc = dot(x, grad, acc, PRECISION, UPCAST)
         total += acc
 
-    dw_rows = (r // REDUCED) * dw_strides[1] + channel * dw_strides[2]
-    dw_tile = dw_rows[:, None] + ((group * produced + q).to(INDEX) * dw_strides[0])[None, :]
-    dw_tile = dw_ptr + split.to(INDEX) * split_stride + dw_tile
-    tl.store(dw_tile, rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=(r < COLUMNS)[:, None] & in_q[None, :])
+    dw_rows = td * dw_strides[1] + th * dw_strides[2] + tw * dw_strides[3] + channel * dw_strides[4]
+    dw_tile = dw_ptr + split.to(INDEX) * split_stride + (dw_rows[:, None] + dw_columns[None, :])
+    tl.store(dw_tile, rounded(total, dw_ptr.dtype.element_ty, UPCAST), mask=in_dw)
