@@ -22,7 +22,8 @@ GEOMETRIES = {
 
 
 def case(name: str, **more) -> Case:
-    return Case(**{"pass_": "dgrad", "batch": 2, "in_channels": 3, "out_channels": 16, "dtype": "float16", **GEOMETRIES[name], **more})
+    usual = dict(pass_="dgrad", batch=2, in_channels=3, out_channels=16, dtype="float16")
+    return Case(**{**usual, **GEOMETRIES[name], **more})
 
 
 def zeros_met(problem: Problem, which: int, where: tuple[int, ...]) -> tuple:

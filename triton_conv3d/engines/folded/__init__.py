@@ -14,9 +14,19 @@ sum is taken over the pixels of the input (implicit_gemm.configs.exchanged). Whi
 once for each pixel and each tap, not for each pair. Its pixels are shared out among splits; their partial sums are float32
 and added in a fixed order.
 
+By blocks (:mod:`..blocks`) all parity classes of a strided dgrad are one product, with columns (class a, channel q), whose
+weight is zero where a class does not meet a tap; and a strided wgrad of few filters folds these, with such columns of x:
+
+    dx[j * stride + a - before, q] = sum over r = (e, k) of  grad[j + low - e, k] * w[k, q, e * stride + a - front]
+    dw[k, q, e * stride + a - front] = sum over blocks j of  grad[j + low - e, k] * x[j * stride + a - before, q]
+
+There an infinity or NaN of the gradient also makes NaN of positions whose class does not meet its taps, in blocks that read
+it; one of the input may reach taps of its own channel whose products with it are of padding.
+
 Bytes by design: input, weight and output once each from memory (the input's reuse by taps is from L1 and L2), which is
-the minimum; between 1 and 2 bytes in L1 for each product of a pixel and a tap. wgrad reads the wide side again for every
-tile of folded taps and channels (of 128: one for up to 4 channels of 27 taps), and 8 bytes an element of dw for each split.
+the minimum; between 1 and 2 bytes in L1 for each product of a pixel and a tap. By parity classes a dgrad reads the gradient
+once for every tap. wgrad reads the wide side again for every tile of folded taps and channels (of 128: one for up to 4
+channels of 27 taps), and 8 bytes an element of dw for each split.
 """
 
 from __future__ import annotations

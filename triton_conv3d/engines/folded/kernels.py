@@ -3,6 +3,8 @@
     folded_gemm   y[j, q] = sum over r = (tap, channel) of  x[j * scale + start + tap * step, channel] * w[q, channel, tap]
     folded_wgrad  dw[q, r] = sum over output pixels j of  x[j * stride - pad + tap * dilation, channel] * grad[j, q]
                   or, for few filters, with the roles of x and grad exchanged, and -pad and -dilation
+
+By blocks q is (class, channel), j a block and tap e stands for tap e * stride + class - front of the weight.
 """
 
 import triton
