@@ -72,6 +72,7 @@ LAYERS = (
     Layer("folded", 1, 128),
     Layer("folded", 3, 128),
     Layer("folded", 128, 3),  # its dgrad: forward has too many channels
+    Layer("folded", 16, 3, stride=2),  # its dgrad and wgrad, by blocks too
     Layer("halo", 64, 64),
     Layer("halo", 32, 32),
     Layer("halo", 20, 20),

@@ -49,7 +49,7 @@ def test_every_config_is_exact(pass_: str, config) -> None:
 @pytest.mark.parametrize("changes, reason", [
     (dict(in_channels=9), "9 channels"),
     (dict(pass_="wgrad", in_channels=9, out_channels=9), "9 channels that taps gather"),
-    (dict(pass_="wgrad", in_channels=32, stride=(1, 2, 1), out_channels=3), "32 channels that taps gather"),
+    (dict(pass_="wgrad", in_channels=32, stride=(1, 2, 1), dilation=(1, 2, 1), out_channels=3), "32 channels that taps gather"),
     (dict(pass_="wgrad", in_channels=32, groups=2, out_channels=6), "16 channels that taps gather"),
     (dict(pass_="dgrad", out_channels=3, stride=(64, 64, 64), kernel_size=(1, 1, 1)), "parity classes"),
     (dict(pass_="dgrad", in_channels=6, out_channels=3, groups=3, stride=(64, 64, 8)), "of 32768 parity classes"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
-from cases import LAYOUTS, Case, check_base_between_vectors, check_footprint, make, run
+from blocks_cases import GEOMETRIES, KINDS, case, zeros_met
+from cases import LAYOUTS, check_base_between_vectors, check_footprint, make, run
 from guarded import guards
 
 from triton_conv3d import engines
@@ -18,28 +20,11 @@ from triton_conv3d.tuning.select import ranking, refusals
 
 pytest.importorskip("triton")
 ENGINE = engines.get("subpixel")
-KINDS = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"), ("float32", "ieee"))
 ARCHS = ("sm_80", "sm_90", "sm_100")
 # The last transposed convolution of MONAI's UNet, 32 -> 2 channels with output padding 1.
 LAST = Problem(
     "dgrad", 2, 2, 32, (128,) * 3, (3, 3, 3), (2, 2, 2), (1,) * 6, dtype="bfloat16", device="NVIDIA H200", arch="sm_90"
 )  # fmt: skip
-
-# Sizes that strides do not divide, fewer taps than the stride, positions that no tap meets, padding beyond the kernel.
-GEOMETRIES = {
-    "even": dict(input_size=(4, 6, 8), stride=(2, 2, 2), padding=(1,) * 6),
-    "odd": dict(input_size=(5, 4, 7), stride=(2, 1, 3), padding=(1, 0, 1, 1, 2, 0)),
-    "shifted": dict(input_size=(3, 8, 9), kernel_size=(1, 4, 5), stride=(1, 2, 3), padding=(0, 0, 1, 1, 1, 2)),
-    "few_taps": dict(input_size=(4, 7, 9), kernel_size=(2, 1, 3), stride=(2, 3, 2), padding=(0, 1, 2, 1, 0, 0)),
-    "beyond": dict(input_size=(2, 3, 4), kernel_size=(3, 2, 2), stride=(3, 2, 1), padding=(4, 4, 3, 5, 2, 3)),
-    "unmet": dict(input_size=(6, 8, 7), kernel_size=(1, 2, 2), stride=(3, 3, 2)),
-    "dilated": dict(input_size=(7, 6, 5), stride=(1, 2, 1), dilation=(3, 1, 2), padding=(2, 3, 1, 1, 2, 1)),
-}
-
-
-def case(name: str, **more) -> Case:
-    return Case("dgrad", **{"batch": 2, "in_channels": 3, "out_channels": 16, "dtype": "float16", **GEOMETRIES[name], **more})
-
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("dtype, precision", KINDS)
@@ -82,17 +67,7 @@ def test_between_pages_that_fault(at_end: bool) -> None:
 def test_one_nan_touches_only_its_footprint(which: int) -> None:
     """Beside it a weight may touch its own channel, and a pixel of the gradient all of its blocks."""
     problem, operands = make(case("odd"))
-    of = blocked(problem)
-
-    def beyond(where: tuple[int, ...]) -> tuple:
-        if which == 0:
-            return slice(None), where[1]
-        first = [o - low for o, low in zip(where[2:], of.problem.padding[::2], strict=True)]
-        blocks = zip(first, of.problem.kernel_size, problem.stride, of.before, strict=True)
-        ends = [(j * s - b, (j + taps) * s - b) for j, taps, s, b in blocks]
-        return where[0], slice(None), *(slice(max(0, begin), max(0, end)) for begin, end in ends)
-
-    check_footprint(ENGINE, problem, operands, which, beyond)
+    check_footprint(ENGINE, problem, operands, which, partial(zeros_met, problem, which))
 
 
 @pytest.mark.parametrize("changes, reason", [

@@ -26,6 +26,7 @@ import torch
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem, Triple
 from . import folded, halo, implicit_gemm, kn2row, matmul, tma
 from .base import Memory, Work, aligned, refused_by_kernels
+from .blocks import blocks_of, columns, unblocked
 from .through import ThroughConfig, offers_through
 
 NAME = "subpixel"
@@ -38,9 +39,7 @@ _MOST_COLUMNS = 128  # classes x channels: tiles are full before, and the more c
 def supports(problem: Problem) -> str | None:
     if problem.pass_ != "dgrad":
         return f"{problem.pass_}: only input gradients have parity classes"
-    if problem.stride == (1, 1, 1):
-        return "stride 1: there is one parity class"
-    if reason := refused_by_kernels(problem):
+    if reason := unblocked(problem) or refused_by_kernels(problem):
         return reason
     if problem.groups != 1:
         return f"groups={problem.groups}: the channels of each would have to be moved apart"
@@ -48,12 +47,9 @@ def supports(problem: Problem) -> str | None:
         return f"{problem.in_channels} channels to compute fill products by themselves: more than {_MOST_PRODUCED}"
     if problem.out_channels <= folded.MOST_CHANNELS:
         return f"{problem.out_channels} channels to sum over: engine folded takes up to {folded.MOST_CHANNELS}"
-    columns = math.prod(problem.stride) * problem.in_channels
-    if columns > _MOST_COLUMNS:
-        return f"stride {problem.stride} makes {columns} columns of {problem.in_channels} channels: more than {_MOST_COLUMNS}"
-    sides = zip(problem.kernel_size, problem.stride, problem.dilation, strict=True)
-    if any(min(side) > 1 for side in sides):
-        return f"dilation {problem.dilation} beside stride {problem.stride}: a block would meet more pixels than taps"
+    made = columns(problem)
+    if made > _MOST_COLUMNS:
+        return f"stride {problem.stride} makes {made} columns of {problem.in_channels} channels: more than {_MOST_COLUMNS}"
     if matmul.supports(problem) is None:
         return "engine matmul computes it without zeros"
     inner = blocked(problem).problem
@@ -64,10 +60,9 @@ def supports(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class Blocked:
-    """The convolution of stride 1, whose pixels are blocks of the result.
+    """The convolution of stride 1, whose pixels are blocks of the result (:mod:`.blocks`).
 
-    front: zeros before each dimension of the weight, so that the stride divides its taps. before: positions of the first
-    blocks before the result. covered: positions of the result that blocks have; those after them meet no tap.
+    covered: positions of the result that its blocks have; those after them meet no tap.
     """
 
     problem: Problem
@@ -78,40 +73,29 @@ class Blocked:
 
 @functools.lru_cache(maxsize=4096)
 def blocked(problem: Problem) -> Blocked:
-    """Position i meets output o through tap t where i + pad - t * dilation = o * stride.
-
-    Blocks begin where a block meets the fewest outputs, ceil(taps / stride): where pad + i - taps is a multiple of stride.
-    """
-    taps, blocks, padding, front, before, covered = [], [], [], [], [], []
-    for size, outputs, kernel, stride, dilation, pad in zip(
-        problem.input_size, problem.output_size, problem.kernel_size, problem.stride, problem.dilation,
-        problem.padding[::2], strict=True,
+    of, count, padding, covered = blocks_of(problem), [], [], []
+    for size, outputs, stride, dilation, all_, met, low, before in zip(
+        problem.input_size, problem.output_size, problem.stride, problem.dilation, of.count, of.taps, of.low, of.before,
+        strict=True,
     ):  # fmt: skip
-        shift, met = (pad - kernel) % stride, -(-kernel // stride)
-        low = (pad - shift + stride - 1) // stride
-        most = outputs + (met - 1) * (dilation if stride == 1 else 1) - low  # blocks that meet any output
-        count = min(-(-(size + shift) // stride), most)
-        taps.append(met)
-        blocks.append(count)
-        padding += [low, most - count]
-        front.append(met * stride - kernel)
-        before.append(shift)
-        covered.append(min(size, count * stride - shift))
-    columns, item = problem.in_channels * math.prod(problem.stride), problem.itemsize
+        most = outputs + (met - 1) * dilation - low  # blocks that meet any output
+        count.append(min(all_, most))
+        padding += [low, most - count[-1]]
+        covered.append(min(size, count[-1] * stride - before))
+    wide, item = columns(problem), problem.itemsize
     vectors = problem.alignment if problem.layouts[2] == VIEW else math.gcd(VECTOR_BYTES, problem.out_channels * item)
     inner = problem.replace(
-        in_channels=columns,
-        input_size=tuple(blocks),
-        kernel_size=tuple(taps),
+        in_channels=wide,
+        input_size=tuple(count),
+        kernel_size=of.taps,
         stride=(1, 1, 1),
         padding=tuple(padding),
         dilation=tuple(1 if s > 1 else d for s, d in zip(problem.stride, problem.dilation, strict=True)),
         layouts=(CHANNELS_LAST, CHANNELS_LAST, problem.layouts[2]),
-        alignment=math.gcd(vectors, columns * item),
+        alignment=math.gcd(vectors, wide * item),
     )
     large = math.prod(inner.input_shape) * item > INT32_BYTES
-    inner = inner.replace(index64=problem.index64 or large)
-    return Blocked(inner, tuple(front), tuple(before), tuple(covered))
+    return Blocked(inner.replace(index64=problem.index64 or large), of.front, of.before, tuple(covered))
 
 
 def configs(problem: Problem) -> tuple[ThroughConfig, ...]:
