@@ -26,7 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, Operands, Problem
 from .. import implicit_gemm, matmul
-from ..base import Memory, Order, Work, refused_by_kernels
+from ..base import Memory, Order, Work, aligned, refused_by_kernels
+from ..implicit_gemm import in_units, pixel_strides, unit
 from ..launching import launch_kernel
 from ..through import ThroughConfig, offers_through
 from .configs import GemmConfig, Volume, chain, copied_bytes, volumes, wgrad_configs, wgrad_refused
@@ -39,7 +40,7 @@ MEASURED = ()  # architectures; it has not run on a GPU yet
 _ENGINES = {engine.NAME: engine for engine in (implicit_gemm,)}
 _PRECISION = "rounded"  # of a problem whose operands hold tf32 already
 _LEAST_CHANNELS = 32  # on either side: with fewer, a copy takes as long as the products
-_COPY = {"BLOCK_P": 64, "BLOCK_C": 32, "num_warps": 4}
+_COPIED, _MOST_CHANNELS = 4096, 128  # elements and channels of one program of a copy; its positions cost the most to find
 _STEP, _LOAD = 56.0, 10.7  # instructions of a warp in a step without rounding, and for each load: as in 16-bit types
 _WGRAD_STEP = 105.0  # likewise of wgrad, whatever its tile: SASS, sm_90
 
@@ -163,16 +164,19 @@ def _last(tensor: torch.Tensor) -> torch.Tensor:
 
 def _copy(tensor: torch.Tensor, copy: torch.Tensor, of: Volume, y_strides: tuple[int, int]) -> None:
     channels, size = tensor.shape[1], tuple(tensor.shape[2:])
-    grid = -(-of.positions // _COPY["BLOCK_P"]), -(-channels // _COPY["BLOCK_C"])
+    block_c = min(_MOST_CHANNELS, 1 << (channels - 1).bit_length())
+    block_p = _COPIED // block_c
+    grid = -(-of.positions // block_p), -(-channels // block_c)
+    pixels, by_channel = pixel_strides(tuple(tensor.shape), tensor.stride()), tensor.stride(1)
+    x_unit = unit(tensor.itemsize, *pixels) if by_channel == 1 and aligned(tensor) else 1
     arguments = (
-        of.positions, channels, size, tensor.stride(), of.volumes, of.planes, of.plane, of.lines, of.stride, of.dilation,
-        of.pad, *y_strides,
+        of.positions, channels, size, in_units(pixels, x_unit), by_channel, of.volumes, of.planes, of.plane, of.lines,
+        of.stride, of.dilation, of.pad, *y_strides,
     )  # fmt: skip
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    large = max(span, copy.numel()) >= 2**31 - _COPY["BLOCK_P"] * _COPY["BLOCK_C"]
-    launch_kernel(
-        rounded_copy, grid, (tensor, copy, *arguments), {"INDEX": tl.int64 if large else tl.int32, **_COPY}
-    )
+    index = tl.int64 if max(span, copy.numel()) >= 2**31 - _COPIED else tl.int32
+    options = {"X_UNIT": x_unit, "INDEX": index, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
+    launch_kernel(rounded_copy, grid, (tensor, copy, *arguments), options)
 
 
 def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Tensor:

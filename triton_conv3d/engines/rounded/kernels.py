@@ -22,7 +22,8 @@ def rounded_copy(
     positions,  # of y, in all
     channels,
     x_size,  # (d, h, w)
-    x_strides,  # (n, channel, d, h, w), in elements
+    x_strides,  # (n, d, h, w) in X_UNIT
+    x_channel,  # elements from one channel of x to the next
     volumes,  # n of y, for each tap along w
     planes,  # of one n of y
     plane,  # positions of a plane of y
@@ -32,6 +33,7 @@ def rounded_copy(
     pad,  # (d, h, w)
     y_position,  # elements from one position of y to the next, and from one channel to the next
     y_channel,
+    X_UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -45,8 +47,12 @@ def rounded_copy(
     w = at % lines[1] * stride[1] + tap * dilation - pad[2]
     inside = (d >= 0) & (d < x_size[0]) & (h >= 0) & (h < x_size[1]) & (w >= 0) & (w < x_size[2])
     in_y = (c < channels)[:, None] & (p < positions)[None, :]
-    x_tile = n.to(INDEX) * x_strides[0] + d.to(INDEX) * x_strides[2] + h.to(INDEX) * x_strides[3] + w.to(INDEX) * x_strides[4]
-    x_tile = x_tile[None, :] + c.to(INDEX)[:, None] * x_strides[1]
+    x_pixels = n.to(INDEX) * x_strides[0] + d.to(INDEX) * x_strides[1] + h.to(INDEX) * x_strides[2] + w.to(INDEX) * x_strides[3]
+    if X_UNIT > 1:
+        x_pixels *= X_UNIT
+    else:  # unless channels do, positions run along neighbouring threads; Triton 3.6 would choose the first dimension
+        x_pixels = tl.multiple_of(tl.max_contiguous(x_pixels, 2), 1)
+    x_tile = c.to(INDEX)[:, None] * x_channel + x_pixels[None, :]
     value = tl.load(x_ptr + x_tile, mask=in_y & inside[None, :], other=0.0)
     y_tile = p.to(INDEX)[None, :] * y_position + c.to(INDEX)[:, None] * y_channel
     tl.store(y_ptr + y_tile, round_tf32(value), mask=in_y)
