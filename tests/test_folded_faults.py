@@ -67,10 +67,12 @@ FAULTS = {
 
 def battery(engine: ModuleType, fault: str) -> None:
     """Raises, or kills the process, if the engine is wrong."""
-    for name in GEOMETRIES if "_block_" in fault or fault == planting.SOUND else ():
+    for name in GEOMETRIES if fault.startswith("dgrad_") or "_block_" in fault or fault == planting.SOUND else ():
         of = case(name, out_channels=3, pass_="wgrad" if fault.startswith("wgrad") else "dgrad")
+        blocks, *_, smallest = engine.configs(of.geometry())
         with guards(at_end=True) as fresh:
-            run(of, engine, engine.configs(of.geometry())[0], fresh)
+            run(of, engine, blocks, fresh)
+            run(of, engine, smallest, fresh)
     for pass_ in sorted(PASSES, key=lambda pass_: not fault.startswith(pass_)):
         for seed in range(12):
             of, config = draw(pass_, seed)

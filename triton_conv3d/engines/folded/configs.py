@@ -57,7 +57,11 @@ MOST_CHANNELS = 8  # of one group; from 16 on the steps of one tap's channels ar
 # Of a thread, by tile: left alone, NVIDIA's compiler spills to fit one program more.
 REGISTERS = {(128, 128): {"maxnreg": 255}, (128, 64): {"maxnreg": 128}}
 # sm_90 has room for two programs without spills.
-WGRAD_REGISTERS = {("sm_80", 128, 64): {"maxnreg": 255}, ("sm_100", 64, 64): {"maxnreg": 128}}
+WGRAD_REGISTERS = {
+    ("sm_80", 128, 64): {"maxnreg": 255},
+    ("sm_100", 64, 64): {"maxnreg": 128},
+    ("sm_100", 128, 16): {"maxnreg": 128},
+}
 
 BLOCK_WGRAD_REGISTERS = {(32, 128): {"maxnreg": 255}, (32, 64): {"maxnreg": 168}}
 
