@@ -41,7 +41,18 @@ from ..base import (
     upcast,
 )
 from ..launching import launch_kernel
-from .configs import CHAIN, GROUP_M, GemmConfig, configs, exchanged, packed_groups, sides, walked, workspace_bytes
+from .configs import (
+    CHAIN,
+    GROUP_M,
+    GemmConfig,
+    configs,
+    depths,
+    exchanged,
+    packed_groups,
+    sides,
+    walked,
+    workspace_bytes,
+)
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
 
 __all__ = ["NAME", "GemmConfig", "configs", "launch", "memory", "supports", "work"]
@@ -111,7 +122,8 @@ def work(problem: Problem, config: GemmConfig) -> Work:
         iterations = math.ceil(math.ceil(reduction / k) / splits)
         order = Order(rows, columns, GROUP_M, row_bytes, column_bytes / met)
     else:
-        iterations = math.ceil(math.ceil(reduction * math.ceil(together * reduced / k)) / splits)
+        _, live = depths(problem, m)
+        iterations = math.ceil(math.ceil(reduction * live * math.ceil(together * reduced / k)) / splits)
         order = Order(rows, columns, GROUP_M, row_bytes, column_bytes, met)
     return Work(
         programs=rows * columns * classes * math.ceil(problem.groups / together) * splits,
@@ -229,6 +241,7 @@ def _gather_launch(
         in_units(x_pixels, x_unit), in_units(w_strides, w_unit), (*in_units(y_pixels, y_unit), y_strides[1]),
         math.prod(y_shape) if split else 0, reduced // x_unit, produced // y_unit,
         (x_shape[1] // x_unit, y_shape[1] // y_unit, problem.group_out) if together > 1 else None, config.splits, tiles_m,
+        depths(problem, config.block_m)[0],
     )  # fmt: skip
     options = dict(
         X_UNIT=x_unit,

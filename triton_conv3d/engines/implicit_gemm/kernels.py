@@ -77,6 +77,29 @@ def parity_class(index, pad, size, kernel, stride, dilation, tap_step):
 
 
 @triton.jit
+def live_taps(first, last, scale, start, step, size, taps):
+    """One dimension of a gather: the taps [lo, hi) that any position first..last may meet; the others read only padding.
+
+    Position j reads x at j * scale + start + t * step through tap t. Exact where scale is 1, and never too few.
+    """
+    low, high = first * scale + start, last * scale + start  # what tap 0 reads
+    down = step < 0
+    by = tl.where(down, -step, step)
+    outside = tl.where(down, low - size + 1, -high)  # positions up to the first that lies inside,
+    inside = tl.where(down, high, size - 1 - low)  # and to the last one
+    hi = tl.minimum(tl.maximum(inside + by, 0) // by, taps)
+    return tl.minimum(tl.cdiv(tl.maximum(outside, 0), by), hi), hi
+
+
+@triton.jit
+def plane_at(index, samples, depth, by_depth):
+    """Plane -> (n, d): one sample after the other, or by_depth all planes of one depth before those of the next."""
+    inner = tl.where(by_depth, samples, depth)
+    fast, slow = index % inner, index // inner
+    return tl.where(by_depth, fast, slow), tl.where(by_depth, slow, fast)
+
+
+@triton.jit
 def tap_bits(inner, width, at, step, size, taps, FLAT: tl.constexpr):
     """Which taps of one dimension, from position at on, lie inside [0, size); joined to the bits of those before it.
 
@@ -118,6 +141,7 @@ def gather_gemm(
     packed,  # None, or of programs with several groups: all such channels in the same units, filters of one group
     splits,
     tiles_m,
+    by_depth,  # order of planes, a bool: see plane_at
     residual_ptr,  # None, or with the strides of y
     slope,
     X_UNIT: tl.constexpr,
@@ -164,12 +188,12 @@ def gather_gemm(
 
     # The pixels of this tile, where each gathers from, and which taps meet the input there.
     m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    sample = tl.full([], rows_w, INDEX) * rows_h * rows_d  # pixels of y in one sample
-    in_rows = m < sample * batch
+    plane = rows_w * rows_h
+    pixels = tl.full([], plane, INDEX) * rows_d * batch
+    in_rows = m < pixels
     jw = m % rows_w
     jh = m // rows_w % rows_h
-    jd = m // (rows_w * rows_h) % rows_d
-    n = m // sample
+    n, jd = plane_at(m // plane, batch, rows_d, by_depth)
     xd = jd * scale[0] + start_d
     xh = jh * scale[1] + start_h
     xw = jw * scale[2] + start_w
@@ -203,17 +227,30 @@ def gather_gemm(
     # As a tile, so that the test of each step needs no change of layout inside the loop.
     valid = tl.where(in_rows[:, None] & in_k[None, :], valid[:, None], 0)
 
+    # Taps along depth that only read padding, for all of these pixels, are left out. Found in 32 bits: a division in 64 is a
+    # call, behind which compilers take nothing that depends on it for the same in all threads, and the loop is longer.
+    counted = pixels < 2**30
+    first = tl.where(counted, pid_m, 0) * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, pixels.to(tl.int32)) - 1
+    first_n, first_d = plane_at(first // plane, batch, rows_d, by_depth)
+    last_n, last_d = plane_at(last // plane, batch, rows_d, by_depth)
+    rising = counted & (by_depth | (first_n == last_n))  # else all depths: the tile ends in another sample
+    first_d = tl.where(rising, first_d, 0)
+    last_d = tl.where(rising, last_d, rows_d - 1)
+    lo, hi = live_taps(first_d, last_d, scale[0], start_d, step[0], x_size[0], taps_d)
+
     # One flat loop over taps and channel blocks; this split takes the part [begin, end) of it.
     blocks = tl.cdiv(reduced, BLOCK_K)
-    taps = taps_d * taps_hw
-    share = tl.cdiv(taps * blocks, splits)
+    steps = (hi - lo) * taps_hw * blocks
+    share = tl.cdiv(steps, splits)
     begin = split * share
-    end = tl.minimum(begin + share, taps * blocks)
+    end = tl.minimum(begin + share, steps)
     r = begin % blocks * BLOCK_K
     tap = begin // blocks
     tw = tap % tl.maximum(taps_w, 1)
     th = tap // tl.maximum(taps_w, 1) % tl.maximum(taps_h, 1)
-    td = tap // tl.maximum(taps_hw, 1)
+    td = lo + tap // tl.maximum(taps_hw, 1)
+    tap += lo * taps_hw
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(begin, end):
         x_tap = (

@@ -33,7 +33,17 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
+from ...problem import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    NO_ACTIVATION,
+    STRIDED,
+    VECTOR_BYTES,
+    VIEW,
+    Operands,
+    Problem,
+    live_depth,
+)
 from ..base import NO_EPILOGUE, Memory, Order, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN
@@ -100,6 +110,7 @@ def work(problem: Problem, config: BrickConfig) -> Work:
         rows, columns = math.ceil(problem.group_out / m), columns * problem.taps
         order = Order(rows, columns, rows, float(item * m * k), item * n * k / met)
     else:  # bricks in rows, which run one after another, channels in columns
+        steps = math.ceil(steps * live_depth(problem, config.brick_d))
         order = Order(max(1, tiles // columns), columns, 1, float(item * m * k), float(item * n * k), met)
     return Work(
         programs=tiles * config.splits,
@@ -182,7 +193,7 @@ def _gather_launch(problem: Problem, config: BrickConfig) -> tuple[tuple[int, in
     read, number = views(problem, config.brick), counts(problem, config.brick)
     tiles = math.prod(number) * -(-produced(problem) // config.block_n)
     arguments = (
-        tuple((view.taps, view.first, view.start) for view in read.views),
+        tuple((view.taps, view.first, view.start, view.size) for view in read.views),
         read.scale, read.step, read.tap_step, problem.kernel_size,
         (y_shape[0], *y_shape[2:]), number, problem.stride, problem.dilation,
         (*(stride // y_unit for stride in y_pixels), y_strides[1]), math.prod(y_shape) if split else 0,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..epilogue import finished
-from ..implicit_gemm.kernels import class_at, dot, parity_class, rounded
+from ..implicit_gemm.kernels import class_at, dot, live_taps, parity_class, rounded
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def gather_bricks(
     x5,
     x6,
     x7,
-    views,  # of each: taps, the first of them, start; each (d, h, w), as every triple
+    views,  # of each: taps, the first of them, start, size; each (d, h, w), as every triple
     scale,
     step,
     tap_step,  # from one tap of a view to the next
@@ -113,7 +113,12 @@ def gather_bricks(
             taps_w, first_w, start_w, rows_w = parity_class(
                 index_w, start_w, y_size[3], kernel[2], stride[2], dilation[2], tap_step[2]
             )
-        x_d = d * scale[0] + start_d
+        # Taps along depth that only read padding, for the whole brick, are left out.
+        last_d = tl.minimum(d + BRICK[1], rows_d) - 1
+        lo, hi = live_taps(d, last_d, scale[0], start_d, step[0], views[view][3][0], taps_d)
+        taps_d = hi - lo
+        first_d += lo * tap_step[0]
+        x_d = d * scale[0] + start_d + lo * step[0]
         x_h = h * scale[1] + start_h
         x_w = w_ * scale[2] + start_w
 
