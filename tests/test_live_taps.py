@@ -26,12 +26,12 @@ BASE = dict(in_channels=8, out_channels=8, kernel_size=(3, 1, 1), dtype="float16
 # Where planes are small, tiles go through all samples of one depth before the next; those of "large_planes" go through all
 # depths of one sample.
 LAYERS = {
-    "3_to_1": dict(input_size=(3, 4, 4)),
+    "3_to_1": dict(input_size=(3, 4, 4), batch=1),
     "4_to_2": dict(input_size=(4, 4, 4), kernel_size=(3, 1, 2), padding=(0, 0, 0, 0, 0, 1)),
     "padded": dict(
         input_size=(2, 4, 4), padding=(1, 1, 0, 1, 0, 0), kernel_size=(3, 2, 1), in_channels=24, out_channels=24
     ),
-    "large_planes": dict(input_size=(2, 8, 8), padding=(1, 1, 0, 0, 0, 0)),
+    "large_planes": dict(input_size=(2, 8, 9), padding=(1, 1, 0, 0, 0, 0)),
     "one_side": dict(input_size=(2, 4, 4), padding=(2, 0, 0, 0, 1, 0), kernel_size=(3, 1, 2), batch=1),
     "strided": dict(input_size=(5, 4, 4), padding=(2, 1, 0, 1, 0, 0), kernel_size=(3, 2, 1), stride=(2, 1, 1)),
     "dilated": dict(input_size=(3, 4, 4), padding=(2, 2, 0, 0, 0, 0), dilation=(2, 1, 1), batch=3),
@@ -72,7 +72,7 @@ def test_exact(name: str, pass_: str, layer: str, few_programs) -> None:  # noqa
         run(case, of, config.replace(splits=1 + 2 * deep))
 
 
-@pytest.mark.parametrize("layer", ["3_to_1", "padded", "large_planes", "one_side", "strided", "dilated"])
+@pytest.mark.parametrize("layer", ["3_to_1", "padded", "strided"])
 @both_passes
 @every_engine
 def test_a_tap_is_read_by_the_planes_that_meet_it_alone(name: str, pass_: str, layer: str, few_programs) -> None:  # noqa: F811
@@ -162,9 +162,8 @@ def test_iterations_are_those_of_live_taps() -> None:
 
 
 def test_bricks_are_of_one_depth_where_that_saves_taps() -> None:
-    assert {
-        config.brick_d for config in tma.configs(WAN.replace(input_size=(4, 128, 128))) if math.prod(config.brick) > 128
-    } == {1}
+    large = [c for c in tma.configs(WAN.replace(input_size=(4, 128, 128))) if math.prod(c.brick) > 128]
+    assert large and {config.brick_d for config in large} == {1}
 
 
 @pytest.mark.parametrize("changes, by_depth", [

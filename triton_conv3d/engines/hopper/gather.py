@@ -2,7 +2,8 @@
 
     gather_ring  y[j, q] = sum over views v, taps t and channels r of  x_v[j * scale + start_v + t * step, r] * w[q, r, t]
 
-As in engines/tma/kernels.py, filters are the left operand and the pixels of a brick the right one. What both sides of the
+As in engines/tma/kernels.py, filters are the left operand and the pixels of a brick the right one, and along depth taps
+are left out through which the brick only reads padding. What both sides of the
 ring have to agree about is in :func:`tile_at`, :func:`taps_of` and :func:`part`.
 """
 
@@ -108,7 +109,7 @@ def _produce(
             x = xs[view]
             taps_d, taps_h, taps_w, first_d, first_h, first_w, start_d, start_h, start_w = taps_of(
                 views[view], index, d * BRICK[1], scale, step, tap_step, kernel, y_size, stride, dilation, STRIDED, BRICK
-            )
+            )  # fmt: skip
             x_n = n * BRICK[0]
             x_d = d * BRICK[1] * scale[0] + start_d
             x_h = h * BRICK[2] * scale[1] + start_h
@@ -250,7 +251,7 @@ def _consume(
         for view in gl.static_range(VIEWS):
             taps_d, taps_h, taps_w, _, _, _, _, _, _ = taps_of(
                 views[view], index, d * BRICK[1], scale, step, tap_step, kernel, y_size, stride, dilation, STRIDED, BRICK
-            )
+            )  # fmt: skip
             begin, end = part(taps_d * taps_h * taps_w * blocks, split, splits)
             steps += end - begin
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)

@@ -1,7 +1,8 @@
 """The three kernels of the implicit GEMM. Channels are dense and last in what they read; other strides are free.
 
     gather_gemm    y[j, q] = sum over taps t and channels r of  x[j * scale + start + t * step, r] * w[q, r, t]
-                   forward as it stands; dgrad with the gradient as x and the channels' roles exchanged
+                   forward as it stands; dgrad with the gradient as x and the channels' roles exchanged; along depth
+                   over those taps alone through which some pixel of a tile meets x: the others read padding
     wgrad_gemm     dw[k, t, c] = sum over output pixels p of  grad[p, k] * x[p * stride - pad + t * dilation, c]
     reduce_splits  result = sum over splits of the float32 partials, + bias, in the result's own layout
 
@@ -116,7 +117,7 @@ def tap_bits(inner, width, at, step, size, taps, FLAT: tl.constexpr):
     return bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["by_depth"])  # one kernel for both orders
 def gather_gemm(
     x_ptr,
     w_ptr,
@@ -141,7 +142,7 @@ def gather_gemm(
     packed,  # None, or of programs with several groups: all such channels in the same units, filters of one group
     splits,
     tiles_m,
-    by_depth,  # order of planes, a bool: see plane_at
+    by_depth,  # order of planes, 1 or 0: see plane_at
     residual_ptr,  # None, or with the strides of y
     slope,
     X_UNIT: tl.constexpr,
@@ -188,6 +189,7 @@ def gather_gemm(
 
     # The pixels of this tile, where each gathers from, and which taps meet the input there.
     m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    by_depth = by_depth != 0
     plane = rows_w * rows_h
     pixels = tl.full([], plane, INDEX) * rows_d * batch
     in_rows = m < pixels

@@ -5,8 +5,11 @@ up to 256 pixels by its corner, and one instruction copies it. All passes, strid
 with channels in eights. Operands whose channels are not dense and last are copied; the result is written in the format
 that torch returns. Partial sums of split reductions are float32 and added in a fixed order, so equal inputs give equal bits.
 
+In forward and dgrad a brick leaves out the taps along depth through which it only reads padding, and is of few depths where
+that saves taps (geometry.best_first).
+
 Bytes by design: input, weight and output once each from memory, which is the minimum; from L2 each brick once for every
-tap and every tile of the produced channels, each block of the weight once for every brick.
+tap that is left and every tile of the produced channels, each block of the weight once for every brick.
 
 Programs that run at once share what they read: all tiles of the channels of one brick come before the next brick, which is its
 neighbour along W; in wgrad all tiles of the filters and channels of one tap before the next tap, on the same bricks. There is

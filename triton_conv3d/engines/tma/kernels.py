@@ -1,7 +1,8 @@
 """The two kernels of bricks. The copy engine (TMA) fetches every operand, and fills with zeros what lies outside.
 
     gather_bricks  y[j, q] = sum over views v, taps t and channels r of  x_v[j * scale + start_v + t * step, r] * w[q, r, t]
-                   forward as it stands; dgrad with the gradient as x and the channels' roles exchanged
+                   forward as it stands; dgrad with the gradient as x and the channels' roles exchanged; along depth
+                   over those taps alone through which some pixel of the brick meets x_v
     wgrad_bricks   dw[k, t, c] = sum over output pixels p of  grad[p, k] * x_v[p * scale + start_v + t * step, c]
 
 A brick is a block of (n, d, h, w) pixels, all sizes powers of two. A descriptor has no steps between elements, so what a
