@@ -43,9 +43,9 @@ SMALLEST = GemmConfig(16, 16, 16, 2, 2)
 
 
 def sound(name: str, case: Case, deep: bool):
-    """(engine, config) with tiles of 16 pixels, of one depth where planes divide into them; or of more depths."""
+    """(engine, config) with tiles of 16 pixels, of one depth where planes divide into them; bricks of two, if ``deep``."""
     if name == "implicit_gemm":
-        return engines.get(name), SMALLEST.replace(block_m=32 if deep else 16)
+        return engines.get(name), SMALLEST
     sides = dict(zip(("brick_n", "brick_d", "brick_h", "brick_w"), (2, 2, 1, 4) if deep else (1, 1, 4, 4), strict=True))
     if name == "hopper":
         return engine(), small(case, **sides)
@@ -64,7 +64,7 @@ every_engine = pytest.mark.parametrize("name", ["implicit_gemm", "tma", pytest.p
 @both_passes
 @every_engine
 def test_exact(name: str, pass_: str, layer: str, few_programs) -> None:  # noqa: F811
-    """Tiles of one depth whole, of several split, planes that do not divide into tiles."""
+    """Planes that do not divide into tiles, whole and split; also of 15 pixels, one less than a tile."""
     depth, height, width = LAYERS[layer]["input_size"]
     for deep in (False, True):
         case = case_of(pass_, layer, input_size=(depth, height + 1, width - deep), seed=int(deep))

@@ -21,8 +21,8 @@ KERNELS, HOST = "kernels.py", "__init__.py"
 # name: (file, what stands there once, what is planted)
 FAULTS = {
     # masks
-    "mask_of_rows_off": (KERNELS, "in_rows = m < sample * batch", "in_rows = m >= 0"),
-    "mask_of_rows_one_too_many": (KERNELS, "in_rows = m < sample * batch", "in_rows = m <= sample * batch"),
+    "mask_of_rows_off": (KERNELS, "in_rows = m < pixels", "in_rows = m >= 0"),
+    "mask_of_rows_one_too_many": (KERNELS, "in_rows = m < pixels", "in_rows = m <= pixels"),
     "mask_of_filters_off": (KERNELS, "in_q = q < produced", "in_q = q >= 0"),
     "mask_of_filters_one_too_many": (KERNELS, "in_q = q < produced", "in_q = q <= produced"),
     "mask_of_reduction_off_in_x": (KERNELS, "in_x &= (r + k < reduced)[None, :]", "in_x &= (k >= 0)[None, :]"),
@@ -41,6 +41,9 @@ FAULTS = {
     # indices
     "height_for_width": (KERNELS, "jh = m // rows_w % rows_h", "jh = m // rows_h % rows_h"),
     "no_carry_to_depth": (KERNELS, "td += (th == taps_h).to(tl.int32)", "td += 0"),
+    "order_of_planes": (KERNELS, "inner = tl.where(by_depth, samples, depth)", "inner = depth"),
+    "live_taps_one_too_few": (KERNELS, "tl.maximum(inside + by, 0) // by", "tl.maximum(inside, 0) // by"),
+    "weight_of_the_first_tap": (KERNELS, "tap += lo * taps_hw", "tap += 0"),
     "swizzle_last_band": (KERNELS, "height = tl.minimum(tiles_m - first, GROUP_M)", "height = GROUP_M"),
     "wgrad_carry_lost": (KERNELS, "n = first_n + row_n + carry", "n = first_n + row_n"),
     "wgrad_hop_short": (KERNELS, "hop_h = BLOCK_K // size_w % size_h", "hop_h = BLOCK_K // size_w % size_w"),
