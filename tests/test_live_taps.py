@@ -19,7 +19,7 @@ from test_tma_geometry import AXES, axis_problem
 from triton_conv3d import engines, reference
 from triton_conv3d.engines import implicit_gemm, tma
 from triton_conv3d.engines.implicit_gemm.configs import GemmConfig, depths
-from triton_conv3d.engines.implicit_gemm.kernels import live_taps
+from triton_conv3d.engines.implicit_gemm.taps import live_taps
 from triton_conv3d.problem import Problem, live_depth
 
 BASE = dict(in_channels=8, out_channels=8, kernel_size=(3, 1, 1), dtype="float16", batch=2)

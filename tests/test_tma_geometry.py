@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_conv3d.engines.implicit_gemm.kernels import parity_class
+from triton_conv3d.engines.implicit_gemm.taps import parity_class
 from triton_conv3d.engines.tma.geometry import MOST_VIEWS, bricks, counts, flat, pixels, views
 from triton_conv3d.engines.tma.kernels import _digits
 from triton_conv3d.problem import Problem, interpreted, live_depth

@@ -2,16 +2,16 @@
 
     gather_ring  y[j, q] = sum over views v, taps t and channels r of  x_v[j * scale + start_v + t * step, r] * w[q, r, t]
 
-As in engines/tma/kernels.py, filters are the left operand and the pixels of a brick the right one, and along depth taps
-are left out through which the brick only reads padding. What both sides of the
-ring have to agree about is in :func:`tile_at`, :func:`taps_of` and :func:`part`.
+As in engines/tma/kernels.py, filters are the left operand and the pixels of a brick the right one, and taps along depth are
+left out through which a brick only reads padding. What both sides of the ring have to agree about is in :func:`tile_at`,
+:func:`taps_of` and :func:`part`.
 """
 
 import triton
 import triton.language as tl
 
 from ..epilogue import activated
-from ..implicit_gemm.kernels import class_at, live_taps, parity_class
+from ..implicit_gemm.taps import class_at, live_taps, parity_class
 from ..tma.kernels import _digits
 from .gluon import gl, gluon, load, mbarrier
 from .ring import PRODUCER_REGISTERS, barriers, multiply, next_digit, next_stage, part

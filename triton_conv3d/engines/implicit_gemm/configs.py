@@ -116,7 +116,7 @@ _SPILLING_SPLIT = {
     ("sm_100", "packed dgrad"): ((128, 32, 4),),
 }
 _LARGEST_ELSEWHERE = 128 * 128
-_FEW_TILES = 4  # in a plane: so many of them that have pixels of another plane, too, are not few
+_FEW_TILES = 4  # of a plane: where it has fewer, many tiles end in the next one
 _ERF_SUMS = 64  # of a thread, that leave registers for gelu: with 128 it spills on sm_80 and sm_90, others do not
 
 

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from ..epilogue import finished
-from ..implicit_gemm.kernels import class_at, dot, live_taps, parity_class, rounded
+from ..implicit_gemm.kernels import dot, rounded
+from ..implicit_gemm.taps import class_at, live_taps, parity_class
 
 
 @triton.jit
