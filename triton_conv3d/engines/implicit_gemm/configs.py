@@ -98,19 +98,21 @@ _WGRAD_FMA = _tiles((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (16, 16, 16, 2, 2))
 # and only as parts of a split reduction. Beside them, tiles above 128 x 128 spill everywhere but on sm_90, whose
 # accumulators leave room.
 _SPILLING = {
+    ("sm_80", "forward"): ((128, 128, 4),),
     ("sm_80", "strided dgrad"): ((256, 64, 8),),
     ("sm_90", "strided dgrad"): ((256, 128, 8),),
+    ("sm_100", "forward"): ((128, 128, 4),),
     ("sm_100", "dgrad"): ((128, 128, 4),),
     ("sm_100", "wgrad"): ((64, 128, 8),),
     ("sm_80", "packed dgrad"): ((256, 32, 4),),
 }
 _SPILLING_SPLIT = {
-    ("sm_80", "forward"): ((128, 128, 4), (128, 32, 4), (128, 16, 4)),
+    ("sm_80", "forward"): ((128, 32, 4), (128, 16, 4)),
     ("sm_80", "dgrad"): ((128, 128, 4), (128, 32, 4)),
     ("sm_80", "strided dgrad"): ((128, 128, 4), (128, 32, 4), (64, 64, 4), (256, 32, 4), (64, 32, 4)),
     ("sm_90", "strided dgrad"): ((128, 128, 4),),
     ("sm_90", "wgrad"): ((16, 128, 4),),
-    ("sm_100", "forward"): ((128, 128, 4), (128, 32, 4), (128, 16, 4)),
+    ("sm_100", "forward"): ((128, 32, 4), (128, 16, 4)),
     ("sm_100", "strided dgrad"): ((128, 128, 4), (256, 16, 4)),
     ("sm_80", "packed forward"): ((128, 64, 4),),
     ("sm_100", "packed dgrad"): ((128, 32, 4),),
