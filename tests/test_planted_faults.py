@@ -16,22 +16,22 @@ from guarded import guards, overflow_checked, run_large
 
 from triton_conv3d.problem import PASSES
 
-KERNELS, HOST = "kernels.py", "__init__.py"
+KERNELS, TAPS, HOST = "kernels.py", "taps.py", "__init__.py"
 
 # name: (file, what stands there once, what is planted)
 FAULTS = {
     # masks
-    "mask_of_rows_off": (KERNELS, "in_rows = m < sample * batch", "in_rows = m >= 0"),
-    "mask_of_rows_one_too_many": (KERNELS, "in_rows = m < sample * batch", "in_rows = m <= sample * batch"),
+    "mask_of_rows_off": (KERNELS, "in_rows = m < pixels", "in_rows = m >= 0"),
+    "mask_of_rows_one_too_many": (KERNELS, "in_rows = m < pixels", "in_rows = m <= pixels"),
     "mask_of_filters_off": (KERNELS, "in_q = q < produced", "in_q = q >= 0"),
     "mask_of_filters_one_too_many": (KERNELS, "in_q = q < produced", "in_q = q <= produced"),
     "mask_of_reduction_off_in_x": (KERNELS, "in_x &= (r + k < reduced)[None, :]", "in_x &= (k >= 0)[None, :]"),
     "mask_of_reduction_off_in_w": (KERNELS, "in_w &= (r + k < reduced)[:, None]", "in_w &= (k >= 0)[:, None]"),
     "even_always": (HOST, "EVEN=reduced % config.block_k == 0", "EVEN=True"),
-    "position_below_zero": (KERNELS, "inside = (at >= 0) & (at < size)", "inside = at < size"),
-    "position_above_size": (KERNELS, "inside = (at >= 0) & (at < size)", "inside = (at >= 0) & (at <= size)"),
+    "position_below_zero": (TAPS, "inside = (at >= 0) & (at < size)", "inside = at < size"),
+    "position_above_size": (TAPS, "inside = (at >= 0) & (at < size)", "inside = (at >= 0) & (at <= size)"),
     "mask_without_other_tap_bits": (KERNELS, "in_x = (valid & bits) == bits", "in_x = (valid & bits) != 0"),
-    "tap_bit_narrow": (KERNELS, "unit = inner if FLAT else inner * 0 + 1", "unit = inner if FLAT else 1"),
+    "tap_bit_narrow": (TAPS, "unit = inner if FLAT else inner * 0 + 1", "unit = inner if FLAT else 1"),
     "wgrad_mask_of_depth_off": (KERNELS, "in_x = (xd + tap_d[None, :]).to(tl.uint32, bitcast=True) < x_size[0]", "in_x = (xd + tap_d[None, :]) < x_size[0]"),
     "wgrad_mask_of_width_one_too_many": (KERNELS, "bitcast=True) < x_size[2]", "bitcast=True) <= x_size[2]"),
     "wgrad_mask_of_pixels_off": (KERNELS, "mask=in_x & (row_p < left)", "mask=in_x"),
@@ -41,6 +41,9 @@ FAULTS = {
     # indices
     "height_for_width": (KERNELS, "jh = m // rows_w % rows_h", "jh = m // rows_h % rows_h"),
     "no_carry_to_depth": (KERNELS, "td += (th == taps_h).to(tl.int32)", "td += 0"),
+    "order_of_planes": (TAPS, "inner = tl.where(by_depth, samples, depth)", "inner = depth"),
+    "live_taps_one_too_few": (TAPS, "tl.maximum(inside + by, 0) // by", "tl.maximum(inside, 0) // by"),
+    "weight_of_the_first_tap": (KERNELS, "w_tile += lo * taps_hw *", "w_tile += 0 *"),
     "swizzle_last_band": (KERNELS, "height = tl.minimum(tiles_m - first, GROUP_M)", "height = GROUP_M"),
     "wgrad_carry_lost": (KERNELS, "n = first_n + row_n + carry", "n = first_n + row_n"),
     "wgrad_hop_short": (KERNELS, "hop_h = BLOCK_K // size_w % size_h", "hop_h = BLOCK_K // size_w % size_w"),
@@ -70,13 +73,13 @@ FAULTS = {
     "wgrad_dilation_of_width": (KERNELS, "tap_w = tap % kernel[2] * dilation[2]", "tap_w = tap % kernel[2] * dilation[1]"),
     "dgrad_step_forward": (HOST, "step = tuple(-d // g for d, g in", "step = tuple(d // g for d, g in"),
     "dgrad_common_factor": (HOST, "common = tuple(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))", "common = (1, 1, 1)"),
-    "dgrad_class_size_of_another": (KERNELS, "(size - index + stride - 1) // stride", "size // stride"),
-    "dgrad_class_first_tap_last": (KERNELS, "tap = kernel - 1 - back", "tap = back"),
+    "dgrad_class_size_of_another": (TAPS, "(size - index + stride - 1) // stride", "size // stride"),
+    "dgrad_class_first_tap_last": (TAPS, "tap = kernel - 1 - back", "tap = back"),
     "dgrad_class_too_few": (HOST, "classes = math.prod(stride) if strided", "classes = math.prod(stride) - 1 if strided"),
-    "dgrad_class_order": (KERNELS, "index // stride[2] % stride[1], index %", "index // stride[1] % stride[1], index %"),
+    "dgrad_class_order": (TAPS, "index // stride[2] % stride[1], index %", "index // stride[1] % stride[1], index %"),
     # splits and accumulation
-    "split_share_rounded_down": (KERNELS, "share = tl.cdiv(taps * blocks, splits)", "share = taps * blocks // splits"),
-    "split_begins_at_zero": (KERNELS, "begin = split * share\n    end = tl.minimum(begin + share, taps * blocks)", "begin = split * 0\n    end = tl.minimum(begin + share, taps * blocks)"),
+    "split_share_rounded_down": (KERNELS, "share = tl.cdiv(steps, splits)", "share = steps // splits"),
+    "split_begins_at_zero": (KERNELS, "begin = split * share\n    end = tl.minimum(begin + share, steps)", "begin = split * 0\n    end = tl.minimum(begin + share, steps)"),
     "wgrad_split_off_by_one": (KERNELS, "end = tl.minimum(begin + share, pixels)", "end = tl.minimum(begin + share, pixels - 1)"),
     "partial_sums_in_half": (HOST, "target = x.new_empty((config.splits, y.numel()), dtype=torch.float32)", "target = x.new_empty((config.splits, y.numel()))"),
     "reduction_misses_one": (KERNELS, "for split in range(splits):", "for split in range(splits - 1):"),

@@ -27,6 +27,8 @@ FAULTS = {
     "forward_filters_of_the_group": ("kernels.py", "w.load([w_tap, group * produced + q, r])", "w.load([w_tap, q, r])"),
     "forward_bias_of_the_group": ("kernels.py", "bias_ptr + group * produced + channel", "bias_ptr + channel"),
     "forward_splits_overlap": ("kernels.py", "end = tl.minimum(begin + share, steps)", "end = begin + share + 1"),
+    "forward_weight_of_the_first_tap": ("kernels.py", "first_d += lo * tap_step[0]", "first_d += 0"),
+    "dgrad_start_of_the_first_tap": ("kernels.py", "+ start_d + lo * step[0]", "+ start_d"),
     "forward_pixels_beyond_the_end": ("kernels.py", "inside = (in_n < y_size[0]) & (in_d", "inside = (in_d"),
     "dgrad_rows_of_the_class": ("kernels.py", "(in_w < rows_w)", "(in_w < y_size[3])"),
     "dgrad_filters_of_the_group": ("kernels.py", "w.load([w_tap, group * reduced + r, q])", "w.load([w_tap, r, q])"),

@@ -256,6 +256,32 @@ class Taps:
         return weight
 
 
+def _outputs_of(ahead: int, size: int, outputs: int, stride: int) -> tuple[int, int]:
+    """First and last output of a tap through which output o meets position o * stride - ahead of so many; none: they cross."""
+    return max(0, -(-ahead // stride)), min(outputs - 1, (size - 1 + ahead) // stride)
+
+
+@functools.lru_cache(maxsize=4096)
+def live_depth(problem: Problem, planes: int = 1) -> float:
+    """Share of the taps along depth that a tile meets on average, of ``planes`` planes of the result: others read padding.
+
+    For forward and dgrad; of a strided dgrad the planes are neighbours in their parity class. Tiles begin with every
+    ``planes``-th plane of a sample.
+    """
+    size, outputs, stride, before = problem.input_size[0], problem.output_size[0], problem.stride[0], problem.padding[0]
+    live = walked = 0
+    for tap in range(problem.kernel_size[0]):
+        ahead, rows = before - tap * problem.dilation[0], outputs
+        first, last = _outputs_of(ahead, size, outputs, stride)
+        found = last >= first
+        if problem.pass_ == "dgrad":  # input position o * stride - ahead is one of every stride-th
+            first, last = first + -ahead // stride, last + -ahead // stride
+            rows = -(-(size - -ahead % stride) // stride)
+        live += (last // planes - first // planes + 1) * found
+        walked += -(-rows // planes)
+    return live / walked if walked else 1.0
+
+
 @functools.lru_cache(maxsize=4096)
 def met_taps(problem: Problem) -> Taps:
     first, kernel, pad = [], [], []
@@ -263,10 +289,8 @@ def met_taps(problem: Problem) -> Taps:
         problem.input_size, problem.output_size, problem.kernel_size, problem.stride, problem.dilation,
         problem.padding[::2], strict=True,
     ):  # fmt: skip
-        # Through tap t output o meets position o * stride - ahead, where ahead = before - t * dilation.
-        ahead = [before - t * dilation for t in range(taps)]
-        met = [t for t, a in enumerate(ahead) if max(0, -(-a // stride)) <= min(outputs - 1, (size - 1 + a) // stride)]
-        met = met or [0]
+        reach = [_outputs_of(before - t * dilation, size, outputs, stride) for t in range(taps)]
+        met = [t for t, (start, end) in enumerate(reach) if start <= end] or [0]
         low = min(met[0], before // dilation)
         first.append(low)
         kernel.append(met[-1] - low + 1)

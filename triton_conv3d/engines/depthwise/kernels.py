@@ -14,7 +14,7 @@ so that loads carry it as an immediate.
 import triton
 import triton.language as tl
 
-from ..implicit_gemm.kernels import parity_class
+from ..implicit_gemm.taps import parity_class
 from .axes import count, position, ring_size, row_of_taps, stride, strip_step, taps
 from .lanes import add_row, in_elements, lanes, load_line, store_line, tile_of
 

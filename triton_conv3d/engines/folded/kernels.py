@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..epilogue import finished
-from ..implicit_gemm.kernels import class_at, dot, parity_class, rounded, tap_bits
+from ..implicit_gemm.kernels import dot, rounded
+from ..implicit_gemm.taps import class_at, parity_class, tap_bits
 
 
 @triton.jit

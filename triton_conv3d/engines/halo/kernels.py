@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from ..epilogue import finished
-from ..implicit_gemm.kernels import add_digit, dot, rounded, tap_bits
+from ..implicit_gemm.kernels import add_digit, dot, rounded
+from ..implicit_gemm.taps import tap_bits
 
 
 @triton.jit

@@ -2,15 +2,16 @@
 
     gather_ring  y[j, q] = sum over views v, taps t and channels r of  x_v[j * scale + start_v + t * step, r] * w[q, r, t]
 
-As in engines/tma/kernels.py, filters are the left operand and the pixels of a brick the right one. What both sides of the
-ring have to agree about is in :func:`tile_at`, :func:`taps_of` and :func:`part`.
+As in engines/tma/kernels.py, filters are the left operand and the pixels of a brick the right one, and taps along depth are
+left out through which a brick only reads padding. What both sides of the ring have to agree about is in :func:`tile_at`,
+:func:`taps_of` and :func:`part`.
 """
 
 import triton
 import triton.language as tl
 
 from ..epilogue import activated
-from ..implicit_gemm.kernels import class_at, parity_class
+from ..implicit_gemm.taps import class_at, live_taps, parity_class
 from ..tma.kernels import _digits
 from .gluon import gl, gluon, load, mbarrier
 from .ring import PRODUCER_REGISTERS, barriers, multiply, next_digit, next_stage, part
@@ -29,14 +30,31 @@ def tile_at(index, tiles_n, bricks, splits, groups):
 
 
 @triton.jit
-def taps_of(view, index, y_size, kernel, stride, dilation, tap_step, STRIDED: tl.constexpr):
-    """(taps, first, start) of a view, each (d, h, w); of a strided dgrad those of a parity class."""
+def taps_of(
+    view,
+    index,
+    d,  # first plane of the brick
+    scale,
+    step,
+    tap_step,
+    kernel,
+    y_size,
+    stride,
+    dilation,
+    STRIDED: tl.constexpr,
+    BRICK: tl.constexpr,
+):
+    """(taps, first, start) of a view, each (d, h, w); of a strided dgrad those of a parity class.
+
+    Along depth without those that only read padding, for the whole brick.
+    """
     taps_d, taps_h, taps_w = view[0]
     first_d, first_h, first_w = view[1]
     start_d, start_h, start_w = view[2]
+    rows_d = y_size[1]
     if STRIDED:
         index_d, index_h, index_w = class_at(index, stride)
-        taps_d, first_d, start_d, _ = parity_class(
+        taps_d, first_d, start_d, rows_d = parity_class(
             index_d, start_d, y_size[1], kernel[0], stride[0], dilation[0], tap_step[0]
         )
         taps_h, first_h, start_h, _ = parity_class(
@@ -45,7 +63,9 @@ def taps_of(view, index, y_size, kernel, stride, dilation, tap_step, STRIDED: tl
         taps_w, first_w, start_w, _ = parity_class(
             index_w, start_w, y_size[3], kernel[2], stride[2], dilation[2], tap_step[2]
         )
-    return taps_d, taps_h, taps_w, first_d, first_h, first_w, start_d, start_h, start_w
+    lo, hi = live_taps(d, tl.minimum(d + BRICK[1], rows_d) - 1, scale[0], start_d, step[0], view[3][0], taps_d)
+    first_d, start_d = first_d + lo * tap_step[0], start_d + lo * step[0]
+    return hi - lo, taps_h, taps_w, first_d, first_h, first_w, start_d, start_h, start_w
 
 
 @gluon.jit
@@ -88,8 +108,8 @@ def _produce(
         for view in gl.static_range(VIEWS):
             x = xs[view]
             taps_d, taps_h, taps_w, first_d, first_h, first_w, start_d, start_h, start_w = taps_of(
-                views[view], index, y_size, kernel, stride, dilation, tap_step, STRIDED
-            )
+                views[view], index, d * BRICK[1], scale, step, tap_step, kernel, y_size, stride, dilation, STRIDED, BRICK
+            )  # fmt: skip
             x_n = n * BRICK[0]
             x_d = d * BRICK[1] * scale[0] + start_d
             x_h = h * BRICK[2] * scale[1] + start_h
@@ -186,6 +206,8 @@ def _consume(
     residual_ptr,
     slope,
     views,
+    scale,
+    step,
     tap_step,
     kernel,
     y_size,
@@ -228,8 +250,8 @@ def _consume(
         steps = 0
         for view in gl.static_range(VIEWS):
             taps_d, taps_h, taps_w, _, _, _, _, _, _ = taps_of(
-                views[view], index, y_size, kernel, stride, dilation, tap_step, STRIDED
-            )
+                views[view], index, d * BRICK[1], scale, step, tap_step, kernel, y_size, stride, dilation, STRIDED, BRICK
+            )  # fmt: skip
             begin, end = part(taps_d * taps_h * taps_w * blocks, split, splits)
             steps += end - begin
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
@@ -308,9 +330,9 @@ def gather_ring(
         [
             (
                 _consume,
-                (y_ptr, bias_ptr, residual_ptr, slope, views, tap_step, kernel, y_size, bricks, stride, dilation, y_strides,
-                 split_stride, reduced, produced, splits, groups, tiles, w_ring, x_ring, full, empty, VIEWS, DGRAD, STRIDED,
-                 BIAS, ACTIVATION, Y_UNIT, INDEX, BRICK, BLOCK_N, BLOCK_K, STAGES, SUMS, WIDTH, WRITTEN),
+                (y_ptr, bias_ptr, residual_ptr, slope, views, scale, step, tap_step, kernel, y_size, bricks, stride, dilation,
+                 y_strides, split_stride, reduced, produced, splits, groups, tiles, w_ring, x_ring, full, empty, VIEWS, DGRAD,
+                 STRIDED, BIAS, ACTIVATION, Y_UNIT, INDEX, BRICK, BLOCK_N, BLOCK_K, STAGES, SUMS, WIDTH, WRITTEN),
             ),
             (
                 _produce,

@@ -5,6 +5,10 @@ The convolution as a matrix product whose left operand is never built: pixels x 
 channels are not dense and last are copied; the result is written in the format that torch returns. Partial sums of
 split reductions are float32 and added in a fixed order, so equal inputs give equal bits.
 
+Taps along depth that only read padding, for all pixels of a tile, are left out of forward and dgrad: two of three where one
+frame comes from three, as in the chunks that video autoencoders decode. So that the tiles of small planes have few depths,
+they go through all samples of one depth before the next (configs.depths).
+
 wgrad gathers the narrower of input and gradient where it can (configs.exchanged). With fewer filters than channels an
 infinity or NaN in the input then reaches taps of its channel that it would not meet by the definition.
 
@@ -14,7 +18,7 @@ In forward and dgrad an infinity or NaN in a channel therefore is NaN in what th
 
 Bytes by design. From memory: input, weight and output once, the minimum, where the wave of programs that runs at once
 keeps what it reads in L2 (cost_model._shared_reads counts it); besides, twice what is copied for its layout, and 8 bytes
-an element of the result for each split. From L2: every tile of the input once for each tap and column of tiles. Layers
+an element of the result for each split. From L2: every tile of the input once for each of its taps and column of tiles. Layers
 of few channels are therefore bound by L2, not by memory: "depthwise", "folded", "halo" and "kn2row" are for those that
 they take.
 """
@@ -41,7 +45,18 @@ from ..base import (
     upcast,
 )
 from ..launching import launch_kernel
-from .configs import CHAIN, GROUP_M, GemmConfig, configs, exchanged, packed_groups, sides, walked, workspace_bytes
+from .configs import (
+    CHAIN,
+    GROUP_M,
+    GemmConfig,
+    configs,
+    depths,
+    exchanged,
+    packed_groups,
+    sides,
+    walked,
+    workspace_bytes,
+)
 from .kernels import gather_gemm, reduce_splits, wgrad_gemm
 
 __all__ = ["NAME", "GemmConfig", "configs", "launch", "memory", "supports", "work"]
@@ -111,7 +126,8 @@ def work(problem: Problem, config: GemmConfig) -> Work:
         iterations = math.ceil(math.ceil(reduction / k) / splits)
         order = Order(rows, columns, GROUP_M, row_bytes, column_bytes / met)
     else:
-        iterations = math.ceil(math.ceil(reduction * math.ceil(together * reduced / k)) / splits)
+        _, live = depths(problem, m)
+        iterations = math.ceil(math.ceil(reduction * live * math.ceil(together * reduced / k)) / splits)
         order = Order(rows, columns, GROUP_M, row_bytes, column_bytes, met)
     return Work(
         programs=rows * columns * classes * math.ceil(problem.groups / together) * splits,
@@ -229,6 +245,7 @@ def _gather_launch(
         in_units(x_pixels, x_unit), in_units(w_strides, w_unit), (*in_units(y_pixels, y_unit), y_strides[1]),
         math.prod(y_shape) if split else 0, reduced // x_unit, produced // y_unit,
         (x_shape[1] // x_unit, y_shape[1] // y_unit, problem.group_out) if together > 1 else None, config.splits, tiles_m,
+        int(depths(problem, config.block_m)[0]),
     )  # fmt: skip
     options = dict(
         X_UNIT=x_unit,

@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from ...problem import VECTOR_BYTES, Problem
+from ...problem import VECTOR_BYTES, Problem, live_depth
 from ..base import Config
 
 CHAIN = 16_384  # products of one wgrad accumulator before they join a float32 total: bounds the drift of tensor cores
@@ -105,24 +105,27 @@ _WGRAD_FMA = _tiles((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (16, 16, 16, 2, 2))
 # and only as parts of a split reduction. Beside them, tiles above 128 x 128 spill everywhere but on sm_90, whose
 # accumulators leave room.
 _SPILLING = {
+    ("sm_80", "forward"): ((128, 128, 4),),
     ("sm_80", "strided dgrad"): ((256, 64, 8),),
     ("sm_90", "strided dgrad"): ((256, 128, 8),),
+    ("sm_100", "forward"): ((128, 128, 4),),
     ("sm_100", "dgrad"): ((128, 128, 4),),
     ("sm_100", "wgrad"): ((64, 128, 8),),
     ("sm_80", "packed dgrad"): ((256, 32, 4),),
 }
 _SPILLING_SPLIT = {
-    ("sm_80", "forward"): ((128, 128, 4), (128, 32, 4), (128, 16, 4)),
+    ("sm_80", "forward"): ((128, 32, 4), (128, 16, 4)),
     ("sm_80", "dgrad"): ((128, 128, 4), (128, 32, 4)),
     ("sm_80", "strided dgrad"): ((128, 128, 4), (128, 32, 4), (64, 64, 4), (256, 32, 4), (64, 32, 4)),
     ("sm_90", "strided dgrad"): ((128, 128, 4),),
     ("sm_90", "wgrad"): ((16, 128, 4),),
-    ("sm_100", "forward"): ((128, 128, 4), (128, 32, 4), (128, 16, 4)),
+    ("sm_100", "forward"): ((128, 32, 4), (128, 16, 4)),
     ("sm_100", "strided dgrad"): ((128, 128, 4), (256, 16, 4)),
     ("sm_80", "packed forward"): ((128, 64, 4),),
     ("sm_100", "packed dgrad"): ((128, 32, 4),),
 }
 _LARGEST_ELSEWHERE = 128 * 128
+_FEW_TILES = 4  # of a plane: where it has fewer, many tiles end in the next one
 _ERF_SUMS = 64  # of a thread, that leave registers for gelu: with 128 it spills on sm_80 and sm_90, others do not
 
 
@@ -235,6 +238,19 @@ def _largest_class(problem: Problem) -> tuple[int, int]:
     pixels = [-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True)]
     taps = [-(-k // s) for k, s in zip(problem.kernel_size, problem.stride, strict=True)]
     return problem.batch * math.prod(pixels), math.prod(taps)
+
+
+@functools.lru_cache(maxsize=4096)
+def depths(problem: Problem, block_m: int) -> tuple[bool, float]:
+    """(by_depth, live): the order of planes in forward and dgrad, and the share of taps along depth that a tile walks.
+
+    A tile leaves out the taps that only read padding for all its pixels. Small planes follow one another by depth, those of
+    all samples, where there are such taps: sample by sample a tile would have pixels of many depths.
+    """
+    stride = problem.stride if problem.pass_ == "dgrad" else (1, 1, 1)
+    plane = math.prod(-(-size // s) for size, s in zip(problem.result_shape[3:], stride[1:], strict=True))
+    by_depth = problem.batch > 1 and plane < _FEW_TILES * block_m and live_depth(problem) < 1
+    return by_depth, live_depth(problem, -(-block_m // (plane * problem.batch if by_depth else plane)))
 
 
 def _interpreter_tile(problem: Problem) -> GemmConfig:

@@ -1,7 +1,8 @@
 """The three kernels of the implicit GEMM. Channels are dense and last in what they read; other strides are free.
 
     gather_gemm    y[j, q] = sum over taps t and channels r of  x[j * scale + start + t * step, r] * w[q, r, t]
-                   forward as it stands; dgrad with the gradient as x and the channels' roles exchanged
+                   forward as it stands; dgrad with the gradient as x and the channels' roles exchanged; along depth
+                   over those taps alone through which some pixel of a tile meets x: the others read padding
     wgrad_gemm     dw[k, t, c] = sum over output pixels p of  grad[p, k] * x[p * stride - pad + t * dilation, c]
     reduce_splits  result = sum over splits of the float32 partials, + bias, in the result's own layout
 
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ..epilogue import finished
+from .taps import class_at, live_taps, parity_class, plane_at, tap_bits
 
 
 @triton.jit
@@ -55,45 +57,7 @@ def _swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first + inside % height, inside // height
 
 
-@triton.jit
-def class_at(index, stride):
-    """Parity class of a strided dgrad -> its position (d, h, w) in a block of strides."""
-    return index // (stride[2] * stride[1]) % stride[0], index // stride[2] % stride[1], index % stride[2]
-
-
-@triton.jit
-def parity_class(index, pad, size, kernel, stride, dilation, tap_step):
-    """One dimension of a strided dgrad: the input positions i = j * stride + index, seen as a dense gather.
-
-    Position i meets tap t where stride divides i + pad - t * dilation: every tap_step-th tap from a first one on.
-    Returns the number of taps, the first tap, the gather's start, and the number of positions.
-    """
-    first = kernel
-    for back in range(kernel):
-        tap = kernel - 1 - back
-        first = tl.where((index + pad - tap * dilation) % stride == 0, tap, first)
-    taps = (kernel - first + tap_step - 1) // tap_step
-    return taps, first, (index + pad - first * dilation) // stride, (size - index + stride - 1) // stride
-
-
-@triton.jit
-def tap_bits(inner, width, at, step, size, taps, FLAT: tl.constexpr):
-    """Which taps of one dimension, from position at on, lie inside [0, size); joined to the bits of those before it.
-
-    FLAT: one bit for every tap of the kernel (inner has width bits, the result width * taps); else one for every tap
-    of each dimension (width + taps bits).
-    """
-    bits = inner * 0 if FLAT else inner
-    unit = inner if FLAT else inner * 0 + 1
-    for tap in range(taps):
-        inside = (at >= 0) & (at < size)
-        shift = width * tap if FLAT else width + tap
-        bits = bits | tl.where(inside, unit << shift, 0)
-        at += step
-    return bits
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["by_depth"])  # one kernel for both orders
 def gather_gemm(
     x_ptr,
     w_ptr,
@@ -118,6 +82,7 @@ def gather_gemm(
     packed,  # None, or of programs with several groups: all such channels in the same units, filters of one group
     splits,
     tiles_m,
+    by_depth,  # order of planes, 1 or 0: see plane_at
     residual_ptr,  # None, or with the strides of y
     slope,
     X_UNIT: tl.constexpr,
@@ -162,14 +127,35 @@ def gather_gemm(
             index_w, start[2], y_size[2], kernel[2], stride[2], dilation[2], tap_step[2]
         )
 
-    # The pixels of this tile, where each gathers from, and which taps meet the input there.
+    # The pixels of this tile.
     m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    sample = tl.full([], rows_w, INDEX) * rows_h * rows_d  # pixels of y in one sample
-    in_rows = m < sample * batch
+    by_depth = by_depth != 0
+    plane = rows_w * rows_h
+    pixels = tl.full([], plane, INDEX) * rows_d * batch
+    in_rows = m < pixels
     jw = m % rows_w
     jh = m // rows_w % rows_h
-    jd = m // (rows_w * rows_h) % rows_d
-    n = m // sample
+    n, jd = plane_at(m // plane, batch, rows_d, by_depth)
+
+    # Taps along depth that only read padding, for all of these pixels, are left out. Found in 32 bits: a division in 64 is a
+    # call, behind which compilers take nothing that depends on it for the same in all threads, and the loop is longer.
+    counted = pixels < 2**30
+    if STRIDED:
+        counted &= pixels > 0  # a parity class may be empty
+    first = tl.where(counted, pid_m, 0) * BLOCK_M
+    last = tl.minimum(first + (BLOCK_M - 1), (pixels - 1).to(tl.int32))
+    first_n, first_d = plane_at(first // plane, batch, rows_d, by_depth)
+    last_n, last_d = plane_at(last // plane, batch, rows_d, by_depth)
+    rising = (by_depth | (first_n == last_n)) & counted  # else all depths: the tile ends in another sample
+    first_d = tl.where(rising, first_d, 0)
+    last_d = tl.where(rising, last_d, rows_d - 1)
+    lo, hi = live_taps(first_d, last_d, scale[0], start_d, step[0], x_size[0], taps_d)
+    taps_d = hi - lo
+    start_d += lo * step[0]
+    if STRIDED:
+        tap_d += lo * tap_step[0]
+
+    # Where each gathers from, and which of these taps meet the input there.
     xd = jd * scale[0] + start_d
     xh = jh * scale[1] + start_h
     xw = jw * scale[2] + start_w
@@ -200,15 +186,18 @@ def gather_gemm(
     else:
         w_tile = (group.to(INDEX) * produced + q[None, :]) * (w_strides[0] * W_UNIT) + dense[:, None]
 
+    if not STRIDED:
+        w_tile += lo * taps_hw * w_strides[1] * W_UNIT
+
     # As a tile, so that the test of each step needs no change of layout inside the loop.
     valid = tl.where(in_rows[:, None] & in_k[None, :], valid[:, None], 0)
 
     # One flat loop over taps and channel blocks; this split takes the part [begin, end) of it.
     blocks = tl.cdiv(reduced, BLOCK_K)
-    taps = taps_d * taps_hw
-    share = tl.cdiv(taps * blocks, splits)
+    steps = taps_d * taps_hw * blocks
+    share = tl.cdiv(steps, splits)
     begin = split * share
-    end = tl.minimum(begin + share, taps * blocks)
+    end = tl.minimum(begin + share, steps)
     r = begin % blocks * BLOCK_K
     tap = begin // blocks
     tw = tap % tl.maximum(taps_w, 1)

@@ -5,8 +5,11 @@ up to 256 pixels by its corner, and one instruction copies it. All passes, strid
 with channels in eights. Operands whose channels are not dense and last are copied; the result is written in the format
 that torch returns. Partial sums of split reductions are float32 and added in a fixed order, so equal inputs give equal bits.
 
+In forward and dgrad a brick leaves out the taps along depth through which it only reads padding, and is of few depths where
+that saves taps (geometry.best_first).
+
 Bytes by design: input, weight and output once each from memory, which is the minimum; from L2 each brick once for every
-tap and every tile of the produced channels, each block of the weight once for every brick.
+tap that is left and every tile of the produced channels, each block of the weight once for every brick.
 
 Programs that run at once share what they read: all tiles of the channels of one brick come before the next brick, which is its
 neighbour along W; in wgrad all tiles of the filters and channels of one tap before the next tap, on the same bricks. There is
@@ -33,7 +36,17 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
+from ...problem import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    NO_ACTIVATION,
+    STRIDED,
+    VECTOR_BYTES,
+    VIEW,
+    Operands,
+    Problem,
+    live_depth,
+)
 from ..base import NO_EPILOGUE, Memory, Order, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
 from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN
@@ -100,6 +113,7 @@ def work(problem: Problem, config: BrickConfig) -> Work:
         rows, columns = math.ceil(problem.group_out / m), columns * problem.taps
         order = Order(rows, columns, rows, float(item * m * k), item * n * k / met)
     else:  # bricks in rows, which run one after another, channels in columns
+        steps = math.ceil(steps * live_depth(problem, config.brick_d))
         order = Order(max(1, tiles // columns), columns, 1, float(item * m * k), float(item * n * k), met)
     return Work(
         programs=tiles * config.splits,
@@ -182,7 +196,7 @@ def _gather_launch(problem: Problem, config: BrickConfig) -> tuple[tuple[int, in
     read, number = views(problem, config.brick), counts(problem, config.brick)
     tiles = math.prod(number) * -(-produced(problem) // config.block_n)
     arguments = (
-        tuple((view.taps, view.first, view.start) for view in read.views),
+        tuple((view.taps, view.first, view.start, view.size) for view in read.views),
         read.scale, read.step, read.tap_step, problem.kernel_size,
         (y_shape[0], *y_shape[2:]), number, problem.stride, problem.dilation,
         (*(stride // y_unit for stride in y_pixels), y_strides[1]), math.prod(y_shape) if split else 0,

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ...problem import Problem, Triple
+from ...problem import Problem, Triple, live_depth
 
 Brick = tuple[int, int, int, int]  # pixels along n, d, h, w: powers of two
 MOST_VIEWS = 8  # descriptors that a kernel takes: stride 2 in all dimensions
@@ -112,8 +112,8 @@ def bricks(problem: Problem, size: int) -> tuple[Brick, ...]:
 def best_first(problem: Problem, shapes: Iterable[Brick]) -> tuple[Brick, ...]:
     """Of these bricks, those that need no more views than a kernel takes.
 
-    The best cover the fewest pixels in all (to a sixteenth), then need the fewest views, then touch the smallest part
-    of the input.
+    The best have the fewest pixels times taps that they walk (to a sixteenth), those beyond the end too; then they need the
+    fewest views, then touch the smallest part of the input.
     """
     sizes, found = pixels(problem), []
     everything = math.prod(sizes)
@@ -121,9 +121,11 @@ def best_first(problem: Problem, shapes: Iterable[Brick]) -> tuple[Brick, ...]:
     halo = (0, *(by * (taps - 1) for by, taps in zip(problem.dilation, problem.kernel_size, strict=True)))
 
     @functools.cache
-    def side(axis: int, extent: int) -> tuple[int, int, int]:
-        """(pixels that bricks cover along it, views, input positions of one brick)."""
+    def side(axis: int, extent: int) -> tuple[float, int, int]:
+        """(pixels that bricks cover along it, by the share of taps that they walk; views; input positions of one brick)."""
         covers = -(-sizes[axis] // extent) * extent
+        if axis == 1 and problem.pass_ != "wgrad":
+            covers *= live_depth(problem, extent)
         return covers, needed[axis] if extent > 1 else 1, extent * scale[axis] + halo[axis]
 
     for brick in shapes:

@@ -1,7 +1,8 @@
 """The two kernels of bricks. The copy engine (TMA) fetches every operand, and fills with zeros what lies outside.
 
     gather_bricks  y[j, q] = sum over views v, taps t and channels r of  x_v[j * scale + start_v + t * step, r] * w[q, r, t]
-                   forward as it stands; dgrad with the gradient as x and the channels' roles exchanged
+                   forward as it stands; dgrad with the gradient as x and the channels' roles exchanged; along depth
+                   over those taps alone through which some pixel of the brick meets x_v
     wgrad_bricks   dw[k, t, c] = sum over output pixels p of  grad[p, k] * x_v[p * scale + start_v + t * step, c]
 
 A brick is a block of (n, d, h, w) pixels, all sizes powers of two. A descriptor has no steps between elements, so what a
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 
 from ..epilogue import finished
-from ..implicit_gemm.kernels import class_at, dot, parity_class, rounded
+from ..implicit_gemm.kernels import dot, rounded
+from ..implicit_gemm.taps import class_at, live_taps, parity_class
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def gather_bricks(
     x5,
     x6,
     x7,
-    views,  # of each: taps, the first of them, start; each (d, h, w), as every triple
+    views,  # of each: taps, the first of them, start, size; each (d, h, w), as every triple
     scale,
     step,
     tap_step,  # from one tap of a view to the next
@@ -113,7 +115,12 @@ def gather_bricks(
             taps_w, first_w, start_w, rows_w = parity_class(
                 index_w, start_w, y_size[3], kernel[2], stride[2], dilation[2], tap_step[2]
             )
-        x_d = d * scale[0] + start_d
+        # Taps along depth that only read padding, for the whole brick, are left out.
+        last_d = tl.minimum(d + BRICK[1], rows_d) - 1
+        lo, hi = live_taps(d, last_d, scale[0], start_d, step[0], views[view][3][0], taps_d)
+        taps_d = hi - lo
+        first_d += lo * tap_step[0]
+        x_d = d * scale[0] + start_d + lo * step[0]
         x_h = h * scale[1] + start_h
         x_w = w_ * scale[2] + start_w
 
