@@ -60,9 +60,13 @@ both_passes = pytest.mark.parametrize("pass_", ["forward", "dgrad"])
 every_engine = pytest.mark.parametrize("name", ["implicit_gemm", "tma", pytest.param("hopper", marks=RUNS)])
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "name, layer",
+    [("implicit_gemm", layer) for layer in LAYERS]
+    + [("tma", layer) for layer in ("4_to_2", "padded", "strided", "dilated_strided", "no_tap")]
+    + [pytest.param("hopper", layer, marks=RUNS) for layer in ("padded", "strided", "dilated_strided")],
+)
 @both_passes
-@every_engine
 def test_exact(name: str, pass_: str, layer: str, few_programs) -> None:  # noqa: F811
     """Planes that do not divide into tiles, whole and split; also of 15 pixels, one less than a tile."""
     depth, height, width = LAYERS[layer]["input_size"]

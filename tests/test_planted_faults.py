@@ -43,7 +43,7 @@ FAULTS = {
     "no_carry_to_depth": (KERNELS, "td += (th == taps_h).to(tl.int32)", "td += 0"),
     "order_of_planes": (TAPS, "inner = tl.where(by_depth, samples, depth)", "inner = depth"),
     "live_taps_one_too_few": (TAPS, "tl.maximum(inside + by, 0) // by", "tl.maximum(inside, 0) // by"),
-    "weight_of_the_first_tap": (KERNELS, "w_tile += lo * taps_hw *", "w_tile += 0 *"),
+    "weight_of_the_first_tap": (KERNELS, "tap_d += lo * tap_step[0]", "tap_d += 0"),
     "swizzle_last_band": (KERNELS, "height = tl.minimum(tiles_m - first, GROUP_M)", "height = GROUP_M"),
     "wgrad_carry_lost": (KERNELS, "n = first_n + row_n + carry", "n = first_n + row_n"),
     "wgrad_hop_short": (KERNELS, "hop_h = BLOCK_K // size_w % size_h", "hop_h = BLOCK_K // size_w % size_w"),
