@@ -54,7 +54,7 @@ def twice_the_frames(x, model):
 
 def shuffled(x, model):
     b, _, t, h, w = x.shape
-    return x.reshape(b, -1, 1, 2, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return x.reshape(b, -1, 1, 1, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def attending(x, model):
@@ -73,7 +73,7 @@ def normalised(x, model):
 PIECES = {  # what is computed, of how many channels, copies that it takes
     "frames, upsampled": (upsampled, CHANNELS, 0),
     "twice the frames": (twice_the_frames, CHANNELS, 0),
-    "shuffled pixels": (shuffled, CHANNELS // 4, 1),
+    "shuffled pixels": (shuffled, CHANNELS // 2, 1),
     "border repeated": (lambda x, model: F.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate"), CHANNELS, 0),
     "channels repeated": (lambda x, model: x.repeat(1, 2, 1, 1, 1), 2 * CHANNELS, 0),
     "attention": (attending, CHANNELS, 1),  # its operands, whose strides are its own affair
@@ -97,7 +97,7 @@ RETURNED = {  # views that are not dense in eager mode either, and copies that a
     "later frames": lambda y: y[:, :, 1:],
     "halves": lambda y: y.chunk(2, 1),
     "a frame, for all": lambda y: y[:, :, :1].expand(-1, -1, 5, -1, -1),
-    "a copy": lambda y: (y.permute(0, 2, 3, 4, 1).contiguous(), y.transpose(1, 2).contiguous()),
+    "two copies": lambda y: [y.permute(0, 2, 3, 4, 1).contiguous() for _ in range(2)],
 }
 
 
