@@ -93,6 +93,13 @@ def test_the_layout_is_kept(name, frames):
     assert copies is None or len(conversions_between_convolutions(graphs[0].graph)) == copies
 
 
+def test_interpolated_frames_of_a_channels_last_model_are_not_copied():
+    model, x = Between(upsampled, CHANNELS), torch.randn(2, 3, 4, 4, 6)
+    model.first.to(memory_format=torch.channels_last_3d)
+    off, _ = compare(model, x, False)
+    assert off <= COMPILED and conversions_between_convolutions(graphs[0].graph) == []
+
+
 RETURNED = {  # views that are not dense in eager mode either, and copies that are nobody's views
     "later frames": lambda y: y[:, :, 1:],
     "halves": lambda y: y.chunk(2, 1),

@@ -34,7 +34,7 @@ from .rewriting import (
     same_strides,
 )
 
-_FORMATS = (torch.contiguous_format, torch.channels_last_3d)
+_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 # Ops beside the pointwise ones whose results, by torch's kernels and fake kernels alike, do not depend on the strides of
 # their operands but in their own strides. reflection_pad3d, replication_pad3d and roll are not among them: the two
@@ -162,6 +162,7 @@ class _Propagation:
         value, changed = source.meta["val"], source in self.before
         needless = _is_last(value) and (changed or not _is_last(node.meta["val"]))  # else asked for as a copy
         needless |= changed and memory_format is torch.contiguous_format and not _is_expanded(value)
+        needless |= changed and memory_format is torch.channels_last and is_channels_last(value)
         if needless and not is_changed(source) and not self._is_asked_for(node):
             node.target, node.kwargs = aten.alias.default, {}
             self._revalue(node)
