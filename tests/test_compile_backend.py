@@ -46,8 +46,6 @@ RUNS = [
     *((name, True, "aot_eager") for name in NETWORKS), ("r3d", False, "aot_eager"), ("wan_vae", False, "aot_eager"),
     ("wan_vae", True, "inductor"), pytest.param("x3d", True, "inductor", marks=pytest.mark.long),
 ]  # fmt: skip
-# Conversions in each graph: around 2-D convolutions, of which nobody knows what strides their results will have.
-LEFT = {("wan_vae", "aot_eager"): [2, 4], ("wan_vae", "inductor"): [2, 2]}
 
 
 @pytest.mark.parametrize("name, training, inner", RUNS, ids=lambda v: {True: "training", False: "inference"}.get(v, v))
@@ -65,8 +63,7 @@ def test_networks_give_what_eager_mode_gives(name, training, inner, monkeypatch)
     assert off <= COMPILED
     assert [r.kind for r in made] == (["forward", "backward"] if training else ["inference"])
     assert not [why for r in made for why in r.left if "fused" not in why]
-    counts = [len(conversions_between_convolutions(g.graph)) for g in graphs]
-    assert counts == LEFT.get((name, inner), [0, 0])[: len(made)]
+    assert [node for g in graphs for node in conversions_between_convolutions(g.graph)] == []
 
 
 # Layout.

@@ -14,7 +14,7 @@ from .rewriting import aten
 
 # torch's kernels for GPUs want a contiguous tensor, or return one; in parts, as Inductor sees them too, they follow any
 # strides.
-_DECOMPOSED = (aten.native_group_norm, aten.native_group_norm_backward, aten.masked_fill)
+_DECOMPOSED = (aten.native_group_norm, aten.native_group_norm_backward, aten.masked_fill, aten.replication_pad3d)
 
 
 def compile_op_by_op(gm: fx.GraphModule, example_inputs: Sequence, options: Options) -> Callable:

@@ -7,7 +7,6 @@ the operands of ops whose strides are their own affair, get back the strides tha
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
+from . import moving
 from .report import Report
 from .rewriting import (
     DGRAD,
@@ -23,24 +23,22 @@ from .rewriting import (
     WGRAD,
     Rewriter,
     aten,
+    dense_order,
+    is_changed,
     is_channels_last,
     is_contiguous,
+    is_dense,
     is_ours,
+    is_view,
     prims,
     same_strides,
 )
 
-_GATHERS = (aten.index.Tensor, aten._unsafe_index.Tensor)
-_SCATTERS = (aten.index_put.default, aten._unsafe_index_put.default)
-_PARTS = (aten.slice_backward.default, aten.select_backward.default)
-_FILLED = {aten.new_zeros.default: 1, aten.full.default: 0, aten.zeros.default: 0}  # where their sizes stand
-_LAST, _FIRST = [0, 2, 3, 4, 1], [0, 4, 1, 2, 3]  # channels moved there, and back
-_FORMATS = (torch.contiguous_format, torch.channels_last_3d)
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
+_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 # Ops beside the pointwise ones whose results, by torch's kernels and fake kernels alike, do not depend on the strides of
-# their operands but in their own strides. reflection_pad3d, replication_pad3d, roll and 2-D convolutions are not among
-# them: the two disagree.
+# their operands but in their own strides. reflection_pad3d, replication_pad3d and roll are not among them: the two
+# disagree.
 _FOLLOWING = {
     *"reshape view _unsafe_view permute transpose t squeeze unsqueeze expand slice select split split_with_sizes unbind "
     "alias detach diagonal cat stack clone _to_copy copy copy_ constant_pad_nd slice_backward slice_scatter "
@@ -59,6 +57,8 @@ _FOLLOWING = {
     "sym_size sym_numel "
     "_low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices".split(),
 }  # fmt: skip
+# Ops that return contiguous tensors: of contiguous ones, by torch's kernels and fake kernels alike.
+_CONTIGUOUS = (aten.native_layer_norm.default, aten.native_layer_norm_backward.default, aten.roll.default)
 
 
 def channels_last(
@@ -82,18 +82,22 @@ class _Propagation:
         self.copies: dict[tuple, fx.Node] = {}  # (source, strides) -> copy
 
     def run(self, visible: set[int], inputs: Sequence | None) -> None:
+        self.visible = visible
         for node, value in zip(self.rewriter.graph.find_nodes(op="placeholder"), inputs or (), strict=False):
             old = node.meta["val"]
             if isinstance(value, torch.Tensor) and not same_strides(value, old.stride()):
                 self.before[node], node.meta["val"] = old, value
         for node in list(self.rewriter.graph.nodes):
             if node.op == "output":
-                self._outputs(node, visible)
+                self._outputs(node)
             elif is_ours(node):
                 self._convolution(node)
             elif node.op in ("call_function", "call_module", "call_method"):
+                if node.meta.get("unbacked_bindings"):  # numbers, or sizes, of which there are to be no others
+                    continue
                 self._drop_conversion(node)
-                if self.convert and (self._index_pixels(node) or self._scatter_gradient(node)):
+                if self.convert and (result := moving.moved(self.rewriter, node)) is not None:
+                    self._take_over(node, result)
                     continue
                 if any(source in self.before for source in node.all_input_nodes):
                     self._propagate(node)
@@ -112,17 +116,20 @@ class _Propagation:
             node.args = (*node.args[:-1], True)
         self._revalue(node)
         if self.convert and node.target in (ops.conv3d, FUSED) and not is_channels_last(node.meta["val"]):
-            self._disambiguate(node)
+            self._pin(node)
+            self._revalue(node)
 
-    def _disambiguate(self, node: fx.Node) -> None:
-        """One channel in, so that operands are contiguous and channels-last alike: let strides say that it is the latter."""
-        input = node.args[0]
-        if statically_known_true(input.meta["val"].shape[1] != 1):
+    def _pin(self, node: fx.Node) -> None:
+        """Operand 0 is channels-last; let the strides of its dimensions of size 1, by which torch decides, say so too."""
+        source = node.args[0]
+        value = source.meta["val"]
+        if not is_channels_last(value) or not any(statically_known_true(size == 1) for size in value.shape):
             return
-        view = self.rewriter.call(node, aten.squeeze.dim, input, 1)
-        view = self.rewriter.call(node, aten.unsqueeze.default, view, -1)
-        node.update_arg(0, self.rewriter.call(node, aten.permute.default, view, _FIRST))
-        self._revalue(node)
+        last, call = moving.channels_behind(value.dim()), self.rewriter.call
+        sizes = self.rewriter.sizes(source, node)
+        flat = call(node, aten.reshape.default, call(node, aten.permute.default, source, last), [-1])
+        dense = call(node, aten.reshape.default, flat, [sizes[dim] for dim in last])
+        node.update_arg(0, moving.moved_back(self.rewriter, node, dense, last))
 
     def _from_convolution(self, node: fx.Node) -> bool:
         """Whether what lies before the node, up to other convolutions, is one."""
@@ -139,36 +146,41 @@ class _Propagation:
     def _copy(self, source: fx.Node, before: fx.Node, where: str) -> fx.Node:
         key = source, "channels_last"
         if key not in self.copies:
-            if source.target in _FILLED and source.meta["val"].dim() == 5:  # filled in that order at once
-                filled = self._filled_last(source, before)
-                self.copies[key] = self.rewriter.call(before, aten.permute.default, filled, _FIRST)
-            else:
-                copied = self.rewriter.call(before, aten.clone.default, source, memory_format=torch.channels_last_3d)
-                self.copies[key] = copied
+            copy = moving.filled(self.rewriter, source, before)
+            if copy is None:
+                copy = self.rewriter.call(before, aten.clone.default, source, memory_format=torch.channels_last_3d)
                 self.report.count("inserted", where)
+            self.copies[key] = copy
         return self.copies[key]
 
-    def _filled_last(self, source: fx.Node, before: fx.Node) -> fx.Node:
-        """What a node of ``_FILLED`` makes, with its channels as the last dimension."""
-        at, arguments = _FILLED[source.target], list(source.args)
-        arguments[at] = [arguments[at][dim] for dim in _LAST]
-        return self.rewriter.call(before, source.target, *arguments, **source.kwargs)
-
     def _drop_conversion(self, node: fx.Node) -> None:
-        """A copy of a channels-last tensor that makes it contiguous, or channels-last."""
-        if node.target is not aten.clone.default or node.kwargs.get("memory_format") not in _FORMATS:
+        """A copy that makes contiguous what is so no longer, or channels-last what is so already."""
+        memory_format = node.kwargs.get("memory_format")
+        if node.target is not aten.clone.default or memory_format not in _FORMATS:
             return
         source = node.args[0]
-        copies = source not in self.before and _is_last(node.meta["val"])  # asked for as a copy, in the same strides
-        if _is_last(source.meta["val"]) and not copies and not _is_changed(source):
+        value, changed = source.meta["val"], source in self.before
+        needless = _is_last(value) and (changed or not _is_last(node.meta["val"]))  # else asked for as a copy
+        needless |= changed and memory_format is torch.contiguous_format and not _is_expanded(value)
+        needless |= changed and memory_format is torch.channels_last and is_channels_last(value)
+        if needless and not is_changed(source) and not self._is_asked_for(node):
             node.target, node.kwargs = aten.alias.default, {}
             self._revalue(node)
             self.report.removed += 1
 
+    def _is_asked_for(self, node: fx.Node) -> bool:
+        """Whether it, or a view of it, is an output or an operand whose strides matter."""
+        for user in node.users:
+            if user.op == "output":
+                asked = any(user.args[0][i] is node for i in self.visible)
+            else:
+                asked = self._is_asked_for(user) if is_view(user) else not (is_ours(user) or _follows(user))
+            if asked:
+                return True
+        return False
+
     def _propagate(self, node: fx.Node) -> None:
-        if node.meta.get("unbacked_bindings"):  # numbers, which no layout changes
-            return
-        if not _follows(node):
+        if not _follows(node) and not self._reads_contiguous(node):
             for source in [source for source in node.all_input_nodes if source in self.before]:
                 node.replace_input_with(source, self._restored(source, node, f"{node.name}'s operand"))
             return
@@ -176,14 +188,18 @@ class _Propagation:
         try:
             self._revalue(node)
         except (RuntimeError, ValueError):
-            if node.target not in _VIEWS:
+            if node.target not in moving.VIEWS:
                 raise
             node.target = aten.reshape.default
             self._revalue(node)
         if node.target is aten.reshape.default and not _aliases(node):
             source = node.args[0]
-            if _was_view(self.before[source], node.args[1], self.rewriter):
+            if self.rewriter.viewed(self.before[source], node.args[1]) is not None:
                 self.report.count("inserted", "reshape")
+
+    def _reads_contiguous(self, node: fx.Node) -> bool:
+        changed = [source.meta["val"] for source in node.all_input_nodes if source in self.before]
+        return node.target in _CONTIGUOUS and all(map(is_contiguous, changed))
 
     def _harmonise(self, node: fx.Node) -> None:
         """Where a channels-last tensor meets one that is not, the other is converted: else it may decide for both."""
@@ -206,46 +222,9 @@ class _Propagation:
         result = self.rewriter.call(before, source.target, *args, **kwargs)
         return self.rewriter.call(before, aten.expand.default, result, *sizes)
 
-    def _index_pixels(self, node: fx.Node) -> bool:
-        """Interpolation by indices of pixels gives contiguous tensors; with channels moved last before, it need not."""
-        if node.target not in (*_GATHERS, *_SCATTERS):
-            return False
-        tensor, indices = node.args[:2]
-        values = node.args[2:3] if node.target in _SCATTERS else ()
-        pixels = len(indices) == 5 and indices[:2] == [None, None] and all(isinstance(i, fx.Node) for i in indices[2:])
-        read = values or (tensor,)  # a scatter goes into zeros, made for it
-        whole = all(n.meta["val"].dim() == 5 for n in values or (node,))  # not of a list of pixels
-        if not (pixels and whole) or not all(_is_channels_inside(n.meta["val"]) for n in read):
-            return False
-        if values and tensor.target not in _FILLED:
-            return False
-        values = [self.rewriter.call(node, aten.permute.default, n, _LAST) for n in values]
-        if values:
-            moved = self._filled_last(tensor, node)
-        else:
-            moved = self.rewriter.call(node, aten.permute.default, tensor, _LAST)
-        result = self.rewriter.call(node, node.target, moved, [None, *indices[2:]], *values, *node.args[3:])
-        self._take_over(node, result)
-        return True
-
-    def _scatter_gradient(self, node: fx.Node) -> bool:
-        """The gradient of a slice, or of one plane, goes into contiguous zeros, too."""
-        if node.target not in _PARTS or len(node.args[1]) != 5:
-            return False
-        grad, sizes, dim, *ends = node.args
-        kept = [each for each in _LAST if node.target is aten.slice_backward.default or each != dim % 5]
-        order, value = [sorted(kept).index(each) for each in kept], grad.meta["val"]
-        inside = kept[-1] == 1 and statically_known_true(value.stride(order[-1]) == 1)
-        if not inside or is_contiguous(value):
-            return False
-        moved, sizes = self.rewriter.call(node, aten.permute.default, grad, order), [sizes[each] for each in _LAST]
-        self._take_over(node, self.rewriter.call(node, node.target, moved, sizes, _LAST.index(dim % 5), *ends))
-        return True
-
     def _take_over(self, node: fx.Node, result: fx.Node) -> None:
-        """``result``, with channels as the last dimension, stands for ``node``."""
-        result = self.rewriter.call(node, aten.permute.default, result, _FIRST)
-        self.before[result] = node.meta["val"]
+        if not same_strides(result.meta["val"], node.meta["val"].stride()):
+            self.before[result] = node.meta["val"]
         self.rewriter.take_over(node, result)
 
     def _revalue(self, node: fx.Node) -> None:
@@ -256,32 +235,37 @@ class _Propagation:
         if any(isinstance(a, torch.Tensor) and not same_strides(b, a.stride()) for a, b in pairs):
             self.before[node] = old
 
-    def _outputs(self, node: fx.Node, visible: set[int]) -> None:
+    def _outputs(self, node: fx.Node) -> None:
         outputs = list(node.args[0])
         for i, source in enumerate(outputs):
-            if i in visible and source in self.before:
+            if i in self.visible and source in self.before:
                 outputs[i] = self._restored(source, node, "leaving")
         node.args = (tuple(outputs) if isinstance(node.args[0], tuple) else outputs,)
 
     def _restored(self, source: fx.Node, before: fx.Node, where: str) -> fx.Node:
-        """A copy of the node with the strides that it had: a dense permutation of its dimensions."""
-        value = self.before[source]
-        if not isinstance(value, torch.Tensor):
-            raise NotImplementedError(f"{source.name}, of several tensors, is an operand of {before.name}")
-        key = source, "before"
+        """A copy of the node with the strides that it had: a dense permutation of its dimensions, or a view of one."""
+        key, value = (source, "before"), self.before[source]
         if key not in self.copies:
-            order = _dense_order(value)
-            copy, call = source, self.rewriter.call
-            if order != sorted(order):
-                copy = call(before, aten.permute.default, copy, order)
-            copy = call(before, aten.clone.default, copy, memory_format=torch.contiguous_format)
-            if order != sorted(order):
-                copy = call(before, aten.permute.default, copy, [order.index(dim) for dim in range(len(order))])
-            if not same_strides(copy.meta["val"], value.stride()):
-                raise NotImplementedError(f"{source.name} had the strides {tuple(value.stride())}")
+            if isinstance(value, torch.Tensor) and is_dense(value, order := dense_order(value)):
+                copy = self._laid_out(source, before, order)
+                self.report.count("inserted", where)
+            elif is_view(source) and source.args[0] in self.before:
+                base = self._restored(source.args[0], before, where)
+                copy = self.rewriter.call(before, source.target, base, *source.args[1:], **source.kwargs)
+            else:
+                raise NotImplementedError(f"{source.name} is an operand of {before.name}, and neither dense nor a view")
             self.copies[key] = copy
-            self.report.count("inserted", where)
         return self.copies[key]
+
+    def _laid_out(self, source: fx.Node, before: fx.Node, order: list[int]) -> fx.Node:
+        """A copy that is dense, with dimensions in that order."""
+        copy, call = source, self.rewriter.call
+        if order != sorted(order):
+            copy = call(before, aten.permute.default, copy, order)
+        copy = call(before, aten.clone.default, copy, memory_format=torch.contiguous_format)
+        if order != sorted(order):
+            copy = call(before, aten.permute.default, copy, [order.index(dim) for dim in range(len(order))])
+        return copy
 
 
 def _is_weight(node: fx.Node, index: int) -> bool:
@@ -290,11 +274,7 @@ def _is_weight(node: fx.Node, index: int) -> bool:
 
 def _is_last(value: torch.Tensor) -> bool:
     """Channels-last and nothing else."""
-    return is_channels_last(value) and not is_contiguous(value)
-
-
-def _is_channels_inside(value: torch.Tensor) -> bool:
-    return _readable(value, is_weight=False) and not is_contiguous(value)
+    return value.dim() == 5 and is_channels_last(value) and not is_contiguous(value)
 
 
 def _readable(value: torch.Tensor, is_weight: bool) -> bool:
@@ -308,11 +288,17 @@ def _follows(node: fx.Node) -> bool:
     target = node.target
     if getattr(target, "__name__", "") == "getitem":
         return True
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+    if not _is_atens(target):
         return False
+    if target in (aten.convolution.default, aten.convolution_backward.default):  # of what we leave, those of frames
+        return node.args[0].meta["val"].dim() == 4
     if target in (aten.view.dtype, prims.view_of_dtype.default if hasattr(prims, "view_of_dtype") else None):
         return False
     return _is_pointwise(node) or target._opname in _FOLLOWING
+
+
+def _is_atens(target: object) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
 
 
 def _is_pointwise(node: fx.Node) -> bool:
@@ -322,30 +308,12 @@ def _is_pointwise(node: fx.Node) -> bool:
 def _is_dense_5d(value: object) -> bool:
     if not isinstance(value, torch.Tensor) or value.dim() != 5:
         return False
-    return not any(statically_known_true(stride == 0) for stride in value.stride())  # of expanded ones little is there
+    return not _is_expanded(value)  # of which little is there
 
 
-def _is_changed(node: fx.Node) -> bool:
-    """Whether it is a graph input, or a view of one, that the graph changes in place."""
-    while getattr(node.target, "is_view", False) or node.target in (aten.reshape.default, operator.getitem):
-        node = node.args[0]
-    return any(user.target is aten.copy_.default and user.args[0] is node for user in node.users)
+def _is_expanded(value: torch.Tensor) -> bool:
+    return any(statically_known_true(stride == 0) for stride in value.stride())
 
 
 def _aliases(node: fx.Node) -> bool:
     return torch._C._is_alias_of(node.meta["val"], node.args[0].meta["val"])
-
-
-def _was_view(value: torch.Tensor, shape, rewriter: Rewriter) -> bool:
-    """Whether reshaping the tensor took no copy before its strides changed."""
-    shape = fx.map_arg(shape, lambda n: n.meta["val"])
-    with torch.no_grad(), rewriter.mode:
-        return torch._C._is_alias_of(aten.reshape.default(value, shape), value)
-
-
-def _dense_order(value: torch.Tensor) -> list[int]:
-    """Dimensions from the outermost in."""
-    strides = [int(stride) if isinstance(stride, int) else stride.node.hint for stride in value.stride()]
-    return sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
-
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -13,8 +14,6 @@ from .. import ops
 
 aten, prims = torch.ops.aten, torch.ops.prims
 FUSED, DGRAD, WGRAD = ops.conv3d_fused, ops.conv3d_dgrad, ops.conv3d_wgrad
-
-_CHANNELS_LAST = (1, 4, 3, 2, 0)  # dimensions from the innermost out
 
 
 def is_ours(node: fx.Node) -> bool:
@@ -53,6 +52,13 @@ class Rewriter:
         with torch.no_grad(), torch._C._DisableAutocast(), self.mode:
             return node.target(*args, **kwargs)
 
+    def viewed(self, value: torch.Tensor, shape) -> torch.Tensor | None:
+        """The tensor reshaped, if that takes no copy. ``shape``: numbers and nodes."""
+        shape = fx.map_arg(shape, lambda n: n.meta["val"])
+        with torch.no_grad(), self.mode:
+            result = aten.reshape.default(value, shape)
+        return result if torch._C._is_alias_of(result, value) else None
+
     def sizes(self, node: fx.Node, before: fx.Node) -> list:
         """The shape, as integers and nodes."""
         return [
@@ -89,6 +95,18 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether its result may be a view of its operand."""
+    return getattr(node.target, "is_view", False) or node.target in (aten.reshape.default, operator.getitem)
+
+
+def is_changed(node: fx.Node) -> bool:
+    """Whether it is a graph input, or a view of one, that the graph changes in place."""
+    while is_view(node):
+        node = node.args[0]
+    return any(user.target is aten.copy_.default and user.args[0] is node for user in node.users)
+
+
 def same_strides(value: torch.Tensor, strides) -> bool:
     return all(
         statically_known_true(size == 1) or statically_known_true(a == b)
@@ -97,22 +115,29 @@ def same_strides(value: torch.Tensor, strides) -> bool:
 
 
 def is_channels_last(value: torch.Tensor) -> bool:
-    """Dense in channels_last_3d; of one channel or one pixel, a contiguous tensor is that too."""
-    return value.dim() == 5 and _is_dense(value, _CHANNELS_LAST)
+    """Dense in channels_last_3d, or channels_last; of one channel or one pixel, a contiguous tensor is that too."""
+    return value.dim() in (4, 5) and is_dense(value, [0, *range(2, value.dim()), 1])
 
 
 def is_contiguous(value: torch.Tensor) -> bool:
-    return _is_dense(value, range(value.dim())[::-1])
+    return is_dense(value, range(value.dim()))
 
 
-def _is_dense(value: torch.Tensor, order: Iterable[int]) -> bool:
+def is_dense(value: torch.Tensor, order: Sequence[int]) -> bool:
+    """Dense with its dimensions in that order, from the outermost in."""
     expected = 1
-    for dim in order:
+    for dim in reversed(order):
         size = value.shape[dim]
         if not (statically_known_true(size == 1) or statically_known_true(value.stride(dim) == expected)):
             return False
         expected = expected * size
     return True
+
+
+def dense_order(value: torch.Tensor) -> list[int]:
+    """Dimensions from the outermost in."""
+    strides = [int(stride) if isinstance(stride, int) else stride.node.hint for stride in value.stride()]
+    return sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
 
 
 def is_symbolic(graph: fx.Graph) -> bool:
