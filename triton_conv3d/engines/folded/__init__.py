@@ -64,7 +64,7 @@ __all__ = ["MOST_CHANNELS", "NAME", "FoldedConfig", "FoldedWgradConfig", "config
 
 NAME = "folded"
 _WGRAD_STEP, _WGRAD_LOAD = 250.0, 14.0  # instructions of a warp in a step of wgrad, and for each load of x: SASS, sm_90
-_BLOCK_STEP = 800.0  # the same of a step by blocks
+_BLOCK_STEP, _BLOCK_LOAD = 320.0, 58.0  # the same by blocks, of tiles of 8 warps
 _MOST_TAP_BITS = 63  # one bit for every tap of each dimension, in a 64-bit mask
 
 
@@ -117,6 +117,7 @@ def work(problem: Problem, config: FoldedConfig) -> Work:
 
 def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
     m, n, k, item, split = config.block_m, config.block_n, config.block_k, problem.itemsize, config.splits > 1
+    step, load = (_BLOCK_STEP, _BLOCK_LOAD) if by_blocks(config) else (_WGRAD_STEP, _WGRAD_LOAD)
     return Work(
         programs=wgrad_tiles(problem, config) * problem.groups * config.splits,
         iterations=math.ceil(math.ceil(wgrad_extent(problem, config)[2] / k) / config.splits),
@@ -131,7 +132,7 @@ def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
         sums=m * n,
         vector_bytes=item,
         stages=config.num_stages,
-        instructions=(_BLOCK_STEP if by_blocks(config) else _WGRAD_STEP) + _WGRAD_LOAD * m * k / (32 * config.num_warps),
+        instructions=step + load * m * k / (32 * config.num_warps),
     )
 
 

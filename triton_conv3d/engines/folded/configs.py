@@ -62,8 +62,13 @@ WGRAD_REGISTERS = {
     ("sm_100", 64, 64): {"maxnreg": 128},
     ("sm_100", 128, 16): {"maxnreg": 128},
 }
+BLOCK_WGRAD_REGISTERS = {
+    (64, 128): {"maxnreg": 255},
+    (32, 128): {"maxnreg": 255},
+    (64, 64): {"maxnreg": 128},
+    (32, 64): {"maxnreg": 128},
+}
 
-BLOCK_WGRAD_REGISTERS = {(32, 128): {"maxnreg": 255}, (32, 64): {"maxnreg": 168}}
 
 # The smallest last: it fits every GPU.
 _TILES = (
@@ -93,9 +98,9 @@ _WGRAD_TILES = (
 )
 _BLOCK_WGRAD_TILES = (
     FoldedBlocksWgradConfig(64, 128, 32, 8),
-    FoldedBlocksWgradConfig(32, 128, 32, 4),
+    FoldedBlocksWgradConfig(32, 128, 32, 8),
     FoldedBlocksWgradConfig(64, 64, 32, 8),
-    FoldedBlocksWgradConfig(32, 64, 32, 4),
+    FoldedBlocksWgradConfig(32, 64, 32, 8),
     FoldedBlocksWgradConfig(16, 16, 32, 2),
 )
 

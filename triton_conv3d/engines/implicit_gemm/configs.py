@@ -116,13 +116,14 @@ _SPILLING = {
 _SPILLING_SPLIT = {
     ("sm_80", "forward"): ((128, 32, 4), (128, 16, 4)),
     ("sm_80", "dgrad"): ((128, 128, 4), (128, 32, 4)),
-    ("sm_80", "strided dgrad"): ((128, 128, 4), (128, 32, 4), (64, 64, 4), (256, 32, 4), (64, 32, 4)),
+    ("sm_80", "strided dgrad"): ((128, 128, 4), (128, 32, 4), (64, 64, 4), (256, 32, 4), (64, 32, 4), (256, 16, 4)),
     ("sm_90", "strided dgrad"): ((128, 128, 4),),
     ("sm_90", "wgrad"): ((16, 128, 4),),
     ("sm_100", "forward"): ((128, 32, 4), (128, 16, 4)),
-    ("sm_100", "strided dgrad"): ((128, 128, 4), (256, 16, 4)),
+    ("sm_100", "strided dgrad"): ((128, 128, 4), (256, 16, 4), (128, 16, 4)),
     ("sm_80", "packed forward"): ((128, 64, 4),),
-    ("sm_100", "packed dgrad"): ((128, 32, 4),),
+    ("sm_80", "packed dgrad"): ((64, 64, 4),),
+    ("sm_100", "packed dgrad"): ((128, 32, 4), (256, 16, 4)),
 }
 _LARGEST_ELSEWHERE = 128 * 128
 _FEW_TILES = 4  # of a plane: where it has fewer, many tiles end in the next one
