@@ -66,10 +66,10 @@ def test_every_block_meets_what_the_definition_says() -> None:
         assert found == {(i, o, t) for i, o, t in everything if i + before - t * dilation == o * stride}, problem
 
 
-@pytest.mark.parametrize("channels, groups, channels_last", [(3, 1, True), (8, 1, True), (2, 2, False)])
+@pytest.mark.parametrize("channels, groups, channels_last", [(3, 1, True), (2, 2, False)])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_every_edge(name: str, channels: int, groups: int, channels_last: bool) -> None:
-    """Of odd channels and of such that fill vectors, with groups, in both layouts; each in its turn in another type."""
+    """Of odd channels and with groups, in both layouts; each in its turn in another type."""
     dtype, precision = KINDS[(list(GEOMETRIES).index(name) + channels) % len(KINDS)]
     problem = few(
         name, in_channels=channels * groups, out_channels=3 * groups, groups=groups, dtype=dtype, precision=precision,

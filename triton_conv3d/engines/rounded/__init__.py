@@ -39,7 +39,8 @@ NAME = "rounded"
 MEASURED = ()  # architectures; it has not run on a GPU yet
 _ENGINES = {engine.NAME: engine for engine in (implicit_gemm,)}
 _PRECISION = "rounded"  # of a problem whose operands hold tf32 already
-_LEAST_CHANNELS = 32  # on either side: with fewer, a copy takes as long as the products
+_LEAST_CHANNELS = 64  # on either side: with fewer, a copy takes as long as the products
+_LEAST_REDUCED = 1024  # taps and channels, for the same reason, of forward and dgrad
 _COPIED, _MOST_CHANNELS = 4096, 128  # elements and channels of one program of a copy; its positions cost the most to find
 _STEP, _LOAD = 56.0, 10.7  # instructions of a warp in a step without rounding, and for each load: as in 16-bit types
 _WGRAD_STEP = 105.0  # likewise of wgrad, whatever its tile: SASS, sm_90
@@ -59,6 +60,9 @@ def supports(problem: Problem) -> str | None:
         return f"{least} channels: fewer than {_LEAST_CHANNELS}, so that a copy takes as long as the products"
     if matmul.supports(problem) is None:
         return "engine matmul computes it"
+    reduced = problem.taps * (problem.in_channels if problem.pass_ == "forward" else problem.out_channels)
+    if problem.pass_ != "wgrad" and reduced < _LEAST_REDUCED:
+        return f"{reduced} products for each result: fewer than {_LEAST_REDUCED}, so that the copies take as long"
     return wgrad_refused(problem) if problem.pass_ == "wgrad" else implicit_gemm.supports(inner(problem))
 
 
