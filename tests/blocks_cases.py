@@ -7,7 +7,8 @@ from cases import Case
 from triton_conv3d.engines.blocks import blocks_of
 from triton_conv3d.problem import Problem
 
-KINDS = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"), ("float32", "ieee"))
+TENSOR_CORES = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"))
+KINDS = (*TENSOR_CORES, ("float32", "ieee"))
 
 # Sizes that strides do not divide, fewer taps than the stride, positions that no tap meets, padding beyond the kernel.
 GEOMETRIES = {

@@ -7,7 +7,7 @@ import json
 from functools import partial
 
 import pytest
-from blocks_cases import GEOMETRIES, KINDS, case, zeros_met
+from blocks_cases import GEOMETRIES, TENSOR_CORES, case, zeros_met
 from cases import LAYOUTS, Case, check_footprint, make, run
 from guarded import guards
 
@@ -70,7 +70,7 @@ def test_every_block_meets_what_the_definition_says() -> None:
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_every_edge(name: str, channels: int, groups: int, channels_last: bool) -> None:
     """Of odd channels and with groups, in both layouts; each in its turn in another type."""
-    dtype, precision = KINDS[(list(GEOMETRIES).index(name) + channels) % len(KINDS)]
+    dtype, precision = TENSOR_CORES[(list(GEOMETRIES).index(name) + channels) % len(TENSOR_CORES)]
     problem = few(
         name, in_channels=channels * groups, out_channels=3 * groups, groups=groups, dtype=dtype, precision=precision,
         channels_last=channels_last,
@@ -81,7 +81,7 @@ def test_every_edge(name: str, channels: int, groups: int, channels_last: bool) 
 @pytest.mark.parametrize("channels, channels_last", [(3, True), (8, False)])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_every_edge_of_the_weight(name: str, channels: int, channels_last: bool) -> None:
-    dtype, precision = KINDS[(list(GEOMETRIES).index(name) + channels) % len(KINDS)]
+    dtype, precision = TENSOR_CORES[(list(GEOMETRIES).index(name) + channels) % len(TENSOR_CORES)]
     of = few(
         name, pass_="wgrad", in_channels=channels, dtype=dtype, precision=precision, channels_last=channels_last,
         layouts=("channels_last" if channels_last else "contiguous",) * 2,
@@ -129,6 +129,7 @@ def test_one_nan_touches_only_its_footprint(name: str, which: int) -> None:
     (dict(out_channels=9), False),
     (dict(groups=2, in_channels=32, out_channels=6), False),
     (dict(dilation=(1, 1, 2)), False),
+    (dict(precision="ieee"), False),
 ], ids=lambda value: str(value) if isinstance(value, dict) else "")  # fmt: skip
 def test_what_wgrad_takes_by_blocks(changes: dict, takes: bool) -> None:
     problem = THREE.replace(pass_="wgrad", **changes)
@@ -146,6 +147,7 @@ def test_what_wgrad_takes_by_blocks(changes: dict, takes: bool) -> None:
     (dict(stride=(1, 2, 2)), {64, 32}),
     (dict(in_channels=32, groups=2, out_channels=6), {128, 64, 32}),
     (dict(stride=(1, 1, 1)), set()),
+    (dict(precision="ieee"), set()),
     (dict(dilation=(2, 1, 1)), set()),
     (dict(stride=(1, 2, 2), dilation=(2, 1, 1)), {64, 32}),
     (dict(pass_="forward", in_channels=3, out_channels=16), set()),

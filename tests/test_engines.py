@@ -404,36 +404,3 @@ def test_a_kernel_runs_on_the_device_of_its_tensors(monkeypatch) -> None:
         tensor = types.SimpleNamespace(device=torch.device("cuda", index))
         launching.launch_kernel(kernel, (1, 1), (tensor,), {})
     assert entered == ["run", torch.device("cuda", 1), "run", None]
-
-
-@pytest.mark.parametrize("capturing", (True, False), ids=("capturing", "not-capturing"))
-def test_a_kernel_may_be_loaded_while_a_graph_is_captured(capturing: bool, monkeypatch) -> None:
-    """The driver refuses to load one there in every other mode; the mode that the user asked for comes back."""
-    asked, mode, launched = 1, [1], []
-
-    def exchange(pointer) -> None:
-        pointer._obj.value, mode[0] = mode[0], pointer._obj.value
-
-    def run(*args, **options):
-        launched.append(mode[0])
-        raise RuntimeError("of the launch")
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(launching, "_exchange_capture_mode", lambda: exchange)
-    tensor = types.SimpleNamespace(device=torch.device("cuda", 0))
-    with pytest.raises(RuntimeError, match="of the launch"):
-        launching._run(types.SimpleNamespace(run=run), (1, 1), (tensor,), {})
-    assert launched == [2 if capturing else asked] and mode == [asked]
-
-
-def test_cudnn_searches_before_a_capture_only(monkeypatch) -> None:
-    """Its search measures; what it has found is kept for the problem and the thread."""
-    aten, used = engines.get("aten"), []
-    problem, operands = make(Case(pass_="forward"))
-    known, new = problem.replace(arch="sm_90"), problem.replace(arch="sm_90", batch=problem.batch + 1)
-    monkeypatch.setattr(aten, "_finished", lambda *a: used.append(torch.backends.cudnn.benchmark))
-    for capturing, of in ((False, known), (True, known), (True, new), (False, new), (True, new)):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)  # noqa: B023
-        aten.launch(of, operands, aten.AtenConfig(benchmark=True))
-    assert used == [True, True, False, True, True]

@@ -60,6 +60,7 @@ class Problem:
         activation: of :data:`ACTIVATIONS`, applied last, before the result is rounded (forward only).
         dtype: of input, weight and output, as ``float16``.
         precision: of the products of float32: ``ieee``, ``tf32`` or ``tf32x3``; other types are always ``ieee``.
+            (Of what engine rounded hands on, whose operands hold tf32 already, ``rounded``.)
         layouts: of input, weight and output: ``channels_last``, ``contiguous``, ``view`` (channels are dense and
             last, the other strides free) or ``strided``.
         alignment: bytes that divide the address of every pixel of the operands as kernels read them, at most 16.

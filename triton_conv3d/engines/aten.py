@@ -12,7 +12,7 @@ from ..problem import CHANNELS_LAST, Operands, Problem
 from .base import Config, Memory, finish, in_format, switched
 
 NAME = "aten"
-_searched = threading.local()  # .problems that cuDNN has searched: its plans are kept for each thread
+_searched = threading.local()  # .launches for which cuDNN has searched: it keeps what it found for each thread and layout
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,17 @@ def launch(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Te
         last = {"memory_format": torch.channels_last_3d}
         input, weight, grad = (t if t is None else t.contiguous(**last) for t in operands[:3])
         operands = operands._replace(input=input, weight=weight, grad=grad)
-    cudnn = torch.backends.cudnn
+    cudnn, searched = torch.backends.cudnn, _searched.__dict__.setdefault("launches", set())
+    # A search measures, which would break the capture of a CUDA graph, unless it is done before.
+    search = config.benchmark and ((problem, config) in searched or not torch.cuda.is_current_stream_capturing())
     with (
-        switched(cudnn, "benchmark", (config.benchmark and _may_search(problem)) or None),
+        switched(cudnn, "benchmark", search or None),
         switched(cudnn.conv, "fp32_precision", _precision(problem)),
     ):
-        return _finished(problem, operands)
-
-
-def _may_search(problem: Problem) -> bool:
-    """Its search measures, which would break the capture of a CUDA graph, unless it is done before."""
-    problems = _searched.__dict__.setdefault("problems", set())
-    if problem not in problems:
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        problems.add(problem)
-    return True
+        result = _finished(problem, operands)
+    if search:
+        searched.add((problem, config))
+    return result
 
 
 def _precision(problem: Problem) -> str | None:

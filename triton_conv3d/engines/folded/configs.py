@@ -109,10 +109,15 @@ def by_blocks(config: FoldedConfig) -> bool:
     return getattr(config, "blocks", False)
 
 
+def _has_blocks(problem: Problem) -> bool:
+    """float32 as ``ieee`` spills by blocks, and multiplies by their zeros at the rate of FMA."""
+    return unblocked(problem) is None and (problem.dtype != "float32" or problem.precision != "ieee")
+
+
 def wgrad_by_blocks(problem: Problem) -> bool:
     """Whether a wgrad can fold its filters, and read its input in blocks."""
     few = problem.groups == 1 and problem.out_channels <= MOST_CHANNELS
-    return problem.pass_ == "wgrad" and few and unblocked(problem) is None
+    return problem.pass_ == "wgrad" and few and _has_blocks(problem)
 
 
 def classes(problem: Problem) -> int:
@@ -142,7 +147,7 @@ def configs(problem: Problem) -> tuple[FoldedConfig, ...]:
         return _wgrad_configs(problem)
     produced, _ = sides(problem)
     found = [tile for tile in _TILES if tile.block_n < 2 * max(16, produced)]
-    if problem.pass_ == "dgrad" and unblocked(problem) is None:
+    if problem.pass_ == "dgrad" and _has_blocks(problem):
         wide = 2 * max(16, columns(problem))
         found = [tile for tile in _BLOCK_TILES if 2 * produced <= tile.block_n < wide] + found
     return tuple(found)
