@@ -342,7 +342,7 @@ def test_torchs_switches_are_as_the_problem_wants_them(engine, dtype, precision,
 
 
 def test_engine_names() -> None:
-    names = "matmul depthwise folded implicit_gemm halo kn2row tma hopper padded subpixel rounded aten"
+    names = "matmul depthwise folded implicit_gemm halo kn2row tma hopper padded subpixel rounded space_to_depth aten"
     assert list(engines.available()) == names.split()
     for name, engine in engines.available().items():
         assert engine.NAME == name

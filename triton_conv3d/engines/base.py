@@ -27,6 +27,8 @@ import torch
 from ..problem import NO_ACTIVATION, VECTOR_BYTES, Operands, Problem, interpreted
 from .launching import GRID_LIMIT
 
+MOST_COPIED = 2**30  # bytes of copies that only save time: a GPU's memory has better uses
+
 
 @dataclass(frozen=True)
 class Config:

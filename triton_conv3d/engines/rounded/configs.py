@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 
 from ...problem import VECTOR_BYTES, Problem, Triple
+from ..base import MOST_COPIED
 from ..implicit_gemm.configs import CHAIN, WORKSPACE_LIMIT, GemmConfig, split_counts
 
 _ARCHITECTURES = ("sm_90", "sm_100", "interpreter")  # elsewhere descriptors become pointers
 _COORDINATES = 2**31  # of a descriptor
 _VECTOR = VECTOR_BYTES // 4  # positions
-_MOST_COPIED = 2**30  # bytes
 _STEP = 32  # positions: 128 bytes, the widest line of shared memory that a descriptor swizzles
 
 # The smallest last. A matrix instruction has 64 rows for each four warps.
@@ -75,8 +75,8 @@ def wgrad_refused(problem: Problem) -> str | None:
         return f"{problem.arch} has no copy engine that wgrad was compiled for: sm_90 and sm_100"
     if max(volume.positions for volume in volumes(problem, _STEP)) >= _COORDINATES:
         return f"more than {_COORDINATES} positions, the coordinates of a descriptor"
-    if (copied := copied_bytes(problem, _STEP)) > _MOST_COPIED:
-        return f"copies of {copied} bytes: more than {_MOST_COPIED}"
+    if (copied := copied_bytes(problem, _STEP)) > MOST_COPIED:
+        return f"copies of {copied} bytes: more than {MOST_COPIED}"
     return None
 
 
