@@ -342,8 +342,8 @@ def test_torchs_switches_are_as_the_problem_wants_them(engine, dtype, precision,
 
 
 def test_engine_names() -> None:
-    names = "matmul depthwise folded implicit_gemm halo kn2row tma hopper padded subpixel rounded space_to_depth aten"
-    assert list(engines.available()) == names.split()
+    names = "matmul depthwise folded implicit_gemm halo kn2row tma hopper padded subpixel rounded".split()
+    assert list(engines.available()) == [*names, "space_to_depth", "block_diagonal", "aten"]
     for name, engine in engines.available().items():
         assert engine.NAME == name
     with pytest.raises(ValueError, match=r"no engine named 'cudnn': the engines are .*implicit_gemm"):

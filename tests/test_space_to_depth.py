@@ -36,7 +36,7 @@ GEOMETRIES = {
     "few_taps": dict(input_size=(3, 5, 14), kernel_size=(3, 2, 3), in_channels=3, out_channels=16, stride=(2, 3, 4)),
     "dilated": dict(input_size=(3, 3, 21), in_channels=2, out_channels=3, dilation=(1, 1, 3), padding=(1, 1, 1, 1, 0, 5)),
     "beyond": dict(input_size=(2, 2, 5), kernel_size=(1, 1, 4), in_channels=3, padding=(0, 0, 0, 0, 9, 8)),
-    "outside": dict(input_size=(2, 2, 9), kernel_size=(1, 1, 2), padding=(0, 0, 0, 0, 7, 0), stride=(1, 1, 64)),
+    "outside": dict(input_size=(2, 2, 9), out_channels=64, kernel_size=(1, 1, 2), stride=(1, 1, 64), padding=(0,) * 4 + (7, 0)),
     "one_tap": dict(input_size=(3, 3, 16), in_channels=8, out_channels=8, kernel_size=(3, 1, 1), padding=(1, 1, 0, 0, 0, 0)),
     "one_tap_strided": dict(input_size=(3, 3, 15), out_channels=16, kernel_size=(1, 2, 1), stride=(1, 1, 2)),
     "head": dict(input_size=(3, 4, 10), in_channels=16, out_channels=3),
@@ -74,7 +74,8 @@ def test_through_every_engine(pass_: str) -> None:
 def test_what_follows_the_sums(layout: str) -> None:
     """A residual is read by blocks, which have to divide its lines."""
     last = layout == "channels_last"
-    run(case("forward", "even", bias=True, activation="silu", residual=layout, channels_last=last, exact=False), ENGINE)
+    epilogue = dict(bias=True, activation="leaky_relu", negative_slope=0.3, residual=layout)
+    run(case("forward", "even", channels_last=last, exact=False, **epilogue), ENGINE)
     odd, _ = make(case("forward", "odd", residual="channels_last"))
     assert "11 pixels as a residual needs" in ENGINE.supports(odd)
 
@@ -86,9 +87,12 @@ def test_layouts(layout: str) -> None:
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-def test_bases_between_vectors_are_copied(pass_: str) -> None:
-    for name in ("one_tap", "even"):
-        run(case(pass_, name, in_channels=8, out_channels=8, layouts=("unaligned",) * 2), ENGINE)
+def test_what_is_read_as_it_is_is_copied_in_other_layouts(pass_: str) -> None:
+    of = case(pass_, "one_tap")
+    config = next(config for config in ENGINE.configs(of.geometry()) if config.engine == "tma")
+    for layouts in (("unaligned", "contiguous"), ("contiguous", "unaligned")):
+        run(of.replace(layouts=layouts), ENGINE, config)
+        run(case(pass_, "even", in_channels=8, out_channels=8, layouts=layouts), ENGINE)
 
 
 @pytest.mark.parametrize("at_end", (False, True), ids=("start", "end"))

@@ -182,7 +182,7 @@ def _classes(problem: Problem) -> list[tuple[int, int, int]]:
     stride, before = problem.stride[2], problem.padding[4]
     first = [(position + before) % stride for position in range(stride)]
     taps = [len(range(tap, problem.kernel_size[2], stride)) for tap in first]
-    return [(tap, count, (i + before - tap) // stride) for i, (tap, count) in enumerate(zip(first, taps, strict=True))]
+    return [(tap, count, (i + before) // stride) for i, (tap, count) in enumerate(zip(first, taps, strict=True))]
 
 
 def _multiple(count: int, of: int) -> int:
@@ -279,7 +279,8 @@ def _in_words(lines: torch.Tensor) -> bool:
     """Whether what a tensor (N, D, H, W, C) has of a line is whole words, one after another, and so are the lines."""
     word = _WORD // lines.element_size()
     return (
-        lines.data_ptr() % _WORD == 0
+        lines.numel() > 0
+        and lines.data_ptr() % _WORD == 0
         and lines.stride()[3:] == (lines.shape[4], 1)
         and lines.shape[3] * lines.shape[4] % word == 0
         and all(stride % word == 0 for stride in lines.stride()[:3])
@@ -330,7 +331,7 @@ def _diagonals(problem: Problem, of: Blocked, matrix: torch.Tensor) -> list[tupl
         for i, (first, taps, output) in enumerate(_classes(problem)):
             at = (output - (taps - 1) * dilation + of.front) * position + i * problem.in_channels
             pixel, tap = position + stride * problem.in_channels, dilation * position
-            parts += [(slice(first, None, stride), of.pixels // stride, taps, pixel, tap, at)] * (taps > 0)
+            parts.append((slice(first, None, stride), of.pixels // stride, taps, pixel, tap, at))
     return [
         (
             which,
