@@ -147,12 +147,40 @@ def _record(values: object) -> Record:
     return record
 
 
+class Begun:
+    """What was being compiled when the process ended, and how often: JSON beside a sweep file, gone where nothing is."""
+
+    def __init__(self, path: Path):
+        self._path = path.with_name(path.name + ".begun")
+        try:
+            self._times = storage.parse(storage.read(self._path, MAX_BYTES, private=False))
+        except (OSError, ValueError):  # nothing, or damaged: counted anew
+            self._times = {}
+        if not isinstance(self._times, dict) or not all(type(times) is int for times in self._times.values()):
+            self._times = {}
+
+    def times(self, what: str) -> int:
+        """How often it was begun and not ended."""
+        return self._times.get(what, 0)
+
+    def begin(self, what: str) -> None:
+        self._times[what] = self.times(what) + 1
+        storage.write(self._path, canonical(self._times).encode())
+
+    def end(self, what: str) -> None:
+        self._times.pop(what, None)
+        if self._times:
+            storage.write(self._path, canonical(self._times).encode())
+        else:
+            storage.discard(self._path)
+
+
 class Writer:
     """Appends to a sweep file; every :meth:`add` returns when its line is on disk."""
 
     def __init__(self, path: Path, sweep: Sweep):
         """Raises OSError. The file is created with the sweep's header, or cut behind its last whole line."""
-        self.sweep = sweep
+        self.sweep, self.begun = sweep, Begun(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         try:
             if sweep.end:

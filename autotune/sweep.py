@@ -21,6 +21,7 @@ REPETITIONS = 7  # of each measurement of an exhaustive sweep, as many as tuning
 COMPILE_SECONDS = 1.0  # of one candidate, as seen for sm_90: 0.2 to 1.5 s
 HANGING_SECONDS = 120.0  # of measuring one candidate, after which it is taken never to end; usual ones take less than one
 _TOGETHER = 16  # candidates that are compiled before any of them is measured: little is lost where a sweep is ended
+_ENDED = 2  # processes that ended while a batch was compiled, after which the compiler is taken to have ended them
 _LAUNCHES = 2 + REPETITIONS  # of one candidate: compiled, verified, timed
 
 
@@ -135,7 +136,23 @@ def _sweep_one(
             writer.add(_record(problem, candidate, None, FAILED))
         return True
 
+    def prepare(batch: list[Candidate]) -> None:
+        """Compile a batch; one that ends the process again and again by single candidates, so that only one of them fails."""
+        what = canonical([problem.key, *map(_key, batch)])
+        if writer.begun.times(what) < _ENDED:
+            writer.begun.begin(what)
+            bench.prepare(batch)
+        elif len(batch) > 1:
+            for candidate in batch:
+                prepare([candidate])
+        else:
+            writer.add(_record(problem, batch[0], None, FAILED))
+        writer.begun.end(what)
+
     def measure(candidate: Candidate, repetitions: int) -> float | None:
+        if _key(candidate) in writer.sweep.of(problem) and writer.sweep.of(problem)[_key(candidate)].fault == FAILED:
+            return None
+
         def leave() -> None:  # nothing ends a kernel from within: the process goes, as after an illegal access
             writer.add(_record(problem, candidate, None, WRONG))
             print(f"{candidate[0].NAME} [{candidate[1]}] does not end on {problem}: quarantined; the same command goes on",
@@ -161,7 +178,7 @@ def _sweep_one(
             batch = left[first : first + _TOGETHER]
             if late():
                 return False
-            bench.prepare(batch)
+            prepare(batch)
             for candidate in batch:
                 if late():
                     return False
@@ -169,7 +186,7 @@ def _sweep_one(
         return True
     kept = {_key(candidate) for candidate in left}
     offers = [item for item in ranked if _key(item[1:]) in kept]
-    times = search.search(offers, measure, most, prepare=bench.prepare, late=late)
+    times = search.search(offers, measure, most, prepare=prepare, late=late)
     by_key = {_key(candidate): candidate for candidate in left}
     for (name, config), median in search.median(times).items():  # of all repetitions, where the last line has a few
         key = (name, canonical(config.to_dict()))

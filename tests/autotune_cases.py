@@ -38,12 +38,13 @@ class Bench:
 
     ready = True
 
-    def __init__(self, gpu: SimulatedGPU, problem: Problem, clock, wrong=(), failed=(), fatal=(), limit=None):
+    def __init__(self, gpu: SimulatedGPU, problem: Problem, clock, wrong=(), failed=(), fatal=(), limit=None, compiled=None):
         self.times, self.clock, self.wrong, self.asked = gpu.times(problem, offers(problem)), clock, [], []
-        self._wrong, self._failed, self._fatal, self.limit = wrong, failed, fatal, limit
+        self._wrong, self._failed, self._fatal, self.limit, self._compiled = wrong, failed, fatal, limit, compiled
 
     def prepare(self, batch) -> None:
-        pass
+        if self._compiled is not None:
+            self._compiled([(engine.NAME, config) for engine, config in batch])
 
     def measure(self, candidate, repetitions):
         key = candidate[0].NAME, candidate[1]

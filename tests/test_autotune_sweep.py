@@ -84,10 +84,16 @@ class TestSweep:
         assert len(found) == sum(COUNTS[:2]) and path.read_text().count("\n") == 1 + len(found)
 
     def test_every_measurement_is_synced_before_the_next(self, tmp_path, monkeypatch):
-        synced = []
-        monkeypatch.setattr(records.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+        synced, path = [], tmp_path / "s"
+
+        def sync(descriptor: int) -> None:
+            status = os.fstat(descriptor)
+            if status.st_ino == path.stat().st_ino:
+                synced.append(status.st_size)
+
+        monkeypatch.setattr(records.os, "fsync", sync)
         world = World(Clock(), limit=lambda: synced.append("begin"))
-        world.run(tmp_path / "s", PROBLEMS[:1])
+        world.run(path, PROBLEMS[:1])
         assert synced[1::2] == ["begin"] * COUNTS[0] and synced[0::2] == sorted(set(synced[0::2]))
 
     def test_wrong_candidates_are_quarantined(self, tmp_path):
@@ -108,6 +114,29 @@ class TestSweep:
             World(Clock(), fatal=[fatal]).run(tmp_path / "s")
         again = World(Clock(), fatal=[fatal])
         assert again.run(tmp_path / "s").left == 0 and fatal not in again.asked
+
+    @pytest.mark.parametrize("most", (None, QUICK_CANDIDATES), ids=("exhaustive", "guided"))
+    def test_a_compiler_that_ends_the_process_costs_one_candidate(self, tmp_path, most):
+        """It ends it for this candidate whatever is compiled beside it; each process begins where the last one ended."""
+        ranked, path = [(engine.NAME, config) for _, engine, config in offers(PROBLEMS[0])], tmp_path / "s"
+        crashing = next(key for key in ranked if key[0] != OWN)
+
+        class Crashed(BaseException):
+            pass
+
+        def compiled(batch) -> None:
+            if crashing in batch:
+                raise Crashed
+
+        for _ in range(4):
+            with pytest.raises(Crashed):
+                World(Clock(), compiled=compiled).run(path, PROBLEMS[:1], most=most)
+        world = World(Clock(), compiled=compiled)
+        assert world.run(path, PROBLEMS[:1], most=most).left == 0 and crashing not in world.asked
+        name, config = crashing
+        found = records.read(path).of(PROBLEMS[0])
+        assert [key for key, record in found.items() if record.fault] == [(name, canonical(config.to_dict()))]
+        assert len(found) == (COUNTS[0] if most is None else most) and [p.name for p in tmp_path.iterdir()] == ["s"]
 
     def test_what_fails_is_not_tried_again_but_on_other_problems(self, tmp_path):
         _, engine, config = next(item for item in offers(PROBLEMS[0]) if item[1].NAME != OWN)
