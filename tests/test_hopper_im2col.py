@@ -137,9 +137,8 @@ def test_a_triton_without_them(lacking: str, monkeypatch: pytest.MonkeyPatch) ->
 
     problem = Problem(**RAGGED_PLANES)
     others = [config for config in ENGINE.configs(problem) if config not in offered(problem)]
-    for name in (lacking, "async_copy_global_to_shared_im2col"):
-        for place in (copies, described):
-            monkeypatch.delattr(place, name, raising=False)
+    for place in (copies, described):
+        monkeypatch.delattr(place, lacking, raising=False)
     spec = importlib.util.spec_from_file_location(f"{gluon.__name__}_without_im2col", gluon.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

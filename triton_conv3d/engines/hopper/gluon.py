@@ -27,8 +27,7 @@ try:
         mbarrier.expect, mbarrier.init, mbarrier.wait,
     )  # fmt: skip
     _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-    _old_name = getattr(tma, "async_copy_global_to_shared_im2col", None)  # where the new one is, it only raises
-    _copy_im2col = getattr(tma, "async_load_im2col", None) or _old_name
+    _copy_im2col = getattr(tma, "async_load_im2col", None)
     TensorDescriptorIm2Col = getattr(described, "TensorDescriptorIm2Col", None)
     IM2COL = _copy_im2col is not None and TensorDescriptorIm2Col is not None
     if hasattr(gl.shared_memory_descriptor, "reinterpret"):

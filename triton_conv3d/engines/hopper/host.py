@@ -105,7 +105,7 @@ def _gather_arguments(problem: Problem, config: BrickConfig, im2col: bool) -> tu
         W_RING=_shared(_weight_block(problem, config)),
         X_RING=_shared((pixels, config.block_k)),
         SUMS=_sums(config.block_n, pixels),
-        WRITTEN=_written(config.block_n, last),
+        WRITTEN=_written(config.block_n, last, across=32 if im2col else 8),
         WIDTH=at_once // config.block_n if config.block_n >= _ROWS else pixels,
         IM2COL=im2col,
     )
@@ -205,9 +205,12 @@ def _sums(rows: int, columns: int, warpgroups: int = 2):
 
 
 @functools.cache
-def _written(channels: int, last: bool, warpgroups: int = 2):
-    """Layout in which a tile of (channels, pixels) is written: along its channels if they are last, else its pixels."""
+def _written(channels: int, last: bool, warpgroups: int = 2, across: int = 8):
+    """Layout in which a tile of (channels, pixels) is written: along its channels if they are last, else its pixels.
+
+    ``across``: pixels side by side in a warp; the more there are, the fewer a thread has to know the place of.
+    """
     if last:
         lanes = min(32, channels // _VECTOR)
         return gl.BlockedLayout([_VECTOR, 1], [lanes, 32 // lanes], [1, 4 * warpgroups], [0, 1])
-    return gl.BlockedLayout([1, 1], [4, 8], [4 * warpgroups, 1], [1, 0])
+    return gl.BlockedLayout([1, 1], [32 // across, across], [4 * warpgroups, 1], [1, 0])
