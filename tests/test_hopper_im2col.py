@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from gluon_emulator import Im2colDescriptor
 
 from triton_conv3d.engines import tma
 from triton_conv3d.engines.hopper import gluon
+from triton_conv3d.engines.hopper.configs import _im2col_fits as im2col_fits
 from triton_conv3d.engines.tma.geometry import pixels
 from triton_conv3d.problem import Problem, live_depth
 
@@ -25,6 +27,7 @@ needs_im2col = pytest.mark.skipif(not gluon.IM2COL, reason="this Triton has no i
 BEYOND = {  # kernels larger than planes, and the farthest that a descriptor reaches
     "kernel_above_the_plane": dict(input_size=(2, 2, 3), kernel_size=(2, 5, 4), padding=(1, 0, 2, 2, 3, 2)),
     "farthest_corners": dict(input_size=(1, 2, 3), kernel_size=(1, 2, 2), dilation=(1, 31, 17), padding=(0, 0, 16, 15, 16, 1)),
+    "padding_alone": dict(input_size=(2, 3, 5), kernel_size=(2, 1, 3), stride=(8, 1, 2), padding=(2, 0, 0, 0, 1, 1)),
     "longest_steps": dict(input_size=(5, 11, 18), kernel_size=(2, 3, 2), stride=(3, 8, 7), padding=(1, 0, 0, 6, 5, 1), batch=5),
 }  # fmt: skip
 
@@ -58,6 +61,30 @@ def test_epilogue(channels_last: bool, splits: int, few_programs) -> None:  # no
     case = Case("forward", **{**RAGGED, "kernel_size": (1, 2, 2), "layouts": ("every_second", "contiguous")}, bias=True)
     case = case.replace(residual="cropped", activation="silu", channels_last=channels_last, exact=False)
     run(case, engine(), rows(pixels=128, block_n=128, splits=splits))
+
+
+@RUNS
+@needs_im2col
+@pytest.mark.long
+@pytest.mark.parametrize("pass_", ["forward", "dgrad"])
+def test_random_geometries(pass_: str, few_programs) -> None:  # noqa: F811
+    """Whatever a descriptor reaches, in every size of a tile, whole and split."""
+    rng, found = random.Random(pass_), 0
+    while found < 300:
+        sizes = {
+            "batch": rng.randint(1, 4), "input_size": _each(rng, *range(1, 10)),
+            "kernel_size": _each(rng, 1, 1, 2, 3, 5), "dilation": _each(rng, 1, 1, 2, 4),
+            "stride": (1, 1, 1) if pass_ == "dgrad" else _each(rng, 1, 2, 3, 8),
+            "padding": tuple(rng.choice((0, 0, 1, 2, 4, 16)) for _ in range(6)), "channels_last": rng.random() < 0.5,
+        }  # fmt: skip
+        case = Case(pass_, **{**RAGGED, **sizes, "in_channels": 24, "out_channels": 16}, seed=found)
+        if min(case.geometry().output_size) > 0 and im2col_fits(case.geometry()):
+            run(case, engine(found), rows(pixels=rng.choice((16, 32, 64)), splits=rng.choice((1, 1, 2, 7))))
+            found += 1
+
+
+def _each(rng: random.Random, *choices: int) -> tuple[int, int, int]:
+    return tuple(rng.choice(choices) for _ in range(3))
 
 
 PLANE = dict(shape=[2, 1, 4, 4, 8], lower=[0, 0, 0], upper=[0, 0, 0], at=(0, 0, 0, 0, 0), offsets=(0, 0, 0))

@@ -35,8 +35,10 @@ def gather(
     x = _readable(operands.grad if dgrad else operands.input)
     read = views(problem, config.brick)
     block = (*config.brick, config.block_k)
-    read_views = read.views or (_whole(x),)  # of which nothing is read where every tap meets padding: it gives the type
-    xs = [_descriptor(x, view, read.stride, block) for view in read_views]
+    if read.views:
+        xs = [_descriptor(x, view, read.stride, block) for view in read.views]
+    else:  # every tap meets padding: nothing of it is read, it gives the type
+        xs = [_descriptor(x, _whole(x), (1, 1, 1), block)]
     xs = [_walked(problem, described) if im2col else _swizzled(described) for described in xs]
     xs += [None] * (MOST_VIEWS - len(xs))
     w = _weight(problem, operands, config)
