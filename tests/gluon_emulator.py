@@ -59,7 +59,9 @@ def _wrapped(argument):
         return argument
     if isinstance(argument, (int, float)):
         return value(argument)
-    return Pointer(argument) if isinstance(argument, torch.Tensor) else Descriptor(argument)
+    if isinstance(argument, torch.Tensor):
+        return Pointer(argument)
+    return (Im2colDescriptor if hasattr(argument, "pixel_box_lower_corner") else Descriptor)(argument)
 
 
 class Pointer:
@@ -127,6 +129,46 @@ class Descriptor:
             inside = tuple(slice(low - start, high - start) for (low, high), start in zip(ranges, at, strict=True))
             found[inside] = self.elements[tuple(slice(*r) for r in ranges)].float().numpy()
         return found.reshape(-1, self.block[-1])
+
+
+class Im2colDescriptor(Descriptor):
+    """One of (n, d, h, w, channel) in im2col mode, by the words and limits of the PTX ISA, 5.5.4, for five dimensions.
+
+    From a place within the box between the corners on, pixels are visited along w, then h, d, n: along n one after the
+    other, along the others in steps of the traversal stride, from the lower corner of the box to the upper one. Each
+    is read at the offsets from where it is.
+    """
+
+    def __init__(self, described):
+        super().__init__(described)
+        self.steps = described.element_strides[1:4]
+        lower, upper = described.pixel_box_lower_corner, described.pixel_box_upper_corner
+        assert len(self.shape) == 5 and self.block[0] <= 1024 and self.block[1] <= 256
+        assert all(-16 <= corner < 16 for corner in (*lower, *upper)), "a corner that the descriptor does not hold"
+        assert all(1 <= step <= 8 for step in self.steps) and described.element_strides[::4] == [1, 1]
+        sides = zip(lower, upper, self.shape[1:4], strict=True)
+        self.box = [(low, size - 1 + high) for low, high, size in sides]
+        assert all(low <= high for low, high in self.box), "no pixel between the corners"
+
+    def read(self, at: tuple[int, ...], offsets: tuple[int, ...]) -> np.ndarray:
+        n, *place, channel = at
+        within = (low <= x <= high for x, (low, high) in zip(place, self.box, strict=True))
+        assert all(within), "a start outside of the box"
+        assert all(0 <= offset < 32 for offset in offsets), "an offset that the instruction does not hold"
+        found = np.zeros(self.block, np.float32)
+        last = min(channel + self.block[1], self.shape[4])
+        for pixel in range(self.block[0]):
+            where = (n, *(x + offset for x, offset in zip(place, offsets, strict=True)))
+            if all(0 <= x < size for x, size in zip(where, self.shape, strict=False)):
+                found[pixel, : last - channel] = self.elements[where][channel:last].float().numpy()
+            for axis in (2, 1, 0):
+                place[axis] += self.steps[axis]
+                if place[axis] <= self.box[axis][1]:
+                    break
+                place[axis] = self.box[axis][0]
+            else:
+                n += 1
+        return found
 
 
 class Barrier:
@@ -274,7 +316,7 @@ class Program:
             self._note("arrive", barrier)
             barrier.change(1, 0)
 
-    def load(self, descriptor: Descriptor, at, barrier: Barrier, buffer: Buffer) -> None:
+    def load(self, descriptor: Descriptor, at, barrier: Barrier, buffer: Buffer, *offsets: tuple[int, ...]) -> None:
         self.others()
         where = tuple(map(int, at))
         self._note("load", buffer.state, barrier, descriptor.block_type.nbytes)
@@ -285,11 +327,14 @@ class Program:
         buffer.data[:] = np.nan
 
         def arrived() -> None:
-            buffer.data[:] = descriptor.read(where)
+            buffer.data[:] = descriptor.read(where, *offsets)
             buffer.state.arriving = 0
             barrier.change(0, -descriptor.block_type.nbytes)
 
         self.copies.append(arrived)
+
+    def load_im2col(self, descriptor: Im2colDescriptor, at, h, w, barrier: Barrier, buffer: Buffer) -> None:
+        self.load(descriptor, at, barrier, buffer, (0, int(h), int(w)))
 
     def multiply(self, a: Buffer, b: Buffer, acc, is_async: bool) -> Products:
         self.others()
@@ -336,7 +381,8 @@ def _namespace(program: Program) -> dict:
         MBarrierLayout=lambda: None,
     )  # fmt: skip
     return {
-        "tl": language, "gl": language, "mbarrier": barrier, "load": program.load, "warpgroup_mma": program.multiply,
+        "tl": language, "gl": language, "mbarrier": barrier, "load": program.load, "load_im2col": program.load_im2col,
+        "warpgroup_mma": program.multiply,
         "warpgroup_mma_wait": program.waited, "range": lambda *limits: map(value, builtins.range(*map(int, limits))),
         "__builtins__": builtins,
     }  # fmt: skip

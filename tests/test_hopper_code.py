@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("triton")
 from test_tma_code import SHARED_BYTES, _read
 
-from triton_conv3d.engines.hopper.gluon import MISSING
+from triton_conv3d.engines.hopper.gluon import IM2COL, MISSING
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
@@ -32,17 +32,20 @@ BESIDES = {
     "contiguous": {"bias": True, "residual": True, "layouts": ("channels_last",) * 2 + ("contiguous",)},
     "index64": {"index64": True},
 }
+RAGGED = {"input_size": (5, 21, 21)}  # of these the configs by im2col copies
+BESIDES |= {f"ragged_{name}": BESIDES[name] | RAGGED for name in ("gelu", "tanh", "index64")}
 LAYERS = [(c, s, "plain") for c, s in ((256, 1), (128, 2), (48, 1), (24, 1))]
 LAYERS += [(channels, 1, name) for channels in (256, 48, 32) for name in BESIDES if name != "plain"]
-FEW = [(256, 1, "gelu"), (32, 1, "gelu"), (256, 1, "plain")]  # of which those with gelu are forward
+LAYERS += [(128, 2, "ragged_gelu"), (128, 2, "ragged_index64")]
+FEW = [(c, 1, besides) for c, besides in ((256, "gelu"), (32, "gelu"), (256, "plain"), (256, "ragged_gelu"))]
 MOST_PER_PRODUCT = 14  # instructions of a consumer's thread in its loop for one matrix instruction, in steps of 64
 
 
-def chosen(problem, few: bool) -> Iterator:
-    """Every config, split or not; or the largest, whole or split."""
+def chosen(problem, few: bool, ragged: bool) -> Iterator:
+    """Every config, split or not; or the largest, whole or split; ragged: of those by im2col copies."""
     from triton_conv3d.engines import hopper
 
-    offers = hopper.configs(problem)
+    offers = [config for config in hopper.configs(problem) if not ragged or isinstance(config, hopper.Im2colConfig)]
     if problem.pass_ != "wgrad":  # of which splits differ in their chains
         offers = [
             dataclasses.replace(config, splits=min(config.splits, 2)) if hasattr(config, "splits") else config
@@ -65,7 +68,7 @@ def reports(channels: int, stride: int, besides: str, few: bool) -> Iterator[dic
         operands = _operands(problem)
         if problem.residual:
             operands = operands._replace(residual=problem.empty_result(operands.input.device))
-        for config in chosen(problem, few):
+        for config in chosen(problem, few, "ragged" in besides):
             with compiling_for("sm_90"):
                 _, kernel = compiled(launches(problem, operands, hopper, config)[0])
             row = {"pass": problem.pass_, "channels": channels, "stride": stride, "besides": besides}
@@ -94,6 +97,8 @@ def faults(row: dict) -> list[str]:
         found.append(f"{row['from_shared']} of {row['products']} products from shared memory")
     if row["copies"] < 2:
         found.append("no bulk copies")
+    if bool(row["im2col"]) != ("ragged" in row["besides"]):
+        found.append(f"{row['im2col']} im2col copies")
     if row["early"]:
         found.append("a stage is freed by one warpgroup for both")
     if len(row["setmaxnreg"]) < 2:
@@ -113,6 +118,7 @@ def rows() -> list[dict]:
 def test_every_pass_and_the_longest_epilogue(rows: list[dict]) -> None:
     assert [(row["pass"], row["besides"]) for row in rows] == [
         ("forward", "gelu"), ("forward", "gelu"), ("dgrad", "plain"), ("wgrad", "plain"),
+        *[("forward", "ragged_gelu")] * IM2COL,
     ]  # fmt: skip
     assert [(row, faults(row)) for row in rows if faults(row)] == []
 
@@ -124,10 +130,11 @@ def test_every_config() -> None:
 
 def test_what_must_not_be_is_seen() -> None:
     sound = {"spills": 0, "shared": SHARED_BYTES, "products": 4, "from_shared": 4, "copies": 2, "setmaxnreg": [40, 232],
-             "early": 0, "step": 64, "loop": 56, "warnings": ""}  # fmt: skip
+             "early": 0, "step": 64, "loop": 56, "warnings": "", "im2col": 0, "besides": ""}  # fmt: skip
     assert faults(sound) == []
     for bad in (dict(spills=1), dict(shared=SHARED_BYTES + 1), dict(products=5), dict(from_shared=2), dict(copies=1),
-                dict(early=1), dict(setmaxnreg=[]), dict(loop=57), dict(warnings="serialized")):  # fmt: skip
+                dict(early=1), dict(setmaxnreg=[]), dict(loop=57), dict(warnings="serialized"),
+                dict(besides="ragged")):  # fmt: skip
         assert len(faults({**sound, **bad})) == 1
     assert early("wgmma.wait_group.sync.aligned 1; bar.sync 0, 256; @%p mbarrier.arrive.shared::cta.b64 _, [%r];") == 0
     assert early("wgmma.wait_group.sync.aligned 1; @%p mbarrier.arrive.shared::cta.b64 _, [%r];") == 1

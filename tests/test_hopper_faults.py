@@ -15,6 +15,8 @@ import planting
 import pytest
 
 pytest.importorskip("triton")
+from triton_conv3d.engines.hopper.gluon import IM2COL
+
 pytestmark = pytest.mark.long
 
 # name: (file, what stands there once, what is planted); the battery tries only the pass that a name begins with, if any.
@@ -60,10 +62,23 @@ FAULTS = {
     "lines_of_the_first_group": ("lines.py", "w_at = [tap, group * produced, 0]", "w_at = [tap, 0, 0]"),
     "lines_taps_not_turned": ("lines.py", "w_at = [taps - 1 - tap,", "w_at = [tap,"),
     "lines_start_of_dgrad": ("host.py", "p - (k - 1) * by", "p - (k - 1)"),
+    # im2col copies
+    "im2col_samples_and_planes": ("gather.py", "d, n, h, w = _digits(index, (y_size[1], y_size[0], y_size[2], y_size[3]))", "n, d, h, w = _digits(index, y_size)"),
+    "im2col_last_plane": ("gather.py", "planes = last - d + 1", "planes = last - d"),
+    "im2col_offset_from_the_first_tap": ("gather.py", "low_h = tl.minimum((taps_h - 1) * step[1], 0)", "low_h = 0"),
+    "im2col_offset_twice": ("gather.py", "at_w = tw * step[2] - low_w", "at_w = tw * step[2] - 2 * low_w"),
+    "im2col_start_of_the_tile": ("gather.py", "n, d, h, w = pixel_at(first, y_size)", "n, d, h, w = pixel_at(first + 1, y_size)"),
+    "im2col_place_of_a_pixel": ("gather.py", "in_n, in_d, in_h, in_w = pixel_at(in_w, y_size)", "in_n, in_d, in_h, in_w = pixel_at(in_w + 1, y_size)"),
+    "im2col_lower_corner": ("configs.py", "lower.append(pad - reach if dgrad else -pad)", "lower.append(-pad)"),
+    "im2col_upper_corner": ("configs.py", "(problem.result_shape[2 + axis] - 1) * problem.stride[axis]", "problem.result_shape[2 + axis] * problem.stride[axis]"),
+    "im2col_steps": ("host.py", "element_strides=[1, 1, *problem.stride[1:], 1]", "element_strides=[1] * 5"),
+    "im2col_tile_too_few": ("configs.py", "return -(-math.prod(pixels(problem)) // size)", "return math.prod(pixels(problem)) // size"),
+    "im2col_strides_of_samples": ("host.py", "[by_d, by_n, *by]", "[by_n, by_d, *by]"),
     # the host
     "wgrad_skipped_taps_not_zeroed": ("host.py", "target.zero_()", "pass"),
     "dgrad_block_of_the_weight": ("host.py", 'return sides[::-1] if problem.pass_ == "dgrad" else sides', "return sides"),
 }  # fmt: skip
+FAULTS = {name: fault for name, fault in FAULTS.items() if IM2COL or not name.startswith("im2col")}
 
 
 def battery(engine: ModuleType, fault: str) -> None:
@@ -87,7 +102,9 @@ def battery(engine: ModuleType, fault: str) -> None:
     emulated = SimpleNamespace(NAME="hopper", supports=tma.supports, configs=engine.configs, launch=launch)
     if fault.startswith("lines") or fault == planting.SOUND:
         lines(engine, emulated)
-    if fault.startswith("lines"):
+    if IM2COL and (fault.startswith("im2col") or fault == planting.SOUND):
+        im2col(engine, emulated)
+    if fault.startswith(("lines", "im2col")):
         return
     geometries = (
         dict(input_size=(2, 3, 5), kernel_size=(2, 2, 2), padding=(1, 0, 0, 1, 1, 0), channels_last=False, batch=2, out_channels=72),
@@ -138,6 +155,18 @@ def lines(engine: ModuleType, emulated: SimpleNamespace) -> None:
             offers = [config for config in engine.configs(case.geometry()) if isinstance(config, engine.LineConfig)]
             for planes, stages in ((2, 2), (4, 5)):
                 run(case, emulated, replace(offers[0], planes=planes, lines=2, num_stages=stages))
+
+
+def im2col(engine: ModuleType, emulated: SimpleNamespace) -> None:
+    """The battery of im2col copies."""
+    from cases import Case, run
+
+    for pass_, by in (("forward", (2, 3, 1)), ("dgrad", (1, 1, 1))):
+        case = Case(
+            pass_, in_channels=16, out_channels=16, batch=3, input_size=(4, 5, 3), kernel_size=(3, 2, 3), stride=by,
+            padding=(1, 1, 0, 1, 1, 0), dilation=(1, 2, 1), dtype="float16",
+        )  # fmt: skip
+        run(case, emulated, engine.Im2colConfig(16, 64, 16, 3))
 
 
 outcomes, test_without_a_fault_the_battery_passes, test_planted_fault_is_caught = planting.tests(Path(__file__).name, FAULTS)

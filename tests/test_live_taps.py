@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from test_hopper import RUNS, engine, few_programs, small  # noqa: F401
+from test_hopper_im2col import needs_im2col, rows
 from test_tma_geometry import AXES, axis_problem
 
 from triton_conv3d import engines, reference
@@ -49,6 +50,8 @@ def sound(name: str, case: Case, deep: bool):
     sides = dict(zip(("brick_n", "brick_d", "brick_h", "brick_w"), (2, 2, 1, 4) if deep else (1, 1, 4, 4), strict=True))
     if name == "hopper":
         return engine(), small(case, **sides)
+    if name == "hopper_im2col":
+        return engine(), rows()
     return engines.get(name), engines.get(name).configs(case.geometry())[-1].replace(**sides)
 
 
@@ -78,7 +81,8 @@ def test_exact(name: str, pass_: str, layer: str, few_programs) -> None:  # noqa
 @pytest.mark.parametrize(
     "name, layer",
     [("implicit_gemm", layer) for layer in ("3_to_1", "padded", "strided")]
-    + [("tma", "strided"), pytest.param("hopper", "strided", marks=RUNS)],
+    + [("tma", "strided"), pytest.param("hopper", "strided", marks=RUNS)]
+    + [pytest.param("hopper_im2col", "padded", marks=(RUNS, needs_im2col))],
 )
 @both_passes
 def test_a_tap_is_read_by_the_planes_that_meet_it_alone(name: str, pass_: str, layer: str, few_programs) -> None:  # noqa: F811

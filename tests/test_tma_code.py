@@ -110,6 +110,7 @@ def _read(arch: str, kernel) -> dict:
         "products": len(re.findall(r"\b(?:HGMMA|UTCHMMA)", text)),
         "from_shared": len(re.findall(r"\bHGMMA\S* R\d+, gdesc|\bUTCHMMA\S* gdesc\[\w+\], gdesc", text)),
         "copies": len(re.findall(r"\bUTMALDG\.[35]D", text)),
+        "im2col": len(re.findall(r"\bUTMALDG\.5D\.IM2COL", text)),
         "loop": loop,
         "per_product": round(loop / max(in_loop, 1), 1),
         "warnings": warnings.strip(),

@@ -263,11 +263,12 @@ def _outputs_of(ahead: int, size: int, outputs: int, stride: int) -> tuple[int, 
 
 
 @functools.lru_cache(maxsize=4096)
-def live_depth(problem: Problem, planes: int = 1) -> float:
+def live_depth(problem: Problem, planes: int = 1, plane: int = 1) -> float:
     """Share of the taps along depth that a tile meets on average, of ``planes`` planes of the result: others read padding.
 
     For forward and dgrad; of a strided dgrad the planes are neighbours in their parity class. Tiles begin with every
-    ``planes``-th plane of a sample.
+    ``planes``-th plane of a sample. With ``plane``, the pixels of a plane, ``planes`` is the number of a tile's pixels, which
+    may begin within a plane.
     """
     size, outputs, stride, before = problem.input_size[0], problem.output_size[0], problem.stride[0], problem.padding[0]
     live = walked = 0
@@ -278,8 +279,8 @@ def live_depth(problem: Problem, planes: int = 1) -> float:
         if problem.pass_ == "dgrad":  # input position o * stride - ahead is one of every stride-th
             first, last = first + -ahead // stride, last + -ahead // stride
             rows = -(-(size - -ahead % stride) // stride)
-        live += (last // planes - first // planes + 1) * found
-        walked += -(-rows // planes)
+        live += ((last * plane + plane - 1) // planes - first * plane // planes + 1) * found
+        walked += -(-rows * plane // planes)
     return live / walked if walked else 1.0
 
 

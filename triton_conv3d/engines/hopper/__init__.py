@@ -9,6 +9,9 @@ Narrow layers may go by lines of pixels instead of bricks (lines.py; configs.py 
 taps that they share. Bytes by design: from memory the minimum as ever; from L2, for every tile of planes x lines of the
 result, (planes + kd - 1) x (lines + kh - 1) x kw lines of 64 pixels, and the weight once.
 
+Where bricks fit badly, and from Triton 3.8 on, tiles may be rows of pixels that im2col copies gather (gather.py; configs.py
+has the rule).
+
 What a brick covers beyond the end of the gradient in wgrad is multiplied by zeros: an infinity or NaN in the input there
 reaches taps that it would not meet by the definition.
 """
@@ -22,9 +25,9 @@ import torch
 from ...problem import Operands, Problem
 from .. import tma
 from ..base import Memory, Work, refused_by_kernels
-from .configs import BrickConfig, LineConfig, configs, line_work
+from .configs import BrickConfig, Im2colConfig, LineConfig, configs, im2col_work, line_work
 
-__all__ = ["NAME", "BrickConfig", "LineConfig", "configs", "launch", "memory", "supports", "work"]
+__all__ = ["NAME", "BrickConfig", "Im2colConfig", "LineConfig", "configs", "launch", "memory", "supports", "work"]
 
 NAME = "hopper"
 TRIAL = True  # it has not run on a GPU yet
@@ -44,18 +47,25 @@ def supports(problem: Problem) -> str | None:
     return MISSING or tma.supports(problem)
 
 
-def memory(problem: Problem, config: BrickConfig | LineConfig) -> Memory:
-    return tma.memory(problem, config.brick if isinstance(config, LineConfig) else config)
+def memory(problem: Problem, config: BrickConfig | Im2colConfig | LineConfig) -> Memory:
+    return tma.memory(problem, _as_brick(config))
 
 
-def work(problem: Problem, config: BrickConfig | LineConfig) -> Work:
+def work(problem: Problem, config: BrickConfig | Im2colConfig | LineConfig) -> Work:
     """The launch as the cost model sees it."""
-    return line_work(problem, config) if isinstance(config, LineConfig) else tma.work(problem, config)
+    if isinstance(config, LineConfig):
+        return line_work(problem, config)
+    return im2col_work(problem, config) if isinstance(config, Im2colConfig) else tma.work(problem, config)
 
 
-def launch(problem: Problem, operands: Operands, config: BrickConfig | LineConfig) -> torch.Tensor:
+def launch(problem: Problem, operands: Operands, config: BrickConfig | Im2colConfig | LineConfig) -> torch.Tensor:
     from . import host  # which needs Gluon
 
+    gather = functools.partial(host.gather, im2col=isinstance(config, Im2colConfig))
     if isinstance(config, LineConfig):
-        return tma.launched(problem, operands, config.brick, functools.partial(host.lines, config), host.wgrad)
-    return tma.launched(problem, operands, config, host.gather, host.wgrad)
+        gather = functools.partial(host.lines, config)
+    return tma.launched(problem, operands, _as_brick(config), gather, host.wgrad)
+
+
+def _as_brick(config: BrickConfig | Im2colConfig | LineConfig) -> BrickConfig:
+    return config if isinstance(config, BrickConfig) else config.brick

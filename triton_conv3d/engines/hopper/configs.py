@@ -1,18 +1,19 @@
-"""The configurations of the ring kernels, by bricks or by lines, and which of them a problem can take."""
+"""The configurations of the ring kernels, by bricks, by im2col copies or by lines, and which of them a problem can take."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...problem import Problem
+from ...problem import Problem, live_depth
+from .. import tma
 from ..base import Config, Order, Work
 from ..implicit_gemm.configs import CHAIN, split_counts
-from ..tma import memory
 from ..tma.configs import SHARED_BYTES, BrickConfig, _fits, extent, produced, reduced
-from ..tma.geometry import Brick, bricks, counts, pixels
+from ..tma.geometry import MOST_VIEWS, Brick, bricks, counts, covered, pixels, views_along
 
-__all__ = ["BrickConfig", "LineConfig", "configs", "one_chain", "spacing"]
+__all__ = ["BrickConfig", "Im2colConfig", "LineConfig", "configs", "corners", "im2col_tiles", "one_chain", "spacing"]
 
 _WARPS = 8  # that multiply: two warpgroups. One more produces.
 _MOST_TILES = 3  # of those that fit, the largest, are offered
@@ -38,6 +39,12 @@ _WGRAD = (
     (64, 32, 64, _WARPS, 8),
     (64, 16, 64, _WARPS, 8),
 )
+_WALKED = 0.95  # times the pixels and taps that bricks walk, at most, where im2col copies are offered
+# Of a descriptor of five dimensions in im2col mode (cuTensorMapEncodeIm2col; PTX ISA, "im2col mode"):
+_CORNERS = range(-16, 16)
+_MOST_OFFSET = 31
+_MOST_STEP = 8  # from one element to the next
+_PIXELS = 2**31  # that a kernel counts
 LINE = 64  # pixels of a line
 _NARROW = 64  # channels
 _LINES = ((4, 4), (2, 4))  # (planes, lines) of a tile, the fewest loads a line first
@@ -47,6 +54,26 @@ W_STAGES = 2  # steps whose taps are there
 _MOST_PLANES = 8  # of the ring
 _BARRIERS = 1024  # bytes, and what the alignment of buffers takes
 _TOTALS = 128 * 128  # sums of a tile that leave registers for a second set of them, the total of several chains
+
+
+@dataclass(frozen=True)
+class Im2colConfig(Config):
+    """Of gather.py, with a row of pixels for a tile.
+
+    pixels: of a tile, a power of two.
+    block_n, block_k, num_stages, splits: as of bricks.
+    """
+
+    pixels: int
+    block_n: int
+    block_k: int
+    num_stages: int
+    splits: int = 1
+
+    @property
+    def brick(self) -> BrickConfig:
+        """A brick of as many pixels, and of the same views: those of a stride along depth."""
+        return BrickConfig(1, self.pixels, 1, 1, self.block_n, self.block_k, _WARPS, self.num_stages, self.splits)
 
 
 @dataclass(frozen=True)
@@ -96,6 +123,80 @@ def _holds(problem: Problem, config: BrickConfig) -> bool:
     """Whether its sums fit into registers."""
     wide = problem.pass_ == "wgrad" and config.block_n * config.block_k > _TOTALS
     return not wide or one_chain(problem, config)
+
+
+def corners(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(lower, upper), each along h and w: what the lowest tap of the first pixel reads, from the first element of the
+    tensor on, and of the last pixel, from the last element on. For forward, and dgrad of stride 1."""
+    lower, upper = [], []
+    dgrad = problem.pass_ == "dgrad"
+    for axis in (1, 2):
+        pad, reach = problem.padding[2 * axis], (problem.kernel_size[axis] - 1) * problem.dilation[axis]
+        size = (problem.output_size if dgrad else problem.input_size)[axis]
+        lower.append(pad - reach if dgrad else -pad)
+        upper.append(lower[-1] + (problem.result_shape[2 + axis] - 1) * problem.stride[axis] - (size - 1))
+    return tuple(lower), tuple(upper)
+
+
+def im2col_tiles(problem: Problem, size: int) -> int:
+    """Tiles of so many pixels of the result, the last of which may have fewer."""
+    return -(-math.prod(pixels(problem)) // size)
+
+
+def _im2col_fits(problem: Problem) -> bool:
+    """Whether this Triton has the copies, and their descriptors reach what every tap reads."""
+    from .gluon import IM2COL  # takes long to import
+
+    if not IM2COL or problem.pass_ == "wgrad" or problem.pass_ == "dgrad" and problem.stride != (1, 1, 1):
+        return False
+    offsets = ((k - 1) * by for k, by in zip(problem.kernel_size[1:], problem.dilation[1:], strict=True))
+    return (
+        all(corner in _CORNERS for side in corners(problem) for corner in side)
+        and max(offsets) <= _MOST_OFFSET
+        and max(problem.stride[1:]) <= _MOST_STEP
+        and views_along(problem, (1, 2, 1, 1))[0] <= MOST_VIEWS
+        and math.prod(pixels(problem)) < _PIXELS - _GATHER[0][0]
+    )
+
+
+def _im2col_live(problem: Problem, size: int) -> float:
+    """Share of the taps along depth that a tile walks, on average."""
+    samples, _, height, width = pixels(problem)
+    return live_depth(problem, size, samples * height * width)
+
+
+def _im2col_configs(problem: Problem, tiles: list[tuple[int, ...]]) -> Iterator[Im2colConfig]:
+    """Of these tiles, those that walk clearly fewer pixels and taps than the best brick of any."""
+    if not tiles or not _im2col_fits(problem):
+        return
+
+    def by_bricks(size: int) -> float:
+        brick = bricks(problem, size)[0]
+        return covered(problem, brick) * live_depth(problem, brick[1])
+
+    most = _WALKED * min(by_bricks(size) for size, *_ in tiles)
+    for size, block_n, block_k, _, stages in tiles:
+        if im2col_tiles(problem, size) * size * _im2col_live(problem, size) <= most:
+            whole = Im2colConfig(size, block_n, block_k, stages)
+            splits = split_counts(problem, *_im2col_extent(problem, whole))
+            yield from (whole.replace(splits=number) for number in splits[:_MOST_SPLITS])
+
+
+def _im2col_extent(problem: Problem, config: Im2colConfig) -> tuple[int, int]:
+    """(tiles, steps of one of them), as of bricks."""
+    tiles, steps = extent(problem, config.brick)
+    by_bricks = math.prod(counts(problem, config.brick.brick))
+    return tiles // by_bricks * im2col_tiles(problem, config.pixels), steps
+
+
+def im2col_work(problem: Problem, config: Im2colConfig) -> Work:
+    """The launch as the cost model sees it: as of bricks, but for the number of tiles and of taps along depth."""
+    work = tma.work(problem, config.brick)
+    tiles, steps = _im2col_extent(problem, config)
+    work.programs = tiles * config.splits
+    work.iterations = math.ceil(math.ceil(steps * _im2col_live(problem, config.pixels)) / config.splits)
+    work.order.rows = max(1, tiles // work.order.columns)
+    return work
 
 
 def _narrow(problem: Problem) -> bool:
@@ -150,14 +251,14 @@ def line_work(problem: Problem, config: LineConfig) -> Work:
         bytes_written=float(item * rows * LINE * config.block_n),
         num_warps=_WARPS,
         shared_bytes=sum(b * n for b, n in zip(_line_bytes(problem, config), (config.num_stages, 1, 1), strict=True)),
-        extra_bytes=2.0 * memory(problem, config.brick).copies,
+        extra_bytes=2.0 * tma.memory(problem, config.brick).copies,
         stages=1 + config.num_stages - config.planes,
         # Every pixel comes from memory once, and from L2 for each tap along W, and with the halo of each tile.
         order=Order(tiles, 1, 1, read, float(filters), halo * taps[2] / rows),
     )
 
 
-def configs(problem: Problem) -> tuple[BrickConfig | LineConfig, ...]:
+def configs(problem: Problem) -> tuple[BrickConfig | Im2colConfig | LineConfig, ...]:
     """Every configuration that this problem can take, lines first, the smallest last."""
     base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
     tiles = [tile for tile in base if _fits(problem, tile)][:_MOST_TILES]
@@ -168,4 +269,5 @@ def configs(problem: Problem) -> tuple[BrickConfig | LineConfig, ...]:
         offers += [config for config in split if _holds(problem, config)][:_MOST_SPLITS]
     size, *tile = base[-1]
     smallest = BrickConfig(*bricks(problem, size)[0], *tile)
+    offers += _im2col_configs(problem, tiles)
     return (*_line_configs(problem), *(offer for offer in offers if offer != smallest), smallest)

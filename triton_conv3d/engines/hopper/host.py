@@ -12,9 +12,9 @@ from ..implicit_gemm import dense
 from ..launching import GRID_LIMIT, launch_kernel
 from ..tma import _KNOWN_LAUNCHES, _descriptor, _gather_launch, _readable, _wgrad_launch
 from ..tma.geometry import MOST_VIEWS, View, Views, views
-from .configs import LINE, W_STAGES, BrickConfig, LineConfig, one_chain, spacing
+from .configs import LINE, W_STAGES, BrickConfig, LineConfig, corners, im2col_tiles, one_chain, spacing
 from .gather import gather_ring
-from .gluon import TensorDescriptor, gl
+from .gluon import TensorDescriptor, TensorDescriptorIm2Col, gl
 from .lines import line_ring
 from .wgrad import wgrad_ring
 
@@ -23,20 +23,26 @@ _SWIZZLED = 64  # 16-bit elements of a row of shared memory that are swizzled to
 _COLUMNS = 256  # of one matrix instruction, the most
 _ROWS = 128  # of two warpgroups, one above the other
 _AT_ONCE = 128 * 64  # elements of a wide tile that are written at once: more spill with a residual and gelu
+_BRICKS = 6  # place of the number of bricks among the arguments of :func:`_gather_launch`
 _VECTOR = 8  # 16-bit elements of one store
 
 
-def gather(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor, end: tuple) -> None:
-    """forward and dgrad: every brick of the result gathers from its taps."""
+def gather(
+    problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor, end: tuple, im2col: bool = False
+) -> None:
+    """forward and dgrad: every brick of the result, or every row of as many pixels, gathers from its taps."""
     dgrad = problem.pass_ == "dgrad"
     x = _readable(operands.grad if dgrad else operands.input)
     read = views(problem, config.brick)
     block = (*config.brick, config.block_k)
-    read_views = read.views or (_whole(x),)  # of which nothing is read where every tap meets padding: it gives the type
-    xs = [_swizzled(_descriptor(x, view, read.stride, block)) for view in read_views]
+    if read.views:
+        xs = [_descriptor(x, view, read.stride, block) for view in read.views]
+    else:  # every tap meets padding: nothing of it is read, it gives the type
+        xs = [_descriptor(x, _whole(x), (1, 1, 1), block)]
+    xs = [_walked(problem, described) if im2col else _swizzled(described) for described in xs]
     xs += [None] * (MOST_VIEWS - len(xs))
     w = _weight(problem, operands, config)
-    tiles, arguments, options = _gather_arguments(problem, config)
+    tiles, arguments, options = _gather_arguments(problem, config, im2col)
     launch_kernel(gather_ring, _grid(target, tiles), (target, operands.bias, w, *xs, *arguments, tiles, *end), options)
 
 
@@ -86,18 +92,24 @@ def _weight_block(problem: Problem, config: BrickConfig) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
-def _gather_arguments(problem: Problem, config: BrickConfig) -> tuple[int, tuple, dict]:
+def _gather_arguments(problem: Problem, config: BrickConfig, im2col: bool) -> tuple[int, tuple, dict]:
     """(tiles, arguments behind the descriptors, options)."""
     (programs, classes), arguments, options = _gather_launch(problem, config)
     pixels = math.prod(config.brick)
+    if im2col:
+        number = im2col_tiles(problem, pixels)
+        programs = programs // math.prod(arguments[_BRICKS]) * number
+        arguments = (*arguments[:_BRICKS], (1, 1, 1, number), *arguments[_BRICKS + 1 :])
+        options = options | {"BRICK": (1, 1, 1, pixels)}
     last = config.splits > 1 or problem.result_layout == CHANNELS_LAST
     at_once = _AT_ONCE if last else _AT_ONCE // 2  # where every channel has an address of its own
     layouts = dict(
         W_RING=_shared(_weight_block(problem, config)),
         X_RING=_shared((pixels, config.block_k)),
         SUMS=_sums(config.block_n, pixels),
-        WRITTEN=_written(config.block_n, last),
+        WRITTEN=_written(config.block_n, last, across=32 if im2col else 8),
         WIDTH=at_once // config.block_n if config.block_n >= _ROWS else pixels,
+        IM2COL=im2col,
     )
     return programs * classes, (*arguments, problem.groups), _ring(gather_ring, options, config) | layouts
 
@@ -172,6 +184,19 @@ def _swizzled(described) -> TensorDescriptor:
     return TensorDescriptor(described.base, described.shape, described.strides, block, _shared(tuple(block)))
 
 
+def _walked(problem: Problem, described) -> TensorDescriptorIm2Col:
+    """A descriptor of bricks as one of rows of as many pixels, (d, n, h, w, channel), as gather.py walks through it."""
+    (n, d, *inner), (by_n, by_d, *by) = described.shape, described.strides
+    *brick, channels = described.block_shape
+    block = [math.prod(brick), channels]
+    lower, upper = corners(problem)
+    return TensorDescriptorIm2Col(
+        described.base, [d, n, *inner], [by_d, by_n, *by], block, _shared(tuple(block)),
+        element_strides=[1, 1, *problem.stride[1:], 1], pixel_box_lower_corner=[0, *lower],
+        pixel_box_upper_corner=[0, *upper],
+    )  # fmt: skip
+
+
 @functools.cache
 def _sums(rows: int, columns: int, warpgroups: int = 2):
     """Layout of float32 sums: two warpgroups one above the other, or side by side where the rows are too few; or one."""
@@ -182,9 +207,12 @@ def _sums(rows: int, columns: int, warpgroups: int = 2):
 
 
 @functools.cache
-def _written(channels: int, last: bool, warpgroups: int = 2):
-    """Layout in which a tile of (channels, pixels) is written: along its channels if they are last, else its pixels."""
+def _written(channels: int, last: bool, warpgroups: int = 2, across: int = 8):
+    """Layout in which a tile of (channels, pixels) is written: along its channels if they are last, else its pixels.
+
+    ``across``: pixels side by side in a warp; the more there are, the fewer a thread has to know the place of.
+    """
     if last:
         lanes = min(32, channels // _VECTOR)
         return gl.BlockedLayout([_VECTOR, 1], [lanes, 32 // lanes], [1, 4 * warpgroups], [0, 1])
-    return gl.BlockedLayout([1, 1], [4, 8], [4 * warpgroups, 1], [1, 0])
+    return gl.BlockedLayout([1, 1], [32 // across, across], [4 * warpgroups, 1], [1, 0])

@@ -173,7 +173,7 @@ def _consume(
                 _write(
                     gl.permute(sums[plane * LINES + line], (1, 0)), y_ptr, bias_ptr, residual_ptr, slope, at, (0, 0, 0),
                     (1, 1, 1), y_size, y_strides, group * produced, 0, produced, 0, BIAS, ACTIVATION, Y_UNIT, INDEX,
-                    (1, 1, 1, LINE), LINE, WRITTEN,
+                    (1, 1, 1, LINE), False, LINE, WRITTEN,
                 )  # fmt: skip
 
 
