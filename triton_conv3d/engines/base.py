@@ -35,7 +35,7 @@ class Config:
     """The knobs of one engine: frozen, comparable, self-describing. Engines derive their own."""
 
     def whole(self) -> Config:
-        """What its compiled kernel depends on: every knob but the number of splits, which is a run-time value."""
+        """What its compiled kernel depends on: every knob but those that are run-time values, as the number of splits."""
         return self.replace(splits=1) if hasattr(self, "splits") else self
 
     def to_dict(self) -> dict:

@@ -39,6 +39,9 @@ class BlockDiagonalConfig(ThroughConfig):
 
     together: int
 
+    def whole(self) -> BlockDiagonalConfig:
+        return super().whole().replace(together=1)
+
     def to_dict(self) -> dict:
         return {"together": self.together, **super().to_dict()}
 

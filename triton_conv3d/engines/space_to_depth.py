@@ -54,6 +54,9 @@ class SpaceToDepthConfig(ThroughConfig):
 
     pixels: int
 
+    def whole(self) -> SpaceToDepthConfig:
+        return super().whole().replace(pixels=1)
+
     def to_dict(self) -> dict:
         return {"pixels": self.pixels, **super().to_dict()}
 
