@@ -8,7 +8,7 @@ reads every pixel once for each tap: of 3 -> 3 channels it computes 28 times wha
 as one pixel, (p, k) are the channels that are produced and (r, c) those that are summed over, r through the window of pixels
 that a block meets. As pixels of a channels-last line lie one after another, a window is P * stride + overlap of them, and
 the next one begins P * stride later: a view, not a copy. Another engine computes this convolution, which has no taps along W,
-so that a pixel is read once for all of them. Of its weight (P + kw - 1) / kw parts are not zeros one is (stride 1).
+so that a pixel is read once for all of them. One of (P + kw - 1) / kw parts of its weight is no zeros (stride 1).
 
     forward   blocks of the output, windows of the input
     dgrad     blocks of the input, windows of the gradient; v then has the flipped taps of each parity class along W
