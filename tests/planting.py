@@ -22,6 +22,7 @@ from guarded import subprocess_of
 
 ENGINES = Path(__file__).resolve().parent.parent / "triton_conv3d" / "engines"
 SOUND = ""  # the name of no fault
+_MANY = 60  # faults of one engine, above which every second one is for the long run
 Fault = tuple[str, str, str]
 
 
@@ -36,9 +37,9 @@ def try_all(engine: str, faults: dict[str, Fault], battery: Callable[[ModuleType
         print(json.dumps([name, _in_a_fork(engine, name, faults.get(name), battery)]), flush=True)
 
 
-def outcomes(script: str) -> dict[str, str]:
-    """What :func:`try_all` printed, run by a script of this folder in a process of its own."""
-    done = subprocess_of(script)
+def outcomes(script: str, names: Iterable[str] = ()) -> dict[str, str]:
+    """What :func:`try_all` printed of these names, or of all, run by a script of this folder in a process of its own."""
+    done = subprocess_of(script, *names)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(map(json.loads, done.stdout.splitlines()))
 
@@ -46,14 +47,20 @@ def outcomes(script: str) -> dict[str, str]:
 def tests(script: str, names: Iterable[str]) -> tuple[Callable, Callable, Callable]:
     """A script's fixture ``outcomes``, and its tests that the sound engine passes and that each of these faults is caught."""
 
+    names = list(names)
+    usual = names[::2] if len(names) > _MANY else names
+
     @pytest.fixture(scope="module", name="outcomes")
-    def tried() -> dict[str, str]:
-        return outcomes(script)
+    def tried(request: pytest.FixtureRequest) -> dict[str, str]:
+        asked = [item for item in request.session.items if item.path.name == script and hasattr(item, "callspec")]
+        return outcomes(script, (SOUND, *(item.callspec.params["name"] for item in asked)))
 
     def without_a_fault_the_battery_passes(outcomes: dict[str, str]) -> None:
         assert outcomes[SOUND] == "survived"
 
-    @pytest.mark.parametrize("name", names)
+    @pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in usual else pytest.mark.long) for name in names]
+    )
     def planted_fault_is_caught(name: str, outcomes: dict[str, str]) -> None:
         check(outcomes[name])
 
