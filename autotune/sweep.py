@@ -150,7 +150,8 @@ def _sweep_one(
         writer.begun.end(what)
 
     def measure(candidate: Candidate, repetitions: int) -> float | None:
-        if _key(candidate) in writer.sweep.of(problem) and writer.sweep.of(problem)[_key(candidate)].fault == FAILED:
+        known = writer.sweep.of(problem).get(_key(candidate))
+        if known is not None and known.fault == FAILED:  # its compiler ends the process
             return None
 
         def leave() -> None:  # nothing ends a kernel from within: the process goes, as after an illegal access

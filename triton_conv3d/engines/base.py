@@ -27,6 +27,7 @@ import torch
 from ..problem import NO_ACTIVATION, VECTOR_BYTES, Operands, Problem, interpreted
 from .launching import GRID_LIMIT
 
+READ = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}  # roles of what a pass reads: 0 input, 1 weight, 2 output
 MOST_COPIED = 2**30  # bytes of copies that only save time: a GPU's memory has better uses
 
 

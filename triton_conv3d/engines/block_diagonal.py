@@ -21,7 +21,7 @@ import torch
 
 from ..problem import CHANNELS_LAST, VECTOR_BYTES, VIEW, Operands, Problem
 from . import halo
-from .base import Memory, Work, refused_by_kernels
+from .base import READ, Memory, Work, refused_by_kernels
 from .through import ThroughConfig, offers_through
 
 NAME = "block_diagonal"
@@ -73,14 +73,10 @@ def _counts(problem: Problem) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=4096)
 def merged(problem: Problem, together: int) -> Problem:
     """The problem of fewer groups."""
-    item, alignment = problem.itemsize, VECTOR_BYTES
-    if problem.pass_ != "wgrad":
-        alignment = math.gcd(alignment, together * problem.group_in * item)
-    for role, channels in ((0, problem.in_channels), (2, problem.out_channels)):
-        if problem.pass_ != ("dgrad", "", "forward")[role]:
-            alignment = math.gcd(alignment, problem.alignment if problem.layouts[role] == VIEW else channels * item)
     layouts = (problem.layouts[0], CHANNELS_LAST, problem.layouts[2])
-    return problem.replace(groups=problem.groups // together, layouts=layouts, alignment=alignment)
+    channels = (problem.in_channels, together * problem.group_in, problem.out_channels)
+    pixels = [problem.alignment if layouts[role] == VIEW else channels[role] * problem.itemsize for role in READ[problem.pass_]]
+    return problem.replace(groups=problem.groups // together, layouts=layouts, alignment=math.gcd(VECTOR_BYTES, *pixels))
 
 
 def configs(problem: Problem) -> tuple[BlockDiagonalConfig, ...]:

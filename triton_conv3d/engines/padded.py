@@ -21,12 +21,11 @@ import torch
 
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
 from . import folded, halo, implicit_gemm, tma
-from .base import Memory, Work, aligned, in_format, refused_by_kernels
+from .base import READ, Memory, Work, aligned, in_format, refused_by_kernels
 from .through import ThroughConfig, offers_through
 
 NAME = "padded"
 _ENGINES = {engine.NAME: engine for engine in (tma, halo, implicit_gemm)}  # the one that takes everything last
-_READ = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}  # roles: input, weight, output
 _RESULT = {"forward": 2, "dgrad": 0, "wgrad": 1}
 
 
@@ -74,7 +73,7 @@ def _copied(problem: Problem, wide: Problem) -> tuple[int, ...]:
     """Roles of the operands that are copied: those with new channels, and views, whose alignment is not known."""
     return tuple(
         role
-        for role in _READ[problem.pass_]
+        for role in READ[problem.pass_]
         if _shapes(problem)[role] != _shapes(wide)[role] or problem.layouts[role] == VIEW
     )
 

@@ -272,10 +272,10 @@ def _windows(of: Blocked, tensor: torch.Tensor) -> torch.Tensor:
             filled, lines = (part.flatten(3).view(torch.int64) for part in (filled, lines))
         filled.copy_(lines)
         lines = copy
-    n, d, h, w, channel = lines.stride()
-    shape, blocks = of.problem, of.problem.input_size[2]
-    window = shape.in_channels if of.forward else shape.out_channels
-    return lines.as_strided((lines.shape[0], window, *lines.shape[1:3], blocks), (n, 1, d, h, of.step * of.channels))
+    (n, d, h), inner = lines.stride()[:3], of.problem
+    window = inner.in_channels if of.forward else inner.out_channels
+    shape = (lines.shape[0], window, *lines.shape[1:3], inner.input_size[2])
+    return lines.as_strided(shape, (n, 1, d, h, of.step * of.channels))
 
 
 def _in_words(lines: torch.Tensor) -> bool:

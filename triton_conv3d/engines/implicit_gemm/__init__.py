@@ -35,6 +35,7 @@ import triton.language as tl
 from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
 from ..base import (
     NO_EPILOGUE,
+    READ,
     Memory,
     Order,
     Work,
@@ -84,8 +85,7 @@ def memory(problem: Problem, config: GemmConfig) -> Memory:
 def copied_bytes(problem: Problem, walks_views: bool = False) -> int:
     """Of the operands that are copied for their layout. ``walks_views``: what wgrad walks along may be a view, too."""
     shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
-    read = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}[problem.pass_]
-    copied = [shapes[i] for i in read if problem.layouts[i] in _copied_layouts(problem, i, walks_views)]
+    copied = [shapes[i] for i in READ[problem.pass_] if problem.layouts[i] in _copied_layouts(problem, i, walks_views)]
     return problem.itemsize * sum(map(math.prod, copied))
 
 

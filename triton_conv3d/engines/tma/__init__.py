@@ -47,7 +47,17 @@ from ...problem import (
     Problem,
     live_depth,
 )
-from ..base import NO_EPILOGUE, Memory, Order, Work, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..base import (
+    NO_EPILOGUE,
+    READ,
+    Memory,
+    Order,
+    Work,
+    format_strides,
+    refused_by_kernels,
+    residual_and_slope,
+    upcast,
+)
 from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN
 from ..launching import launch_kernel
@@ -94,9 +104,8 @@ def memory(problem: Problem, config: BrickConfig) -> Memory:
 @functools.lru_cache(maxsize=4096)
 def _copied_bytes(problem: Problem) -> int:
     shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
-    read = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}[problem.pass_]
     copied = {0: (CONTIGUOUS, STRIDED), 1: (CONTIGUOUS, STRIDED, VIEW), 2: (CONTIGUOUS, STRIDED)}
-    copies = [shapes[i] for i in read if problem.layouts[i] in copied[i]]
+    copies = [shapes[i] for i in READ[problem.pass_] if problem.layouts[i] in copied[i]]
     return problem.itemsize * sum(map(math.prod, copies))
 
 
