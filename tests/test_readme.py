@@ -95,10 +95,17 @@ def test_settings_table_is_complete_and_right(monkeypatch):
             assert f"`{allowed}`" in meaning
 
 
-def test_engine_table_lists_the_engines():
-    assert {row[0].strip("`") for row in table("engine")} == set(engines.available())
+def test_engine_table_lists_the_engines_and_how_each_is_chosen():
+    chosen = {row[0].strip("`"): row[3] for row in table("engine")}
+    assert chosen.pop("padded") == "as those"  # that it hands its work to
+    assert chosen == {
+        name: f"by {'prediction' if getattr(engine, 'MEASURED', True) else 'measurement'}"
+        + " in the mode `full`" * getattr(engine, "TRIAL", False)
+        for name, engine in engines.available().items()
+        if name != "padded"
+    }
     meaning = next(row for row in table("variable") if row[0] == "`TRITON_CONV3D_ENGINE`")[3]
-    assert set(re.findall(r"`(\w+)`", meaning)) == set(engines.available())
+    assert set(re.findall(r"`(\w+)`", meaning)) == {"padded", *chosen}
 
 
 def test_gpu_table_names_architectures_that_are_known_and_claims_nothing_unmeasured():
