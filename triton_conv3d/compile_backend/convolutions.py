@@ -76,11 +76,8 @@ def _transposed_size(rewriter: Rewriter, node: fx.Node, geometry: tuple, output_
     size = [batch, channels * groups]
     for i, pixels in enumerate(spatial):
         rest = dilation[i] * (kernel[i] - 1) + 1 - padding[2 * i] - padding[2 * i + 1] + output_padding[i] - stride[i]
-        if isinstance(pixels, fx.Node):
-            pixels = rewriter.call(node, operator.mul, pixels, stride[i])
-            size.append(rewriter.call(node, operator.add, pixels, rest))
-        else:
-            size.append(pixels * stride[i] + rest)
+        steps = rewriter.call(node, operator.mul, pixels, stride[i]) if isinstance(pixels, fx.Node) else pixels * stride[i]
+        size.append(rewriter.plus(node, steps, rest))
     return size
 
 

@@ -66,6 +66,12 @@ class Rewriter:
             for dim, size in enumerate(node.meta["val"].shape)
         ]
 
+    def plus(self, before: fx.Node, a, b):
+        """The sum of two integers, each a number or a node."""
+        if a == 0 or b == 0:
+            return b if a == 0 else a
+        return self.call(before, operator.add, a, b) if isinstance(a, fx.Node) or isinstance(b, fx.Node) else a + b
+
     def take_over(self, node: fx.Node, result: fx.Node) -> None:
         """``result`` stands for ``node`` everywhere; what was there for ``node`` alone goes."""
         assumed, value = self.stale.pop(node, node.meta.get("val")), result.meta.get("val")
