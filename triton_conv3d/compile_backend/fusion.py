@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -71,7 +72,7 @@ def _joined_to_zeros(node: fx.Node) -> tuple[fx.Node, list[int]] | None:
         return None
     parts, dim = node.args[0], node.args[1] % 5 if len(node.args) > 1 else 0
     inner = [part for part in parts if not _is_zeros(part)]
-    if dim < 2 or len(inner) != 1:
+    if dim < 2 or len(inner) != 1 or any(part.meta["val"].dim() != 5 for part in parts):  # torch.cat leaves out (0,)
         return None
     if inner[0].meta["val"].dtype != node.meta["val"].dtype:  # zeros of a wider type decide for both
         return None
@@ -138,8 +139,8 @@ def _read(user: fx.Node, node: fx.Node) -> tuple | None:
     other = args[1] if args[0] is node else args[0]
     if other is node or (args[0] is not node and name in ("sub", "div")) or not _is_per_channel(other, node):
         return None
-    if name == "div" and not isinstance(other, fx.Node) and other == 0:  # no factor gives infinity and NaN as it does
-        return None
+    if not isinstance(other, fx.Node) and (name == "div" and other == 0 or name == "mul" and not math.isfinite(other)):
+        return None  # of a sum they make infinity, of its terms NaN
     return name, other
 
 
