@@ -136,3 +136,17 @@ def test_padding_of_volumes_of_any_size(name):
         given, wanted = (torch.autograd.grad(f(x).square().sum(), (x, conv.weight)) for f in (function, padded))
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
     assert [r.fused for r in reports()] == fused
+
+
+def test_a_part_that_is_kept_for_backward_is_laid_out_for_an_op_of_its_own_strides():
+    class Cropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.out = nn.ConvTranspose3d(2, 4, 2, 2), nn.Conv3d(4, 2, 3)
+
+        def forward(self, x):
+            y = self.up(x)[:, :, 1:, :-1]
+            return self.out(F.layer_norm(y.movedim(1, -1), (4,)).movedim(-1, 1))
+
+    off, made = compare(Cropped(), torch.randn(2, 2, 3, 3, 4), True)
+    assert off <= COMPILED and [r.kind for r in made] == ["forward", "backward"]
