@@ -113,8 +113,7 @@ def test_what_is_asked_for_as_a_copy_is_one(name):
 
 
 AMOUNTS = {  # of padding, for volumes of any size; what is folded forward and backward
-    "numbers": (lambda x: F.pad(x, (1, 1, 0, 2, 2, 0)), ["padding"], ["padding"]),
-    "up to a multiple": (lambda x: F.pad(x, (0, -x.shape[4] % 4, -x.shape[3] % 4, 0)), ["padding"], ["padding"]),
+    "numbers, up to a multiple": (lambda x: F.pad(x, (1, -x.shape[4] % 4, 0, 2, 2, 0)), ["padding"], ["padding"]),
     "zeros, once cropped perhaps": (
         lambda x: torch.cat([x.new_zeros(*x.shape[:2], 2, x.shape[3], 7), F.pad(x, (0, 7 - x.shape[4]))], 2), ["padding"], [],
     ),
@@ -150,3 +149,19 @@ def test_a_part_that_is_kept_for_backward_is_laid_out_for_an_op_of_its_own_strid
 
     off, made = compare(Cropped(), torch.randn(2, 2, 3, 3, 4), True)
     assert off <= COMPILED and [r.kind for r in made] == ["forward", "backward"]
+
+
+def test_depth_that_data_decide():
+    conv = nn.Conv3d(2, 2, 3, padding=1).requires_grad_(False)
+
+    def cut(x, depth):
+        depth = depth.item()
+        torch._check(1 < depth)
+        torch._check(depth < 5)
+        return conv(x[:, :, :depth])
+
+    torch._dynamo.reset()
+    arguments = torch.randn(2, 2, 5, 3, 4), torch.tensor(3)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        given = torch.compile(cut, backend=backend, options={"inner": "aot_eager"}, fullgraph=True)(*arguments)
+    assert given.equal(cut(*arguments)) and [r.inserted["leaving"] for r in reports()] == [1]

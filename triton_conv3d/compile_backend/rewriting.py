@@ -143,6 +143,9 @@ def is_dense(value: torch.Tensor, order: Sequence[int]) -> bool:
 def dense_order(value: torch.Tensor) -> list[int]:
     """Dimensions from the outermost in."""
     strides = [int(stride) if isinstance(stride, int) else stride.node.hint for stride in value.stride()]
+    if None in strides:  # depends on data: of a dense tensor any sizes above 1 tell
+        exprs = [stride if isinstance(stride, int) else stride.node.expr for stride in value.stride()]
+        strides = [int(expr if isinstance(expr, int) else expr.subs(dict.fromkeys(expr.free_symbols, 2))) for expr in exprs]
     return sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
 
 
