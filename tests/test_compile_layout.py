@@ -112,15 +112,56 @@ def test_what_is_asked_for_as_a_copy_is_one(name):
     assert kept.equal(before) and graphs and copied.equal(y) and copied.data_ptr() != y.data_ptr()
 
 
-def test_padding_of_any_size_is_cropped_in_the_backward_pass():
-    conv = nn.Conv3d(2, 2, 3)
+AMOUNTS = {  # of padding, for volumes of any size; what is folded forward and backward
+    "numbers, up to a multiple": (lambda x: F.pad(x, (1, -x.shape[4] % 4, 0, 2, 2, 0)), ["padding"], ["padding"]),
+    "zeros, once cropped perhaps": (
+        lambda x: torch.cat([x.new_zeros(*x.shape[:2], 2, x.shape[3], 7), F.pad(x, (0, 7 - x.shape[4]))], 2), ["padding"], [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AMOUNTS)
+def test_padding_of_volumes_of_any_size(name):
+    pad, *fused = AMOUNTS[name]
+    conv = nn.Conv3d(2, 2, 3, padding=(1, 0, 0))
 
     def padded(x):
-        return conv(nn.functional.pad(x.sin(), (1, 1, 0, 2, 2, 0)))
+        return conv(pad(x.sin()))
 
-    x = torch.randn(3, 2, 4, 5, 6, requires_grad=True)
     torch._dynamo.reset()
     function = torch.compile(padded, backend=backend, options={"inner": "aot_eager"}, dynamic=True)
-    given, wanted = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (function, padded))
-    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
-    assert [r.fused for r in reports()] == [["padding"], ["padding"]]
+    for size in ((4, 5, 6), (5, 6, 9)):
+        x = torch.randn(3, 2, *size, requires_grad=True)
+        given, wanted = (torch.autograd.grad(f(x).square().sum(), (x, conv.weight)) for f in (function, padded))
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+    assert [r.fused for r in reports()] == fused
+
+
+def test_a_part_that_is_kept_for_backward_is_laid_out_for_an_op_of_its_own_strides():
+    class Cropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.out = nn.ConvTranspose3d(2, 4, 2, 2), nn.Conv3d(4, 2, 3)
+
+        def forward(self, x):
+            y = self.up(x)[:, :, 1:, :-1]
+            return self.out(F.layer_norm(y.movedim(1, -1), (4,)).movedim(-1, 1))
+
+    off, made = compare(Cropped(), torch.randn(2, 2, 3, 3, 4), True)
+    assert off <= COMPILED and [r.kind for r in made] == ["forward", "backward"]
+
+
+def test_depth_that_data_decide():
+    conv = nn.Conv3d(2, 2, 3, padding=1).requires_grad_(False)
+
+    def cut(x, depth):
+        depth = depth.item()
+        torch._check(1 < depth)
+        torch._check(depth < 5)
+        return conv(x[:, :, :depth])
+
+    torch._dynamo.reset()
+    arguments = torch.randn(2, 2, 5, 3, 4), torch.tensor(3)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        given = torch.compile(cut, backend=backend, options={"inner": "aot_eager"}, fullgraph=True)(*arguments)
+    assert given.equal(cut(*arguments)) and [r.inserted["leaving"] for r in reports()] == [1]

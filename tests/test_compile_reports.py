@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled import by_aten, compare, compiled  # noqa: F401
+from compiled import Inductor, by_aten, compare, compiled  # noqa: F401
 from tolerances import COMPILED
 from torch import nn
 
@@ -90,6 +90,14 @@ def test_the_log_shows_what_was_done(caplog):
         "forward: replaced conv3d 1; fused bias + relu 1; conversions removed 0, inserted entering 1, weight 1, leaving 1"
     )
     assert "conv3d_fused" in reports()[-1].nodes
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_what_inductor_packs_before_is_told(monkeypatch):
+    monkeypatch.setattr(torch._inductor.compile_fx, "_compile_fx_inner", Inductor())
+    with torch._inductor.config.patch(freezing=True):
+        off, (made,) = compare(nn.Conv3d(2, 3, 3).eval(), torch.randn(1, 2, 4, 4, 4), False, "inductor")
+    assert off <= COMPILED and made.replaced == {} and "packed for oneDNN" in made.left[0]
 
 
 def test_the_entry_point_names_the_backend():

@@ -223,6 +223,21 @@ def test_convert_networks(make):
         torch.testing.assert_close(parameter.grad, want.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_convert_declares_no_class_to_its_bases():
+    class Registered(nn.Conv3d):
+        def __init_subclass__(cls, *, name):
+            super().__init_subclass__()
+            registry[name] = cls
+
+    registry = {}
+
+    class Layer(Registered, name="layer"):
+        pass
+
+    layer = Layer(2, 3, 1)
+    assert convert_conv3d(layer).converted == [""] and registry == {"layer": Layer} and type(layer) is not Layer
+
+
 def test_convert_a_shared_layer_once():
     layer = nn.Conv3d(4, 4, 1)
     assert convert_conv3d(nn.Sequential(layer, layer)).converted == ["0"]

@@ -153,6 +153,17 @@ def test_models_in_numbers_leave_dynamos_cache_alone():
     assert len(compiled) == 1
 
 
+def test_a_layer_that_does_more_is_a_model():
+    class Causal(torch.nn.Conv3d):
+        def forward(self, x):
+            return super().forward(torch.nn.functional.pad(x, (0, 0, 0, 0, 2, 0)))
+
+    layer = Causal(4, 4, 3, padding=(0, 1, 1)).requires_grad_(False)
+    for _ in range(2):
+        assert "fused padding 1" in str(explain(layer, X))
+        triton_conv3d.convert_conv3d(layer)
+
+
 def test_a_model_without_a_convolution():
     assert str(explain(torch.nn.Identity(), X)) == "no 3-D convolution in any graph: nothing is changed"
 

@@ -61,6 +61,14 @@ def test_complex_numbers_train(fused):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_torchs():
+    nested = torch.nested.nested_tensor([torch.zeros(2, 3, 3, 3), torch.zeros(2, 4, 3, 3)])
+    for function in (F.conv3d, conv3d):
+        with pytest.raises(NotImplementedError, match="NestedTensor"):
+            function(nested, torch.zeros(2, 2, 2, 2, 2))
+
+
 @pytest.mark.parametrize(
     "x, w, padding",
     ((X[:0], W, 0), (X[:, :0], W[:, :0], 0), (X[:0, :, :0], W, 2)),

@@ -116,6 +116,9 @@ class _Marked:
 
     _conv_forward = Conv3d._conv_forward
 
+    def __init_subclass__(cls) -> None:
+        """Nothing for the class that is marked to hear of: it has registered itself already, or asks for arguments."""
+
     def __reduce_ex__(self, protocol):
         make, arguments, *state = super().__reduce_ex__(protocol)
         if make is not copyreg.__newobj__ or is_parametrized(self):

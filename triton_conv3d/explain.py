@@ -102,8 +102,9 @@ def explain(
     ``torch.compile(model, backend="triton_conv3d")`` makes of a model: ``explain(model, input)``.
 
     Args:
-        input, ..., residual: as :func:`triton_conv3d.conv3d`; or a Conv3d and its input; or any other module, compiled or
-            not, and its input, a tuple of inputs if there are several. Gradients and autocast are as where it is called.
+        input, ..., residual: as :func:`triton_conv3d.conv3d`; or a Conv3d and its input; or any other module, of a subclass
+            that does more than convolve too, compiled or not, and its input, a tuple of inputs if there are several.
+            Gradients and autocast are as where it is called.
         pass_: ``forward``, ``dgrad`` or ``wgrad``, of a call or layer; all three if None.
 
     Returns:
@@ -117,11 +118,11 @@ def explain(
     """
     if pass_ is not None and pass_ not in PASSES:
         raise ValueError(f"pass_={pass_!r} is not known: expected one of {', '.join(PASSES)}")
-    if isinstance(input, nn.Module) and not isinstance(input, nn.Conv3d):
+    if isinstance(input, nn.Module) and not _is_layer(input):
         if pass_ is not None:
             raise ValueError(f"pass_={pass_!r} is of one convolution, and {type(input).__name__} is a model: leave it out")
         return _explain_model(input, weight if isinstance(weight, tuple) else (weight,))
-    if isinstance(input, nn.Conv3d):
+    if isinstance(input, nn.Module):
         layer, input = input, weight
         weight, bias = layer.weight, layer.bias
         stride, padding, dilation, groups = layer.stride, layer.padding, layer.dilation, layer.groups
@@ -137,6 +138,14 @@ def explain(
         geometry = checked_geometry(input, weight, bias, stride, padding, dilation, groups)
         problems = ops.problems(input, weight, bias, *geometry, residual=residual, activation=activation)
     return Explanation({p.pass_: explain_problem(p) for p in problems if pass_ in (None, p.pass_)})
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether its call is one convolution of its input; subclasses may do more, such as pad in front of it."""
+    return isinstance(module, nn.Conv3d) and all(
+        getattr(type(module), name) in (getattr(nn.Conv3d, name), getattr(modules.Conv3d, name))
+        for name in ("forward", "_conv_forward")
+    )
 
 
 def _explain_model(model: nn.Module, args: tuple) -> ModelExplanation:

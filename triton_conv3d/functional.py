@@ -78,8 +78,8 @@ def conv3d(
 
 
 def _is_torchs(input: Tensor) -> bool:
-    """Sparse, MKL-DNN and complex tensors: what torch can do with them. It computes complex ones by real ones."""
-    return input.layout is not torch.strided or input.is_complex()
+    """Sparse, MKL-DNN, nested and complex tensors: what torch can do with them. It computes complex ones by real ones."""
+    return input.layout is not torch.strided or input.is_complex() or input.is_nested
 
 
 def _fused(input, weight, bias, residual, geometry, activation, negative_slope) -> Tensor:

@@ -23,6 +23,8 @@ def replace(rewriter: Rewriter, report: Report) -> None:
             rule, (tensor, *_), transposed, output_padding = _backward, node.args, node.args[7], node.args[8]
             stride = node.args[4]
         else:
+            if _is_packed(node):
+                report.left.append(f"{node.name}: packed for oneDNN by Inductor, which freezes weights on CPUs")
             continue
         value = tensor.meta["val"]
         if value.dim() != 5:
@@ -32,6 +34,13 @@ def replace(rewriter: Rewriter, report: Report) -> None:
             rule(rewriter, node, report)
         else:
             report.left.append(f"{node.name}: {reason}")
+
+
+def _is_packed(node: fx.Node) -> bool:
+    """Whether it is a 3-D convolution in oneDNN's own format, which Inductor makes before it calls passes."""
+    if getattr(node.target, "namespace", "") != "mkldnn" or "convolution" not in node.target._opname:
+        return False
+    return node.meta["val"].dim() == 5
 
 
 def _why_not(value: torch.Tensor, transposed: bool, output_padding: list, stride: list) -> str | None:
@@ -76,11 +85,8 @@ def _transposed_size(rewriter: Rewriter, node: fx.Node, geometry: tuple, output_
     size = [batch, channels * groups]
     for i, pixels in enumerate(spatial):
         rest = dilation[i] * (kernel[i] - 1) + 1 - padding[2 * i] - padding[2 * i + 1] + output_padding[i] - stride[i]
-        if isinstance(pixels, fx.Node):
-            pixels = rewriter.call(node, operator.mul, pixels, stride[i])
-            size.append(rewriter.call(node, operator.add, pixels, rest))
-        else:
-            size.append(pixels * stride[i] + rest)
+        steps = rewriter.call(node, operator.mul, pixels, stride[i]) if isinstance(pixels, fx.Node) else pixels * stride[i]
+        size.append(rewriter.plus(node, steps, rest))
     return size
 
 

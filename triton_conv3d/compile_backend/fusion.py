@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import ops
 from .activations import Match, matches
@@ -34,27 +36,33 @@ def _fold_padding(rewriter: Rewriter, report: Report) -> None:
             while (found := _padded(node.args[at]) or _joined_to_zeros(node.args[at])) is not None:
                 inner, ends = found
                 node.update_arg(at, inner)
-                node.update_arg(4, _added(node.args[4], ends))
+                node.update_arg(4, _added(rewriter, node, node.args[4], ends))
                 report.fused.append("padding")
         elif node.target is DGRAD and (crop := only_user(node)) is not None:
             found = _padded(crop, -1)
             if found is not None:
-                padding = _added(node.args[4], found[1])
-                size = _cropped(rewriter, crop, node.args[2], found[1])
-                result = rewriter.call(crop, DGRAD, *node.args[:2], size, node.args[3], padding, *node.args[5:])
-                rewriter.take_over(crop, result)
+                grad, weight, size, stride, padding, *rest = node.args
+                ends = found[1]
+                size = [*size[:2], *_added(rewriter, crop, _added(rewriter, crop, size[2:], ends[::2]), ends[1::2])]
+                ends = [rewriter.call(crop, operator.neg, end) if isinstance(end, fx.Node) else -end for end in ends]
+                padding = _added(rewriter, crop, padding, ends)
+                rewriter.take_over(crop, rewriter.call(crop, DGRAD, grad, weight, size, stride, padding, *rest))
                 report.fused.append("padding")
     rewriter.graph.eliminate_dead_code()
 
 
-def _padded(node: fx.Node, sign: int = 1) -> tuple[fx.Node, list[int]] | None:
-    """(what the node pads, (front, back, top, bottom, left, right)), with ``sign=-1`` what it crops; else None."""
+def _padded(node: fx.Node, sign: int = 1) -> tuple[fx.Node, list] | None:
+    """(what the node pads, (front, back, top, bottom, left, right)), with ``sign=-1`` where it crops; else None.
+
+    The amounts are numbers and nodes, none of which may turn out to be of the other sign.
+    """
     if node.target is not aten.constant_pad_nd.default or node.meta["val"].dim() != 5:
         return None
     ends, value = list(node.args[1]), node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
-    if value != 0 or not all(isinstance(end, int) and end * sign >= 0 for end in ends) or any(ends[6:]):
+    numbers = [end.meta["val"] if isinstance(end, fx.Node) else end for end in ends]
+    if value != 0 or not all(statically_known_true(number * sign >= 0) for number in numbers) or any(ends[6:]):
         return None
-    width, height, depth = ([end * sign for end in (ends + [0] * 6)[i : i + 2]] for i in (0, 2, 4))
+    width, height, depth = ((ends + [0] * 6)[i : i + 2] for i in (0, 2, 4))
     return node.args[0], depth + height + width
 
 
@@ -64,14 +72,16 @@ def _joined_to_zeros(node: fx.Node) -> tuple[fx.Node, list[int]] | None:
         return None
     parts, dim = node.args[0], node.args[1] % 5 if len(node.args) > 1 else 0
     inner = [part for part in parts if not _is_zeros(part)]
-    sizes = [part.meta["val"].shape[dim] for part in parts]
-    if dim < 2 or len(inner) != 1 or not all(isinstance(size, int) for size in sizes):
+    if dim < 2 or len(inner) != 1 or any(part.meta["val"].dim() != 5 for part in parts):  # torch.cat leaves out (0,)
         return None
     if inner[0].meta["val"].dtype != node.meta["val"].dtype:  # zeros of a wider type decide for both
         return None
     at = parts.index(inner[0])
+    before, after = ([part.meta["val"].shape[dim] for part in zeros] for zeros in (parts[:at], parts[at + 1 :]))
+    if not all(isinstance(size, int) for size in before + after):
+        return None
     ends = [0] * 6
-    ends[2 * (dim - 2)], ends[2 * (dim - 2) + 1] = sum(sizes[:at]), sum(sizes[at + 1 :])
+    ends[2 * (dim - 2)], ends[2 * (dim - 2) + 1] = sum(before), sum(after)
     return inner[0], ends
 
 
@@ -81,17 +91,9 @@ def _is_zeros(node: fx.Node) -> bool:
     return node.target in (aten.full.default, aten.new_full.default, aten.full_like.default) and node.args[-1] == 0
 
 
-def _cropped(rewriter: Rewriter, before: fx.Node, size, ends: list[int]) -> list:
-    """(N, C, D, H, W), integers and nodes, without so many pixels at the ends."""
-    spatial = [
-        rewriter.call(before, operator.sub, pixels, low + high) if isinstance(pixels, fx.Node) else pixels - low - high
-        for pixels, low, high in zip(size[2:], ends[::2], ends[1::2], strict=True)
-    ]
-    return [*size[:2], *spatial]
-
-
-def _added(padding, ends: list[int]) -> list[int]:
-    return [a + b for a, b in zip(padding, ends, strict=True)]
+def _added(rewriter: Rewriter, before: fx.Node, numbers, more) -> list:
+    """Sums of each two, numbers and nodes."""
+    return [rewriter.plus(before, a, b) for a, b in zip(numbers, more, strict=True)]
 
 
 # Arithmetic with one number a channel: evaluation-mode BatchNorm, scales, shifts. It moves into weight and bias, which
@@ -137,8 +139,8 @@ def _read(user: fx.Node, node: fx.Node) -> tuple | None:
     other = args[1] if args[0] is node else args[0]
     if other is node or (args[0] is not node and name in ("sub", "div")) or not _is_per_channel(other, node):
         return None
-    if name == "div" and not isinstance(other, fx.Node) and other == 0:  # no factor gives infinity and NaN as it does
-        return None
+    if not isinstance(other, fx.Node) and (name == "div" and other == 0 or name == "mul" and not math.isfinite(other)):
+        return None  # of a sum they make infinity, of its terms NaN
     return name, other
 
 

@@ -183,6 +183,8 @@ class _Propagation:
         if not _follows(node) and not self._reads_contiguous(node):
             for source in [source for source in node.all_input_nodes if source in self.before]:
                 node.replace_input_with(source, self._restored(source, node, f"{node.name}'s operand"))
+            if _reads_any_strides(node):  # they need not be those that it had
+                self._revalue(node)
             return
         self._harmonise(node)
         try:
@@ -243,10 +245,15 @@ class _Propagation:
         node.args = (tuple(outputs) if isinstance(node.args[0], tuple) else outputs,)
 
     def _restored(self, source: fx.Node, before: fx.Node, where: str) -> fx.Node:
-        """A copy of the node with the strides that it had: a dense permutation of its dimensions, or a view of one."""
-        key, value = (source, "before"), self.before[source]
+        """A copy of the node with the strides that it had: a dense permutation of its dimensions, or a view of one. Of a part
+        that was kept for backward without the whole, where that will do, a dense one with dimensions in the same order."""
+        value = self.before[source]
+        order = dense_order(value) if isinstance(value, torch.Tensor) else []
+        dense = isinstance(value, torch.Tensor) and is_dense(value, order)
+        part = source.op == "placeholder" and not dense and not _is_expanded(value) and _reads_any_strides(before)
+        key = source, "part" if part else "before"
         if key not in self.copies:
-            if isinstance(value, torch.Tensor) and is_dense(value, order := dense_order(value)):
+            if dense or part:
                 copy = self._laid_out(source, before, order)
                 self.report.count("inserted", where)
             elif is_view(source) and source.args[0] in self.before:
@@ -295,6 +302,11 @@ def _follows(node: fx.Node) -> bool:
     if target in (aten.view.dtype, prims.view_of_dtype.default if hasattr(prims, "view_of_dtype") else None):
         return False
     return _is_pointwise(node) or target._opname in _FOLLOWING
+
+
+def _reads_any_strides(node: fx.Node) -> bool:
+    """Whether it computes the same of an operand with other strides, if not in the same strides."""
+    return _is_atens(node.target) and not node.target._opname.startswith("as_strided")
 
 
 def _is_atens(target: object) -> bool:

@@ -66,6 +66,12 @@ class Rewriter:
             for dim, size in enumerate(node.meta["val"].shape)
         ]
 
+    def plus(self, before: fx.Node, a, b):
+        """The sum of two integers, each a number or a node."""
+        if a == 0 or b == 0:
+            return b if a == 0 else a
+        return self.call(before, operator.add, a, b) if isinstance(a, fx.Node) or isinstance(b, fx.Node) else a + b
+
     def take_over(self, node: fx.Node, result: fx.Node) -> None:
         """``result`` stands for ``node`` everywhere; what was there for ``node`` alone goes."""
         assumed, value = self.stale.pop(node, node.meta.get("val")), result.meta.get("val")
@@ -137,6 +143,9 @@ def is_dense(value: torch.Tensor, order: Sequence[int]) -> bool:
 def dense_order(value: torch.Tensor) -> list[int]:
     """Dimensions from the outermost in."""
     strides = [int(stride) if isinstance(stride, int) else stride.node.hint for stride in value.stride()]
+    if None in strides:  # depends on data: of a dense tensor any sizes above 1 tell
+        exprs = [stride if isinstance(stride, int) else stride.node.expr for stride in value.stride()]
+        strides = [int(expr if isinstance(expr, int) else expr.subs(dict.fromkeys(expr.free_symbols, 2))) for expr in exprs]
     return sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
 
 
