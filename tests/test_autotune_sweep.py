@@ -14,11 +14,12 @@ from fake_clock import Clock
 
 from autotune import __main__ as command
 from autotune import device, records, suites, sweep
-from triton_conv3d import ops, workload
+from triton_conv3d import ops, settings, workload
 from triton_conv3d.problem import PASSES, interpreted
 from triton_conv3d.tuning import measure
 from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.search import OWN
+from triton_conv3d.tuning.select import ranking
 from triton_conv3d.tuning.storage import canonical
 
 COUNTS = [len(offers(problem)) for problem in PROBLEMS]
@@ -301,5 +302,19 @@ class TestCommand:
         assert "0 measurements" in call(capsys, *arguments)[1] and world.asked
 
 
-def test_engines_on_trial_are_measured_too():
-    assert "tma" in {engine.NAME for _, engine, _ in command._ranking(PROBLEMS[0])}
+def test_every_engine_is_swept_whatever_the_settings_ask_for(capsys, tmp_path):
+    """Those on trial too."""
+    layer = {**LAYER, "C": 16, "K": 32}
+    (tmp_path / "w.json").write_text(json.dumps([layer]))
+    with settings.configure(autotune="off", engine="implicit_gemm"):
+        out = call(capsys, "sweep", str(tmp_path / "w.json"), "--out", "s", "--dry-run", "--passes", "forward")[1]
+    problem = suites.cases([workload.layer(layer)], ("forward",))[0].problem(GPU, "sm_90")
+    with settings.configure(autotune="full"):
+        ranked = ranking(problem, measuring=True)
+    assert f"1 problems, {len(ranked)} candidates" in out and "hopper" in {engine.NAME for _, engine, _ in ranked}
+
+
+@pytest.mark.parametrize("gpu", ("NVIDIA H200", "NVIDIA H200,", ",sm_90", "x,sm90"))
+def test_a_gpu_has_a_name_and_an_architecture(capsys, gpu):
+    status, _, err = call(capsys, "variants", suites.DESIGNED, "--gpu", gpu)
+    assert status == 2 and repr(gpu) in err
