@@ -106,7 +106,7 @@ def _measure(cases: list[suites.Case], options: argparse.Namespace) -> int:
     policy = {"mode": "full" if options.guided is None else f"guided {options.guided}", "rounds": sweep.REPETITIONS}
     header = records.header(names, policy, device.commit(), _now())
     try:
-        with records.opened(options.out, header) as writer, torch.no_grad():
+        with records.Writer(options.out, header) as writer, torch.no_grad():
             done = sweep.run(
                 list(problems), _ranking, device.benches(problems, here), writer, most=options.guided, budget=options.budget,
                 report=lambda line: print(line, flush=True),

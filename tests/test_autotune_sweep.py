@@ -194,12 +194,19 @@ class TestFile:
         (lambda t: t.replace('"fault":null', '"fault":1', 1), "line 2 is damaged"),
         (lambda t: t.replace('"seconds":', '"seconds":-', 1), "line 2 is damaged"),
         (lambda t: t.replace('"batch":2', '"bitch":2', 1), "line 2 is damaged"),
+        (lambda t: t.replace('"gpu":"', '"gpu":1,"_":"', 1), "gpu in the header"),
         (lambda t: "[]\n", "no header"), (lambda t: "x\n", "no sweep"), (lambda t: t[:20], "cut off"),
     ])  # fmt: skip
     def test_what_is_no_sweep_is_refused(self, whole, change, reason):
         whole.write_text(change(whole.read_text()))
         with pytest.raises(records.Refused, match=reason):
             World(Clock()).run(whole)
+
+    def test_two_processes_do_not_write_to_one_file(self, whole):
+        before = whole.read_bytes()
+        with records.Writer(whole, header()), pytest.raises(records.Refused, match="another process"):
+            World(Clock()).run(whole)
+        assert whole.read_bytes() == before
 
     @pytest.mark.parametrize("name", ("gpu", "arch", "engines", "triton"))
     def test_another_environment_does_not_go_on(self, whole, name):
