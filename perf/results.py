@@ -25,6 +25,7 @@ SCHEMA = 1
 RESULTS = Path(__file__).with_name("results")
 OK, UNSUPPORTED, WRONG, MEMORY, FAILED = "ok", "unsupported", "wrong", "memory", "failed"
 STATUSES = (OK, UNSUPPORTED, WRONG, MEMORY, FAILED)
+LOST = "lost"  # counted beside the statuses where an illegal memory access ended all computing of a process
 
 
 class Refused(ValueError):

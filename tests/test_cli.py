@@ -294,6 +294,25 @@ sys.exit(runpy.run_path(sys.argv[1])["status"](command, "program"))
 """
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_command_that_is_ended_ends_what_it_began(name):
+    program = f"""
+import os, runpy, signal, sys, time
+
+def command():
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(9)
+    finally:
+        print("ended")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+sys.exit(runpy.run_path({console.__file__!r})["status"](command, "program"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "ended\n", "")
+
+
 @pytest.mark.parametrize("stdout, status, told", [
     ("|:", 1, ""), (">&-", 0, ""), (">/dev/full", 2, "program: [Errno 28] No space left on device\n"), (">/dev/null", 0, ""),
 ], ids=("nobody reads", "closed", "disk full", "not text"))  # fmt: skip

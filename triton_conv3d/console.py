@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 
 def status(command: Callable[[], int | None], name: str, mistakes: tuple[type[Exception], ...] = ()) -> int:
-    """Run a command. Its own exit status; 1 if nobody reads on, 2 after a mistake, 130 if it is interrupted.
+    """Run a command. Its own exit status; 1 if nobody reads on, 2 after a mistake, 130 if it is interrupted or terminated.
 
     Args:
         name: what the line about a mistake begins with.
@@ -18,6 +20,8 @@ def status(command: Callable[[], int | None], name: str, mistakes: tuple[type[Ex
     if hasattr(sys.stdout, "reconfigure"):  # it is None where a process is started without one
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
+        if threading.current_thread() is threading.main_thread():  # so that a time limit is no different from Ctrl-C
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         ended = command() or 0
         if sys.stdout is not None:
             sys.stdout.flush()
