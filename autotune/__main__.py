@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import math
+import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-from triton_conv3d import settings
+from triton_conv3d import console, settings
 from triton_conv3d.problem import PASSES
 from triton_conv3d.tuning import coefficients, cost_model, table
 from triton_conv3d.tuning import variants as tuned_variants
 from triton_conv3d.tuning.environment import environment, source_hash
+from triton_conv3d.tuning.faults import is_illegal_access
 from triton_conv3d.tuning.select import ranking
 from triton_conv3d.tuning.variants import MOST as MOST_VARIANTS
 from triton_conv3d.workload import DTYPES
@@ -21,23 +25,14 @@ from triton_conv3d.workload import DTYPES
 from . import analysis, device, export, fit, pictures, records, suites, sweep, variants
 from .records import Sweep
 
+_ranking = functools.partial(ranking, measuring=True)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 the device was lost, 2 a mistake in the call or nothing could be
     done."""
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except (ValueError, OSError, device.NoGPU) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"error: {error}\nit is quarantined in this sweep; the same command goes on without it", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return console.status(lambda: options.run(options), "error", (ValueError, device.NoGPU))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,43 +87,63 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _sweep(options: argparse.Namespace) -> None:
+def _sweep(options: argparse.Namespace) -> int:
     if options.guided is not None and options.guided < 2:
         raise ValueError(f"--guided {options.guided}: at least 2, torch's own and another")
-    if options.budget is not None and not options.budget > 0:
+    if options.budget is not None and not 0 < options.budget < math.inf:
         raise ValueError(f"--budget {options.budget:g}: expected seconds above 0")
     cases = suites.cases(
         suites.layers(options.suites), options.passes, options.dtypes, options.precisions, options.layouts
     )
-    if options.dry_run:
-        return _plan(cases, options)
+    with _of_every_engine("full"):
+        return _plan(cases, options) if options.dry_run else _measure(cases, options)
+
+
+def _measure(cases: list[suites.Case], options: argparse.Namespace) -> int:
     here = device.find()
     names = environment(here)
     problems = {case.problem(names["gpu"], names["arch"]): case for case in cases}
     policy = {"mode": "full" if options.guided is None else f"guided {options.guided}", "rounds": sweep.REPETITIONS}
     header = records.header(names, policy, device.commit(), _now())
-    with records.opened(options.out, header) as writer, torch.no_grad():
-        done = sweep.run(
-            list(problems), _ranking, device.benches(problems, here), writer, most=options.guided, budget=options.budget,
-            report=lambda line: print(line, flush=True),
-        )  # fmt: skip
+    try:
+        with records.Writer(options.out, header) as writer, torch.no_grad():
+            done = sweep.run(
+                list(problems), _ranking, device.benches(problems, here), writer, most=options.guided, budget=options.budget,
+                report=lambda line: print(line, flush=True),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise
+    except RuntimeError as error:
+        if not is_illegal_access(error):
+            raise
+        print(f"error: {error}\nit is quarantined in this sweep; the same command goes on without it", file=sys.stderr)
+        return 1
     print(f"{done.measured} measurements in {done.seconds:.0f} s; {done.done} problems are done, {done.left} left")
     if done.left:
         print("the same command goes on")
+    return 0
 
 
-def _ranking(problem):
-    """Of every engine, those on trial too."""
-    with settings.configure(autotune="full"):
-        return ranking(problem, measuring=True)
+def _of_every_engine(mode: str) -> settings.configure:
+    """Whatever the environment asks for; those on trial in the mode ``full`` only."""
+    return settings.configure(autotune=mode, engine=None)
 
 
-def _plan(cases: list[suites.Case], options: argparse.Namespace) -> None:
-    gpu, _, arch = options.gpu.partition(",")
+def _gpu(text: str) -> tuple[str, str]:
+    name, _, arch = (part.strip() for part in text.partition(","))
+    if not name or not re.fullmatch(r"sm_\d+|gfx[0-9a-f]+", arch):
+        raise ValueError(f"--gpu {text!r}: expected a name and an architecture, as 'NVIDIA H200,sm_90'")
+    return name, arch
+
+
+def _plan(cases: list[suites.Case], options: argparse.Namespace) -> int:
+    gpu, arch = _gpu(options.gpu)
     problems = [case.problem(gpu, arch) for case in cases]
     counts = [len(_ranking(problem)) for problem in problems]
     print(f"{len(problems)} problems, {sum(counts)} candidates; a table needs at least "
           f"{sweep.least_seconds(problems, _ranking):.0f} s on a {gpu}, by the cost model's predictions")  # fmt: skip
+    return 0
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -185,9 +200,10 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _variants(options: argparse.Namespace) -> None:
-    gpu, _, arch = options.gpu.partition(",")
-    problems = variants.problems(suites.layers(options.suites), gpu, arch)
-    for name, loss in variants.write(problems, tuned_variants.FILE).items():
+    problems = variants.problems(suites.layers(options.suites), *_gpu(options.gpu))
+    with _of_every_engine("quick"):
+        losses = variants.write(problems, tuned_variants.FILE)
+    for name, loss in losses.items():
         print(f"{name}: {MOST_VARIANTS} variants, {loss:.3f} of the best's time by the model")
     print(tuned_variants.FILE)
 

@@ -17,6 +17,7 @@ from triton_conv3d.tuning.search import OWN, Ranked
 from triton_conv3d.tuning.storage import parse
 from triton_conv3d.tuning.variants import spelled
 
+from . import variants
 from .records import Key, Sweep
 
 _LEAST_MEASURED = 4  # candidates of a problem, below which its best says nothing
@@ -94,28 +95,11 @@ def regrets(found: Sequence[Measured]) -> dict[str, Regret]:
 
 
 def best_variants(found: Sequence[Measured], most: int) -> list[tuple[tuple[str, str], float]]:
-    """The best few compiled variants, each that which helps most beside those before it (greedy).
-
-    Returns:
-        ((engine, variant), geometric mean over the problems of time with these variants alone over the best), torch's
-        own being available from the start.
-    """
+    """The best few compiled variants, ((engine, variant), value) as :func:`.variants.best` chooses them; torch's own is
+    available from the start."""
     tables = [_by_variant(of) for of in found]
-    best = [min([seconds for (name, _), seconds in of.items() if name == OWN], default=math.inf) for of in tables]
-    every = sorted({key for of in tables for key in of if key[0] != OWN})
-    worst = [max(of.values()) for of in tables]  # of a problem that no chosen variant can compute
-    chosen: list[tuple[tuple[str, str], float]] = []
-    while every and len(chosen) < most:
-
-        def loss(key: tuple[str, str]) -> float:
-            times = zip(best, worst, tables, found, strict=True)
-            return sum(math.log(min(b, of.get(key, math.inf), w) / m.best) for b, w, of, m in times)
-
-        key = min(every, key=loss)
-        chosen.append((key, math.exp(loss(key) / len(found))))
-        best = [min(b, of.get(key, math.inf)) for b, of in zip(best, tables, strict=True)]
-        every.remove(key)
-    return chosen
+    own = [min((seconds for (name, _), seconds in of.items() if name == OWN), default=math.inf) for of in tables]
+    return variants.best([{key: of[key] for key in of if key[0] != OWN} for of in tables], most, own)
 
 
 def _by_variant(of: Measured) -> dict[tuple[str, str], float]:

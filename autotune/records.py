@@ -9,10 +9,12 @@ measurement that was under way. Of two lines about one candidate the later count
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from triton_conv3d.problem import Problem
 from triton_conv3d.tuning import storage
@@ -132,6 +134,10 @@ def _header(path: Path, line: bytes) -> dict:
         raise Refused(f"{path}: schema {values['schema']!r}, expected {SCHEMA}")
     if set(values) != _HEADER or not isinstance(values["environment"], dict):
         raise Refused(f"{path}: the header's fields are {', '.join(sorted(_HEADER))}")
+    texts = {name: values[name] for name in ("commit", "created")} | values["environment"]
+    wrong = [name for name in {*texts, *BINDING} if not isinstance(texts.get(name), str)]
+    if wrong or not isinstance(values["policy"], dict):
+        raise Refused(f"{path}: {', '.join(sorted(wrong)) or 'policy'} in the header is missing or of another type")
     return values
 
 
@@ -178,15 +184,26 @@ class Begun:
 class Writer:
     """Appends to a sweep file; every :meth:`add` returns when its line is on disk."""
 
-    def __init__(self, path: Path, sweep: Sweep):
-        """Raises OSError. The file is created with the sweep's header, or cut behind its last whole line."""
-        self.sweep, self.begun = sweep, Begun(path)
+    def __init__(self, path: Path, fresh: dict):
+        """A new file begins with the header ``fresh``; one that goes on is cut behind its last whole line.
+
+        Raises:
+            OSError: it cannot be read or written. Refused: it holds another environment's times, or another process is
+                writing to it; the message says which.
+        """
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         try:
-            if sweep.end:
-                self._file.truncate(sweep.end)
+            _lock(self._file, path)
+            self.begun = Begun(path)
+            if os.fstat(self._file.fileno()).st_size:
+                self.sweep = read(path)
+                reason = why_refused(fresh["environment"], self.sweep.environment)
+                if reason:
+                    raise Refused(f"{path} cannot go on: {reason}; give --out another file")
+                self._file.truncate(self.sweep.end)
             else:
-                self._put(canonical(sweep.header) + "\n")
+                self.sweep = Sweep(fresh)
+                self._put(canonical(fresh) + "\n")
         except BaseException:
             self._file.close()
             raise
@@ -211,19 +228,14 @@ class Writer:
         self.close()
 
 
-def opened(path: Path, fresh: dict) -> Writer:
-    """The writer of a new file, or of one that goes on.
-
-    Raises:
-        OSError: it cannot be read or written. Refused: it holds another environment's times; the message says which.
-    """
-    if not path.exists() or path.stat().st_size == 0:
-        return Writer(path, Sweep(fresh))
-    sweep = read(path)
-    reason = why_refused(fresh["environment"], sweep.environment)
-    if reason:
-        raise Refused(f"{path} cannot go on: {reason}; give --out another file")
-    return Writer(path, sweep)
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Two processes would disturb each other's times. The lock ends with the process, however that ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused(f"{path}: another process is sweeping into it") from None
+    except OSError:  # a file system that has no locks
+        pass
 
 
 def merged(sweeps: Sequence[Sweep]) -> Sweep:

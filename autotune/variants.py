@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from triton_conv3d.problem import Problem
+from triton_conv3d.tuning import storage
 from triton_conv3d.tuning.search import OWN
 from triton_conv3d.tuning.select import ranking
 from triton_conv3d.tuning.variants import MOST, kind, spelled
@@ -54,13 +56,18 @@ def predicted(problems: Iterable[Problem]) -> dict[str, list[dict]]:
     return found
 
 
-def best(problems: list[dict], most: int) -> list[tuple[object, float]]:
+def best(problems: Sequence[dict], most: int, without: Sequence[float] | None = None) -> list[tuple[object, float]]:
     """Greedily, (variant, geometric mean of time with the variants so far over the best): first such that every problem
-    can take one, the rarest first, then those that gain most."""
+    can take one, the rarest first, then those that gain most.
+
+    Args:
+        problems: of each the seconds of every variant that it can take.
+        without: of each the seconds that it takes without any variant; None: it needs one.
+    """
     chosen: list[tuple[object, float]] = []
     every = {v for times in problems for v in times}
-    best_of = [min(times.values()) for times in problems]
-    reached = [math.inf] * len(problems)
+    reached = [math.inf] * len(problems) if without is None else list(without)
+    best_of = [min((r, *times.values())) for r, times in zip(reached, problems, strict=True)]
     while every and len(chosen) < most:
 
         def rest(candidate: object) -> tuple[int, float]:
@@ -84,5 +91,6 @@ def write(problems: Sequence[Problem], path: Path) -> dict[str, float]:
             chosen = best(of, MOST)
             lists[name] = [spelled(config) for config, _ in chosen]
             losses[name] = chosen[-1][1]
-    path.write_text(json.dumps(lists, indent=1) + "\n", encoding="utf-8")
+    storage.write(path, f"{json.dumps(lists, indent=1)}\n".encode())
+    os.chmod(path, 0o644)
     return losses

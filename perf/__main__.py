@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
+
+from triton_conv3d import console
 
 # module, and what it does
 COMMANDS = {
@@ -36,16 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m perf {command}", description=f"{what[0].upper()}{what[1:]}.")
     module.arguments(parser)
     options = parser.parse_args(arguments[1:])
-    try:
+
+    def run() -> int:
         budget = getattr(options, "budget", None)  # which several commands have
-        if budget is not None and not budget > 0:
+        if budget is not None and not 0 < budget < math.inf:
             raise ValueError(f"--budget {budget}: expected seconds, more than 0")
         return module.main(options)
-    except (ValueError, OSError) as error:
-        print(f"perf {command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+    return console.status(run, f"perf {command}", (ValueError,))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,11 @@ from . import networks, results
 from .machine import Machine
 from .networks import MODES, TRAIN, Network
 from .providers import cudnn_benchmark
-from .results import FAILED, MEMORY, OK, WRONG
+from .results import FAILED, LOST, MEMORY, OK, WRONG
 from .threads import MAIN, separately
 from .timing import Times, race
 
 FILE = "end_to_end.csv"
-LOST = "lost"  # counted beside the statuses where the device was lost, see :func:`measure`
 STEPS = 20  # training steps that are compared, which warm up as well
 WARM_UP = 3  # calls of inference
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9

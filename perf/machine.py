@@ -6,7 +6,6 @@ The ceilings are what a large copy and a large matrix product of torch's own rea
 from __future__ import annotations
 
 import contextlib
-import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from .timing import POLICY, Call, DeviceTimer, Timer, race
 _ROOT = Path(__file__).resolve().parent.parent
 # What a measured time depends on in the project: its code, not the results or what is written about them.
 _CODE = ("triton_conv3d", "perf", ":(exclude)perf/results", ":(exclude)*.md")
-_DRIVER = Path("/proc/driver/nvidia/version")
 _COPY_BYTES = 2**30
 _MATMUL = 8192  # rows and columns: 1.1 TFLOP
 PRODUCTS = (("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee"))
@@ -92,7 +90,7 @@ def stamp(device: torch.device, policy: str) -> Stamp:
     return Stamp(
         gpu=names["gpu"],
         arch=names["arch"],
-        driver=_driver() or names["driver"].split(",")[0],
+        driver=names["driver"].partition(",")[0],
         torch=names["torch"],
         cuda=f"hip {torch.version.hip}" if torch.version.hip else str(torch.version.cuda or "none"),
         cudnn=names["cudnn"],
@@ -139,15 +137,6 @@ def tf32(allowed: bool) -> Iterator[None]:
             switch.allow_tf32 = value
         for part, value in zip(parts, parts_before, strict=True):
             part.fp32_precision = value
-
-
-def _driver() -> str | None:
-    """The version of NVIDIA's kernel driver: ``580.65.06``."""
-    try:
-        found = re.search(r"Kernel Module.*?(\d+\.\d+\S*)", _DRIVER.read_text())
-    except OSError:
-        return None
-    return found and found[1]
 
 
 def _commit() -> str | None:

@@ -28,11 +28,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from triton_conv3d import engines
+from triton_conv3d import console, engines
 from triton_conv3d.engines import launching
 from triton_conv3d.engines.base import Config
 from triton_conv3d.engines.implicit_gemm.configs import SHARED_BYTES, packed_groups, spills
 from triton_conv3d.problem import Operands, Problem, describe
+from triton_conv3d.tuning import storage
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"))
@@ -314,12 +315,14 @@ def _written(path: Path | None) -> list[Report]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.machine_code", description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every config of every layer and engine")
-    parser.add_argument("--arch", choices=ARCHITECTURES, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--arch", choices=ARCHITECTURES, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--engine", choices=sorted({layer.engine for layer in LAYERS}), help="with --all: no other is compiled")
     parser.add_argument("--dtype", choices=[name for name, _ in TYPES], default="bfloat16", help="without --all")
     kept = "write the report as JSON (with --all, of one engine or of all architectures: where it is kept)"
     parser.add_argument("--out", type=Path, help=kept)
     options = parser.parse_args()
+    if options.engine and not options.all:
+        parser.error(f"--engine {options.engine}: it goes with --all; the representative set is of one engine")
     out = options.out
     if out is None and options.all and (options.engine or options.arch == ARCHITECTURES):
         out = RESULTS / f"triton-{triton.__version__}.json"
@@ -338,11 +341,12 @@ def main() -> int:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         kernels = ",\n".join(json.dumps(dataclasses.asdict(row) | {"faults": row.faults()}) for row in rows)
-        out.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{kernels}\n]}}\n')
+        storage.write(out, f'{{"triton": "{triton.__version__}", "kernels": [\n{kernels}\n]}}\n'.encode())
+        out.chmod(0o644)
     faulty = [r for r in rows if r.faults()]
     print(f"{len(rows)} kernels, {len(faulty)} with faults")
     return 1 if faulty else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.status(main, "perf.machine_code", (ValueError,)))

@@ -9,8 +9,10 @@ Rows are of any dataclass; :class:`Row` is that of ``python -m perf run``.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import io
 import os
 import re
@@ -23,6 +25,7 @@ SCHEMA = 1
 RESULTS = Path(__file__).with_name("results")
 OK, UNSUPPORTED, WRONG, MEMORY, FAILED = "ok", "unsupported", "wrong", "memory", "failed"
 STATUSES = (OK, UNSUPPORTED, WRONG, MEMORY, FAILED)
+LOST = "lost"  # counted beside the statuses where an illegal memory access ended all computing of a process
 
 
 class Refused(ValueError):
@@ -132,16 +135,16 @@ def append(path: Path, rows: Sequence, stamp: Stamp) -> None:
         return
     names = columns(type(rows[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = _whole_lines(path, names) if path.exists() else b""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if not whole:
-        writer.writerow(names)
     for row in rows:
         writer.writerow(map(_text, (SCHEMA, *dataclasses.astuple(row), *dataclasses.astuple(stamp))))
     with open(path, "ab") as file:
+        with contextlib.suppress(OSError):  # a file system that has no locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # or what another process adds meanwhile would be cut off
+        whole = _whole_lines(path, names)
         file.truncate(len(whole))  # a last line that was cut off
-        file.write(text.getvalue().encode())
+        file.write((text.getvalue() if whole else f"{','.join(names)}\n{text.getvalue()}").encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -22,7 +22,7 @@ from . import results, workloads
 from .machine import Machine
 from .measurement import Measurement
 from .providers import Provider
-from .results import FAILED, OK, UNSUPPORTED, WRONG, Row
+from .results import FAILED, LOST, OK, UNSUPPORTED, WRONG, Row
 from .timing import policy
 from .workloads import TRAIN, Case
 
@@ -52,7 +52,7 @@ def measure(
 
     Returns:
         How many rows of each status were added, and under :data:`LEFT` how many cases are still to be measured: those
-        beyond the budget, or behind an illegal memory access, after which this process can compute nothing more.
+        beyond the budget, or behind an illegal memory access, which is counted under :data:`.results.LOST`.
 
     Raises:
         results.Refused: ``path`` is a result file of another schema.
@@ -76,6 +76,7 @@ def measure(
                 if row.status not in (OK, UNSUPPORTED):
                     print(f"{row.case} by {row.provider}: {row.status}: {row.reason}", flush=True)
             if lost:
+                statuses[LOST] += 1
                 break
             longest = max(longest, time.monotonic() - start)
             done += 1
@@ -133,7 +134,7 @@ def main(options: argparse.Namespace) -> int:
     path = options.out or results.folder(machine.gpu) / f"{options.suite.replace(',', '+')}.csv"
     with settings.configure(autotune=options.mode):
         counts = measure(cases, chosen, path, suite=options.suite, machine=machine, budget=options.budget)
-    left = counts.pop(LEFT, 0)
+    left, _ = counts.pop(LEFT, 0), counts.pop(LOST, 0)
     print(f"{path}: {counts.total()} rows added, " + ", ".join(f"{n} {status}" for status, n in counts.items()))
     if left:
         print(f"{left} of {len(cases)} cases are left: run the same command again to go on")

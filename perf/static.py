@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 import triton
 
-from triton_conv3d import engines
+from triton_conv3d import engines, settings
 from triton_conv3d.engines import implicit_gemm
 from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import Problem
@@ -285,9 +285,10 @@ def main(options: argparse.Namespace) -> int:
     cases = workloads.cases(workloads.suite(options.suite))
     if options.filter is not None:
         cases = workloads.select(cases, options.filter)
-    predictions, variants = predict(cases, options.gpu, options.processes)
-    for path in options.out:
-        write(path, predictions, variants, cases)
+    with settings.configure(engine=None):  # of every engine, whatever the environment asks for
+        predictions, variants = predict(cases, options.gpu, options.processes)
+        for path in options.out:
+            write(path, predictions, variants, cases)
     if not options.out:
         print(markdown(predictions, variants, options.gpu), end="")
     faulty = sum(bool(variant.faults) for variant in variants)

@@ -19,10 +19,9 @@ import torch
 
 from . import machine, results
 from .results import MEMORY, OK, UNSUPPORTED
-from .validation import BAD, BUDGET, TIMED, Check, DeviceLost, Progress, Setting, advance, progress
+from .validation import BAD, BUDGET, TIMED, UNFINISHED, Check, DeviceLost, Progress, Setting, advance, progress
 from .validation.slices import SLICES, chosen
 
-UNFINISHED = 3  # exit status
 _ELSEWHERE = "unknown"  # of a machine without a GPU, for the folder that would hold its results
 
 

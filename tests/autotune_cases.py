@@ -77,5 +77,5 @@ class World:
         return [key for bench in self.benches for key in bench.asked]
 
     def run(self, path, problems=PROBLEMS, created=None, **options) -> sweep.Outcome:
-        with records.opened(path, created or header()) as writer:
+        with records.Writer(path, created or header()) as writer:
             return sweep.run(problems, offers, self.open_bench, writer, clock=self.clock, **options)

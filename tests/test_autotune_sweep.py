@@ -14,11 +14,12 @@ from fake_clock import Clock
 
 from autotune import __main__ as command
 from autotune import device, records, suites, sweep
-from triton_conv3d import ops, workload
+from triton_conv3d import ops, settings, workload
 from triton_conv3d.problem import PASSES, interpreted
 from triton_conv3d.tuning import measure
 from triton_conv3d.tuning.measure import QUICK_CANDIDATES
 from triton_conv3d.tuning.search import OWN
+from triton_conv3d.tuning.select import ranking
 from triton_conv3d.tuning.storage import canonical
 
 COUNTS = [len(offers(problem)) for problem in PROBLEMS]
@@ -193,12 +194,19 @@ class TestFile:
         (lambda t: t.replace('"fault":null', '"fault":1', 1), "line 2 is damaged"),
         (lambda t: t.replace('"seconds":', '"seconds":-', 1), "line 2 is damaged"),
         (lambda t: t.replace('"batch":2', '"bitch":2', 1), "line 2 is damaged"),
+        (lambda t: t.replace('"gpu":"', '"gpu":1,"_":"', 1), "gpu in the header"),
         (lambda t: "[]\n", "no header"), (lambda t: "x\n", "no sweep"), (lambda t: t[:20], "cut off"),
     ])  # fmt: skip
     def test_what_is_no_sweep_is_refused(self, whole, change, reason):
         whole.write_text(change(whole.read_text()))
         with pytest.raises(records.Refused, match=reason):
             World(Clock()).run(whole)
+
+    def test_two_processes_do_not_write_to_one_file(self, whole):
+        before = whole.read_bytes()
+        with records.Writer(whole, header()), pytest.raises(records.Refused, match="another process"):
+            World(Clock()).run(whole)
+        assert whole.read_bytes() == before
 
     @pytest.mark.parametrize("name", ("gpu", "arch", "engines", "triton"))
     def test_another_environment_does_not_go_on(self, whole, name):
@@ -301,5 +309,19 @@ class TestCommand:
         assert "0 measurements" in call(capsys, *arguments)[1] and world.asked
 
 
-def test_engines_on_trial_are_measured_too():
-    assert "tma" in {engine.NAME for _, engine, _ in command._ranking(PROBLEMS[0])}
+def test_every_engine_is_swept_whatever_the_settings_ask_for(capsys, tmp_path):
+    """Those on trial too."""
+    layer = {**LAYER, "C": 16, "K": 32}
+    (tmp_path / "w.json").write_text(json.dumps([layer]))
+    with settings.configure(autotune="off", engine="implicit_gemm"):
+        out = call(capsys, "sweep", str(tmp_path / "w.json"), "--out", "s", "--dry-run", "--passes", "forward")[1]
+    problem = suites.cases([workload.layer(layer)], ("forward",))[0].problem(GPU, "sm_90")
+    with settings.configure(autotune="full"):
+        ranked = ranking(problem, measuring=True)
+    assert f"1 problems, {len(ranked)} candidates" in out and "hopper" in {engine.NAME for _, engine, _ in ranked}
+
+
+@pytest.mark.parametrize("gpu", ("NVIDIA H200", "NVIDIA H200,", ",sm_90", "x,sm90"))
+def test_a_gpu_has_a_name_and_an_architecture(capsys, gpu):
+    status, _, err = call(capsys, "variants", suites.DESIGNED, "--gpu", gpu)
+    assert status == 2 and repr(gpu) in err

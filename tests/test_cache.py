@@ -9,6 +9,7 @@ import random
 import stat
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def test_damaged_files_are_misses_that_warn_once_and_are_rewritten(directory, ki
 
 
 def sealed(entry: object, schema: object = cache.SCHEMA) -> str:
-    return json.dumps({"schema": schema, "checksum": cache._checksum(entry), "entry": entry})
+    return json.dumps({"schema": schema, "checksum": cache.checksum(entry), "entry": entry})
 
 
 def changed(**fields) -> str:
@@ -331,6 +332,23 @@ def test_the_environment_is_plain_and_complete():
     assert ENVIRONMENT["torch"] == torch.__version__ and len(ENVIRONMENT["engines"]) == 64
     environment.environment(torch.device("cpu"))["gpu"] = "changed"
     assert environment.environment(torch.device("cpu")) == ENVIRONMENT
+
+
+@pytest.mark.parametrize("text, version", [
+    ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024", "550.54.15"),
+    ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build", "580.65.06"),
+    ("6.12.12\n", "6.12.12"), ("something else", "13000"), (None, "13000"),
+], ids=("closed", "open", "amdgpu", "unknown", "hidden"))  # fmt: skip
+def test_the_driver_is_the_kernels_or_what_cuda_says(monkeypatch, tmp_path, text, version):
+    def get_version(number) -> int:
+        number._obj.value = 13000
+        return 0
+
+    monkeypatch.setattr(environment, "_KERNEL_DRIVERS", (tmp_path / "none", tmp_path / "version"))
+    monkeypatch.setattr(environment.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=get_version))
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    assert environment._driver() == f"{version}, cuda {torch.version.cuda}"
 
 
 def test_a_changed_kernel_changes_the_source_hash(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 import triton_conv3d
 from triton_conv3d import __main__ as cli
-from triton_conv3d import settings
+from triton_conv3d import console, settings
 from triton_conv3d.problem import Problem
 from triton_conv3d.tuning.cache import Entry, PlanCache
 from triton_conv3d.workload import Layer, read
@@ -112,6 +111,10 @@ MISTAKES = {
     "unknown dtype": (["tune", "x.json", "--dtype", "fp8"], "'fp8'"),
     "budget not positive": (["tune", "x.json", "--budget", "0"], "'0'"),
     "patch odd": (["demo", "--device", "cpu", "--patch", "10"], "patch=10"),
+    "import of a name too long": (["cache", "import", "a" * 300], "is no file"),
+    "export names its file": (["cache", "export", "/no/such/plans.json"], "'/no/such/plans.json'"),
+    "workload is a folder": (["tune", "/"], "workload / is no file"),
+    "seed too large": (["demo", "--device", "cpu", "--seed", str(2**64)], f"seed={2**64}"),
     "no steps": (["demo", "--device", "cpu", "--steps", "0"], "steps=0"),
 }
 
@@ -123,11 +126,24 @@ def test_a_mistake_is_one_line_that_names_it(capsys, arguments, named):
     assert err.count("\n") == 1 and "error:" in err and named in err
 
 
-def test_a_bad_environment_variable_is_a_mistake(capsys, monkeypatch):
-    monkeypatch.setenv("TRITON_CONV3D_AUTOTUNE", "fast")
+@pytest.mark.parametrize("name, value, right", [
+    ("AUTOTUNE", "fast", "'quick'"), ("ENGINE", "cudnn", "implicit_gemm"), ("CACHE_DIR", "~no.such.user/x", "no home"),
+])  # fmt: skip
+def test_a_bad_environment_variable_is_a_mistake(capsys, monkeypatch, name, value, right):
+    monkeypatch.setenv(f"TRITON_CONV3D_{name}", value)
     settings._install(None)
     status, _, err = call(capsys, "info")
-    assert status == 2 and "TRITON_CONV3D_AUTOTUNE='fast'" in err and "'quick'" in err
+    assert status == 2 and f"TRITON_CONV3D_{name}={value!r}" in err and right in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "file/x"], ids=("too long", "in a file"))
+def test_info_tells_of_directories_that_cannot_be(capsys, tmp_path, monkeypatch, name):
+    (tmp_path / "file").touch()
+    for variable in ("CACHE_DIR", "TABLES"):
+        monkeypatch.setenv(f"TRITON_CONV3D_{variable}", str(tmp_path / name))
+    settings.reload()
+    status, out, _ = call(capsys, "info")
+    assert status == 0 and f"{tmp_path / name}, not used: " in out
 
 
 @needs_no_gpu
@@ -238,6 +254,22 @@ def test_tune_measures_in_its_own_mode_and_budget(capsys, tmp_path, monkeypatch)
     assert seen == expected and settings.current() == before
 
 
+@pytest.mark.parametrize("message, status, runs", [("cuDNN: not supported", 1, 3), ("an illegal memory access", 2, 2)])
+def test_a_layer_that_fails_does_not_keep_the_others_from_being_tuned(capsys, tmp_path, monkeypatch, message, status, runs):
+    """But for the device's being lost, after which nothing can be computed."""
+    seen = []
+
+    def run(self, passes, device, memory_format):
+        seen.append(passes)
+        if passes == ("dgrad",):
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(Layer, "run", run)
+    monkeypatch.setattr(cli, "_need_gpu", lambda what: torch.device("cpu"))
+    ended, _, err = call(capsys, "tune", str(write_workload(tmp_path / "w.json")))
+    assert (ended, len(seen)) == (status, runs) and message in err
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tune_fills_the_cache(capsys, tmp_path, cache):
@@ -251,9 +283,42 @@ def test_module_runs_as_a_program():
     assert (done.returncode, done.stdout) == (0, f"triton_conv3d {triton_conv3d.__version__}\n"), done.stderr
 
 
-def test_a_reader_that_stops_reading_is_no_failure_to_report():
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "triton_conv3d", "info"], stdout=writer, stderr=subprocess.PIPE)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b"")
+PROGRAM = """
+import runpy, sys
+
+def command():
+    print("\\udcff")
+    print("x" * 100_000)
+
+sys.exit(runpy.run_path(sys.argv[1])["status"](command, "program"))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_command_that_is_ended_ends_what_it_began(name):
+    program = f"""
+import os, runpy, signal, sys, time
+
+def command():
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(9)
+    finally:
+        print("ended")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+sys.exit(runpy.run_path({console.__file__!r})["status"](command, "program"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "ended\n", "")
+
+
+@pytest.mark.parametrize("stdout, status, told", [
+    ("|:", 1, ""), (">&-", 0, ""), (">/dev/full", 2, "program: [Errno 28] No space left on device\n"), (">/dev/null", 0, ""),
+], ids=("nobody reads", "closed", "disk full", "not text"))  # fmt: skip
+def test_what_cannot_be_written_is_at_most_one_line(stdout, status, told):
+    program = [sys.executable, "-c", PROGRAM, console.__file__]
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {stdout}; exit ${{PIPESTATUS[0]}}', "-", *program], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (status, told)

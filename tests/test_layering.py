@@ -16,7 +16,7 @@ MAX_LINES = 450
 
 # Each layer may import the layers before it, and its own package; names in one layer do not import each other.
 LAYERS = (
-    ("problem", "settings"),
+    ("problem", "settings", "console"),
     ("reference",),
     ("engines",),
     ("tuning", "batching", "flops"),

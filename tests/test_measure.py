@@ -13,6 +13,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_conv3d.engines import aten, launching
 from triton_conv3d.engines.base import Config, Memory
@@ -116,6 +117,22 @@ class TestVerify:
         assert verify.is_right(problem, result, expected)
         result[-1, -1, -1, -1, -1] = value
         assert not verify.is_right(problem, result, expected)
+
+    def test_a_volume_is_compared_in_parts(self):
+        """Of one sample too, or an enormous one had no room for its differences."""
+        made = []
+
+        class Watching(TorchDispatchMode):
+            def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+                made.append(function(*args, **kwargs or {}))
+                return made[-1]
+
+        expected = torch.ones(1, 2, 64, 3, 3)
+        problem = Problem("forward", 1, 2, 2, (64, 3, 3), (1, 1, 1), dtype="float16")
+        with Watching():
+            assert verify.is_right(problem, expected.half(), expected)
+        mine = [t for t in made if isinstance(t, torch.Tensor) and not t._is_view()]
+        assert mine and max(t.numel() for t in mine if t.dtype == torch.float32) == expected.numel() // 16
 
     @pytest.mark.parametrize("length", (27, 27 * 512, 10**7))
     def test_the_bound_follows_the_length_of_the_sum(self, length):
@@ -315,6 +332,21 @@ class TestCompile:
         """Or its compiling would count as measuring."""
         self.compile(1, self.launch)
         assert [(warmup, warps) for warmup, warps, _ in self.runs] == [(True, 0)]
+
+    def test_what_triton_specialises_on_is_compiled_apart(self):
+        """Or it would be compiled while it is measured. Tensors are not looked into, which takes a launch."""
+        numbers = (1, 2, 3, 16, 2**40)
+
+        class Closed(torch.Tensor):
+            def __eq__(self, other):
+                raise AssertionError("compared")
+
+        def launch(problem, operands, config):
+            args = operands.input.as_subclass(Closed), numbers[config.tile]
+            launching.launch_kernel(self, (1, 1), args, {"num_warps": 4})
+
+        self.compile(len(numbers), launch)
+        assert len(self.runs) == 4  # 2 and 3 are alike
 
     def test_other_threads_launch_meanwhile(self):
         def launch(problem, operands, config):

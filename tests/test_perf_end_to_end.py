@@ -14,9 +14,9 @@ from perf_cases import STAMP, FakeTimer, machine
 
 from perf import __main__ as cli
 from perf import end_to_end, networks, results, timing
-from perf.end_to_end import LOST, PROVIDERS, Candidate, EndToEnd, allowed, deviation, measure, pending
+from perf.end_to_end import PROVIDERS, Candidate, EndToEnd, allowed, deviation, measure, pending
 from perf.networks import INFER, MODES, TRAIN
-from perf.results import FAILED, MEMORY, OK, WRONG
+from perf.results import FAILED, LOST, MEMORY, OK, WRONG
 from perf.threads import MAIN
 from triton_conv3d import Conv3d, convert_conv3d
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -71,6 +72,23 @@ def test_a_file_cut_anywhere_is_read_and_gone_on_with(path):
         assert [r for r, _ in results.read(path)] == kept, size
         results.append(path, [second], STAMP)
         assert [r for r, _ in results.read(path)] == [*kept, second], size
+
+
+def test_what_two_processes_add_at_once_is_all_there(path, monkeypatch):
+    results.append(path, [row("a")], STAMP)
+    whole, other = results._whole_lines, threading.Thread(target=results.append, args=(path, [row("b")], STAMP))
+
+    def slow(*args) -> bytes:
+        lines = whole(*args)
+        if not other.ident:
+            other.start()
+            other.join(0.2)  # which adds nothing yet
+        return lines
+
+    monkeypatch.setattr(results, "_whole_lines", slow)
+    results.append(path, [row("c")], STAMP)
+    other.join()
+    assert [r for r, _ in results.read(path)] == [row("a"), row("c"), row("b")]
 
 
 @pytest.mark.parametrize(

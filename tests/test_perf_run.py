@@ -346,22 +346,6 @@ class TestMachine:
             (tmp_path / "triton_conv3d/a.py").write_text("2")
         assert machine.stamp(DEVICE, "p").commit == git("rev-parse", "--short=12", "HEAD~2") + sign
 
-    @pytest.mark.parametrize(
-        "text, version",
-        [
-            ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024", "550.54.15"),
-            ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build", "580.65.06"),
-            ("something else", None),
-            (None, None),
-        ],
-        ids=("closed", "open", "unknown", "none"),
-    )
-    def test_the_driver(self, monkeypatch, tmp_path, text, version):
-        monkeypatch.setattr(machine, "_DRIVER", tmp_path / "version")
-        if text is not None:
-            machine._DRIVER.write_text(text)
-        assert machine._driver() == version
-
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_on_a_gpu(self, path):

@@ -17,6 +17,7 @@ from perf import compiling, machine_code, plots, static, workloads
 from perf.compiling import Kernel
 from perf.machine_code import Report
 from perf.static import Prediction
+from triton_conv3d import settings
 from triton_conv3d.engines import base, folded, implicit_gemm
 from triton_conv3d.engines.implicit_gemm import GemmConfig
 from triton_conv3d.problem import Problem
@@ -234,8 +235,9 @@ def test_faults_come_first_and_fail(predicted, monkeypatch, capsys):
     assert f"| 1 | 7 spills | implicit_gemm | {variants[0].kernel.config} | {variants[0].kernel.problem} |" in section
     assert "| 2 | CompilationError: no | implicit_gemm |" in section
     assert text.index("## Faults") < text.index("## nnunet3d")
-    monkeypatch.setattr(static, "predict", lambda *arguments: (predictions, found))
-    assert cli.main(["static", "--suite", "nnunet3d"]) == 1
+    monkeypatch.setattr(static, "predict", lambda *arguments: settings.current().engine or (predictions, found))
+    with settings.configure(engine="aten"):  # predictions are of every engine all the same
+        assert cli.main(["static", "--suite", "nnunet3d"]) == 1
     assert "2 of them with faults" in capsys.readouterr().err
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, convert_conv3d, settings, tuning
+from . import __version__, console, convert_conv3d, engines, settings, tuning
 from .problem import PASSES, Problem, interpreted
-from .tuning import table
+from .tuning import storage, table
 from .tuning.cache import PlanCache
 from .tuning.environment import environment
+from .tuning.faults import is_illegal_access
 from .workload import DTYPES, LAYOUTS, Layer, read
 
 
@@ -27,20 +28,15 @@ class Mistake(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 a mistake in the call or nothing could be done."""
     options = _parser().parse_args(arguments)
-    try:
-        with _mistakes(ValueError):
-            settings.current()  # a bad environment variable is a mistake of the call, whatever the command
-        status = options.run(options) or 0
-        sys.stdout.flush()
-        return status
-    except Mistake as error:
-        print(f"triton-conv3d: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
-        return 1
-    except KeyboardInterrupt:
-        return 130
+
+    def command() -> int | None:
+        with _mistakes(ValueError):  # a bad environment variable is a mistake of the call, whatever the command
+            forced = settings.current().engine
+        if forced is not None and forced not in engines.available():
+            raise Mistake(f"{settings.variable('engine')}={forced!r}: the engines are {', '.join(engines.available())}")
+        return options.run(options)
+
+    return console.status(command, "triton-conv3d: error", (Mistake,))
 
 
 @contextlib.contextmanager
@@ -137,7 +133,7 @@ def _seconds(text: str) -> float:
 def _info(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = environment(device)
-    found = next((path for path in _tables(names["gpu"]) if path.is_file()), None)
+    found = next(filter(os.path.isfile, _tables(names["gpu"])), None)
     rows = [
         ("triton_conv3d", __version__),
         ("python", sys.version.split()[0]),
@@ -168,8 +164,12 @@ def _cache_state() -> str:
     cache = _cache()
     if cache.directory is None:
         return "memory only: no directory is set and there is no home"
-    if not cache.directory.exists():
+    try:
+        storage.check_directory(cache.directory)
+    except FileNotFoundError:
         return f"{cache.directory}, not made yet"
+    except OSError as error:
+        return f"{cache.directory}, not used: {error.strerror}"
     state = "writable" if os.access(cache.directory, os.W_OK) else "read-only: new plans stay in memory"
     return f"{cache.directory}, {_count(sum(1 for _ in cache.entries()), 'plan')}, {state}"
 
@@ -195,14 +195,13 @@ def _cache_list(options: argparse.Namespace) -> None:
 
 
 def _cache_export(options: argparse.Namespace) -> None:
-    with _mistakes(OSError):
-        count = _cache().export(options.file)
+    count = _cache().export(options.file)
     print(f"{_count(count, 'plan')} written to {options.file}")
 
 
 def _cache_import(options: argparse.Namespace) -> int:
-    if not options.file.is_file():
-        raise Mistake(f"FILE {options.file} does not exist or is no file: expected one that cache export wrote")
+    if not os.path.isfile(options.file):
+        raise Mistake(f"FILE {options.file} is no file: expected one that cache export wrote")
     report = _cache().import_(options.file)
     for reason, count in report.skipped.items():
         print(f"skipped {count}: {reason}", file=sys.stderr)
@@ -215,12 +214,13 @@ def _cache_clear(options: argparse.Namespace) -> None:
     print(f"{_count(cache.clear(), 'plan')} deleted from {cache.directory or 'nowhere: there is no cache directory'}")
 
 
-def _tune(options: argparse.Namespace) -> None:
+def _tune(options: argparse.Namespace) -> int:
     work = _tune_layers if os.path.exists(options.workload) or ":" not in options.workload else _tune_model
     measured = settings.configure(autotune=options.mode, log="plan")
     with measured, tuning.budget(options.budget):
-        work(options)
+        status = work(options) or 0
     print(f"plans are kept in {_cache_state()}")
+    return status
 
 
 def _need_gpu(what: str) -> torch.device:
@@ -229,30 +229,39 @@ def _need_gpu(what: str) -> torch.device:
     return torch.device("cuda")
 
 
-def _tune_layers(options: argparse.Namespace) -> None:
+def _tune_layers(options: argparse.Namespace) -> int:
+    """1 if a layer could not be computed; the others are tuned all the same."""
     if options.input_shape:
         raise Mistake("--input-shape belongs to a model (module:callable); a workload file has its own shapes")
     if not os.path.isfile(options.workload):
-        raise Mistake(f"workload {options.workload} does not exist: expected a JSON file of layers, or module:callable")
-    with _mistakes(OSError, ValueError):
+        raise Mistake(f"workload {options.workload} is no file: expected a JSON list of layers, or module:callable")
+    with _mistakes(ValueError):
         layers, left_out = read(options.workload)
     if left_out:
         print(f"left out of {options.workload}: {left_out}, which are not conv3d")
     if options.dtype:
         layers = [dataclasses.replace(layer, dtype=options.dtype) for layer in layers]
     device = _need_gpu(f"{_count(len(layers), 'layer')}, {', '.join(options.passes)}, mode {options.mode}")
+    failed = 0
     for number, layer in enumerate(layers, 1):
         print(f"[{number}/{len(layers)}] {layer.id}", flush=True)
-        _tune_layer(layer, options, device)
+        failed += sum(not _tuned(layer, pass_, options, device) for pass_ in options.passes)
+    return 1 if failed else 0
 
 
-def _tune_layer(layer: Layer, options: argparse.Namespace, device: torch.device) -> None:
-    for pass_ in options.passes:  # one at a time: the least memory
-        try:
-            layer.run((pass_,), device, LAYOUTS[options.layout])
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            print(f"    {pass_} left out: it does not fit into this GPU's memory")
+def _tuned(layer: Layer, pass_: str, options: argparse.Namespace, device: torch.device) -> bool:
+    """One pass at a time: the least memory. False if it could not be computed for another reason than that."""
+    try:
+        layer.run((pass_,), device, LAYOUTS[options.layout])
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        print(f"    {pass_} left out: it does not fit into this GPU's memory")
+    except RuntimeError as error:
+        if is_illegal_access(error):
+            raise Mistake(f"{error}\nthe device is lost to this process; what was tuned before is kept") from error
+        print(f"    {pass_} failed: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _tune_model(options: argparse.Namespace) -> None:
@@ -303,7 +312,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     chosen = {name: getattr(options, name) for name in ("steps", "width", "patch", "seed", "amp")}
     changes = {name: value for name, value in chosen.items() if value is not None}
-    with _mistakes(ValueError, OSError, ModuleNotFoundError):
+    with _mistakes(ValueError, ModuleNotFoundError):
         run = dataclasses.replace(demo.DEFAULTS[device], **changes)
         slabs = demo.load(run.patch, run.spacing)
     demo.main(run, *slabs)

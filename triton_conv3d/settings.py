@@ -58,7 +58,10 @@ def _flag(name: str, value: str | bool) -> bool:
 
 
 def _directory(name: str, value: str | os.PathLike | None) -> Path | None:
-    return Path(value).expanduser() if value else None
+    try:
+        return Path(value).expanduser() if value else None
+    except RuntimeError:
+        raise ValueError(f"{name}={str(value)!r} is no directory: there is no such user, or no home") from None
 
 
 _PARSERS = {

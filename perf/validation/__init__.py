@@ -36,6 +36,7 @@ _WHOLE = 0.9 * BUDGET  # seconds: a step that had so many and was not done would
 _PATIENCE, _LEAST_PATIENCE = 5, 120.0  # times what a step is estimated to take, and seconds, after which it hangs
 _GRACE = 30.0  # seconds: a call ends within ten minutes even if one of its steps never does
 _REASON = 500  # characters
+UNFINISHED = 3  # exit status: nothing is wrong so far, and steps are left
 _MOST_BEGUN = 2  # times: a step that ended its process so often, as a crash of a compiler does, has failed
 
 
@@ -215,15 +216,16 @@ def _begin(begun: Path | None, module: ModuleType, step: Step) -> int:
 
 def _watched(state: Progress, step: Step, limit: float, record: Callable[[Check], None]) -> Outcome | None:
     """``step.run(limit)``. Nothing ends a kernel from within: if one never does, this process goes; the next call goes on."""
-    wait = limit if step.keeps else step.patience
+    seconds = limit + _GRACE
 
     def leave() -> None:
-        if not step.keeps or limit >= step.patience:
-            record(Check(state.slice.NAME, step.name, FAILED, f"still not done after {wait + _GRACE:.0f} s", 0, wait + _GRACE))
+        failed = limit >= step.patience
+        if failed:
+            record(Check(state.slice.NAME, step.name, FAILED, f"still not done after {seconds:.0f} s", 0, seconds))
         process.end_all()
-        os._exit(1)
+        os._exit(1 if failed else UNFINISHED)
 
-    watch = threading.Timer(wait + _GRACE, leave)
+    watch = threading.Timer(seconds, leave)
     watch.daemon = True
     watch.start()
     try:

@@ -8,6 +8,7 @@ from triton_conv3d import settings
 
 from .. import end_to_end
 from ..networks import INFER, MODES, TRAIN, Network, networks
+from ..results import LOST
 from . import BAD, TUNING, DeviceLost, Outcome, Setting, Step, summed
 
 NAME = "end-to-end"
@@ -31,7 +32,7 @@ def steps(setting: Setting) -> list[Step]:
 def _measure(setting: Setting, network: Network, mode: str, limit: float) -> Outcome | None:
     path, machine, names = setting.out / end_to_end.FILE, setting.machine, list(end_to_end.PROVIDERS)
     with settings.configure(autotune=TUNING, cache_dir=setting.cache):
-        lost = end_to_end.measure([network], [mode], names, path, machine=machine, budget=limit)[end_to_end.LOST]
+        lost = end_to_end.measure([network], [mode], names, path, machine=machine, budget=limit)[LOST]
     if end_to_end.pending(path, network, mode, names, machine.stamp):
         if lost:
             raise DeviceLost

@@ -36,6 +36,8 @@ class Run:
     def __post_init__(self):
         if self.patch % 4 or self.patch < 8:
             raise ValueError(f"patch={self.patch} is no size of a patch: expected a multiple of 4, at least 8")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is none: expected a number from 0 to 2^63 - 1")
         for name in ("steps", "width", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is too small: expected at least 1")

@@ -96,14 +96,15 @@ def _check_problem(values: object) -> None:
             raise ValueError(f"{name} is not known")
 
 
-def _checksum(values: dict) -> str:
+def checksum(values: object) -> str:
+    """Of an entry as it stands in a file."""
     return hashlib.sha256(canonical([SCHEMA, values]).encode()).hexdigest()
 
 
 def _sealed(entry: Entry) -> dict:
     times = {name: value if value is None else float(value) for name, value in entry.times.items()}
     values = Entry.from_dict({**entry.to_dict(), **times}).to_dict()
-    return {"schema": SCHEMA, "checksum": _checksum(values), "entry": values}
+    return {"schema": SCHEMA, "checksum": checksum(values), "entry": values}
 
 
 def _unsealed(values: object) -> Entry:
@@ -111,7 +112,7 @@ def _unsealed(values: object) -> Entry:
         raise ValueError("not an entry of the plan cache")
     if canonical(values["schema"]) != canonical(SCHEMA):
         raise ValueError("another schema")
-    if values["checksum"] != _checksum(values["entry"]):
+    if values["checksum"] != checksum(values["entry"]):
         raise ValueError("the checksum does not fit")
     return Entry.from_dict(values["entry"])
 

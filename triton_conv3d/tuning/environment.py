@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -12,14 +14,15 @@ import torch
 from ..problem import device_name
 
 _NONE = "none"
+_KERNEL_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """Names and versions that plans measured on this device are valid for.
 
-    ``gpu``, ``arch``, ``torch``, ``triton``, ``driver`` (CUDA or HIP), ``cudnn``, ``package`` and ``engines`` (hash of
-    the engines' source). What a device does not use is ``none``.
+    ``gpu``, ``arch``, ``torch``, ``triton``, ``driver`` (and behind it the runtime: ``580.65.06, cuda 13.0``), ``cudnn``,
+    ``package`` and ``engines`` (hash of the engines' source). What a device does not use is ``none``.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -52,9 +55,30 @@ def _triton() -> str:
 
 
 def _driver() -> str:
-    version = getattr(torch._C, "_cuda_getDriverVersion", None)
     runtime = f"hip {torch.version.hip}" if torch.version.hip else f"cuda {torch.version.cuda}"
-    return f"{version() if version else _NONE}, {runtime}"
+    return f"{_kernel_driver() or _cuda_driver() or _NONE}, {runtime}"
+
+
+def _kernel_driver() -> str | None:
+    """What the kernel's driver says of itself: ``580.65.06``."""
+    for path in _KERNEL_DRIVERS:
+        try:
+            found = re.search(r"(?:^|Kernel Module.*?\s)(\d+\.\d+\S*)", path.read_text())
+        except OSError:
+            continue
+        if found:
+            return found[1]
+    return None
+
+
+def _cuda_driver() -> str | None:
+    """The version of CUDA that the driver knows (CUDA driver API, cuDriverGetVersion): ``13000``."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else str(version.value)
 
 
 def _version() -> str:

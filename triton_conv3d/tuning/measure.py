@@ -268,6 +268,13 @@ def _triton() -> str:
     return f"triton {triton.__version__}"
 
 
+def _specialised(argument: object) -> object:
+    """What Triton compiles a kernel anew for: a tensor's type, and a number that is 1, divisible by 16 or long."""
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, abs(argument) >> 31 > 0
+    return getattr(argument, "dtype", None)
+
+
 def _compile(problem: Problem, operands: Operands, device: torch.device, candidates: list[Candidate]) -> None:
     """Compile what the candidates will launch, in threads and without launching it; failures show again at the launch.
 
@@ -283,7 +290,7 @@ def _compile(problem: Problem, operands: Operands, device: torch.device, candida
     def compile_only(kernel, grid, args, options) -> None:
         if not getattr(compiling, "here", False):
             return launch(kernel, grid, args, options)
-        key = (id(kernel), repr(options), repr([getattr(argument, "dtype", argument == 1) for argument in args]))
+        key = (id(kernel), repr(options), tuple(map(_specialised, args)))
         if key not in begun:
             begun.add(key)
             compiled = kernel.run(*args, grid=(*grid, 1), warmup=True, **options)

@@ -146,7 +146,10 @@ def write(path: Path, data: bytes) -> None:
     """Put a whole file in place at once, mode 0600: readers see the old one or the new one. Raises OSError."""
     temporary = path.with_name(secrets.token_hex(16) + TEMPORARY)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(temporary, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        descriptor = os.open(temporary, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         try:
             rest = memoryview(data)

@@ -97,15 +97,12 @@ def is_right(
         absolute += 2 * unit * (_DEVIATIONS * deviation + problem.bias + problem.residual)
     if problem.activation != NO_ACTIVATION:
         absolute = absolute * steepest(problem.activation, negative_slope) + _ACTIVATION_ERROR
-    within = [
-        ((part.to(other.dtype) - other).abs() <= 2 * unit * other.abs() + absolute).all()
-        for part, other in zip(result.chunk(_CHUNKS), expected.to(_wider(expected.dtype)).chunk(_CHUNKS), strict=True)
-    ]
+    wide, longest = torch.promote_types(expected.dtype, torch.float32), max(range(result.dim()), key=result.size)
+    within = []
+    for part, other in zip(result.chunk(_CHUNKS, longest), expected.chunk(_CHUNKS, longest), strict=True):
+        other = other.to(wide)
+        within.append(((part.to(wide) - other).abs() <= 2 * unit * other.abs() + absolute).all())
     return bool(torch.stack(within).all())
-
-
-def _wider(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _products(problem: Problem) -> int:
