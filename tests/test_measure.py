@@ -342,7 +342,7 @@ class TestCompile:
                 raise AssertionError("compared")
 
         def launch(problem, operands, config):
-            args = operands.input.as_subclass(Closed), numbers[config.tile]
+            args = operands.input.as_subclass(Closed), (4, (numbers[config.tile],))
             launching.launch_kernel(self, (1, 1), args, {"num_warps": 4})
 
         self.compile(len(numbers), launch)

@@ -272,6 +272,8 @@ def _specialised(argument: object) -> object:
     """What Triton compiles a kernel anew for: a tensor's type, and a number that is 1, divisible by 16 or long."""
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, abs(argument) >> 31 > 0
+    if isinstance(argument, tuple):
+        return tuple(map(_specialised, argument))
     return getattr(argument, "dtype", None)
 
 
