@@ -220,7 +220,7 @@ def gather_gemm(
             w_tap = tap
         w_tap = w_tap * w_strides[1] * W_UNIT
         if DGRAD:
-            w_tap += r * (w_strides[0] * W_UNIT)
+            w_tap += r.to(INDEX) * (w_strides[0] * W_UNIT)
         else:
             w_tap += r
         one = tl.full([], 1, BITS)
