@@ -66,6 +66,7 @@ def kn2row_gemm(
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
+    ASYNC: tl.constexpr,  # products go on by themselves
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -160,13 +161,12 @@ def kn2row_gemm(
         ends = r >= reduced
         r = tl.where(ends, 0, r)  # not below: loads that run ahead must not depend on what the sums do
         xh += tl.where(ends, step[1], 0)
-        kept = ()
-        for j in tl.static_range(PLANES):  # outside of the branch, where compilers see that products are to be waited for
-            kept += (tl.where(ends, 0.0, sums[j]),)
         if ends:
+            empty = ()
             moved = ()
             for j in tl.static_range(PLANES):
                 parts = _by_tap(sums[j], TAPS_H, LEVELS_H)
+                empty += (tl.zeros([BLOCK_W, TAPS_H * WIDTH], tl.float32),)
                 full = parts[KERNEL_H - 1]
                 if KERNEL_H > 1:
                     full += running[(j + 1) * (KERNEL_H - 1) - 1]
@@ -178,10 +178,16 @@ def kn2row_gemm(
                 if BIAS:
                     result += tl.load(bias_ptr + q, mask=in_q, other=0.0).to(tl.float32)[None, :]
                 y_at = y_tile + (jh.to(INDEX) * y_strides[2] + j * y_plane)
-                inside_y = tl.where((line >= KERNEL_H - 1) & (jd + j * step[0] < y_size[0]), in_y, False)
-                result = finished(result, residual_ptr, y_at, inside_y, ACTIVATION, slope)
-                tl.store(y_ptr + y_at, rounded(result, y_ptr.dtype.element_ty, UPCAST), mask=inside_y)
+                kept = tl.where((line >= KERNEL_H - 1) & (jd + j * step[0] < y_size[0]), in_y, False)
+                result = finished(result, residual_ptr, y_at, kept, ACTIVATION, slope)
+                tl.store(y_ptr + y_at, rounded(result, y_ptr.dtype.element_ty, UPCAST), mask=kept)
+            if not ASYNC:
+                sums = empty
             running = moved
             line += 1
             jh += step[1]
-        sums = kept
+        if ASYNC:  # outside of the branch, or compilers do not see that sums are read, and do not wait for their products
+            begun = ()
+            for j in tl.static_range(PLANES):
+                begun += (tl.where(ends, 0.0, sums[j]),)
+            sums = begun
