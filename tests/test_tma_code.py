@@ -167,8 +167,9 @@ def test_what_must_not_be_is_seen() -> None:
     assert faults(sound) == []
     assert len(faults(registers := {**sound, "from_shared": 0, "left": "brick"})) == 1
     assert faults({**registers, "pending": 0}) == []
-    for bad in (dict(spills=1), dict(shared=SHARED_BYTES + 1), dict(products=0), dict(from_shared=2),
-                dict(left="brick", pending=0), dict(copies=0), dict(per_product=14.1), dict(per_product=0), dict(warnings="serialized")):  # fmt: skip
+    for bad in (dict(spills=1), dict(shared=SHARED_BYTES + 1), dict(products=0), dict(from_shared=2), dict(copies=0),
+                dict(left="brick", pending=0), dict(per_product=14.1), dict(per_product=0),
+                dict(warnings="serialized")):  # fmt: skip
         assert len(faults({**sound, **bad})) == 1
 
 
