@@ -94,7 +94,8 @@ class Report:
             of a program divides by 8, and the engine copies into shared memory.
         registers: of a thread. spills: instructions that move registers to local memory or back; on AMD registers.
         shared: bytes. matrix: matrix instructions. wide_copies, narrow_copies: copies into shared memory, of 16 bytes and
-            of less; on AMD loads. loop: instructions of the smallest loop with matrix instructions.
+            of less; on AMD loads. loop: instructions of the smallest loop with matrix instructions. unwaited: see
+            :func:`unwaited`.
     """
 
     arch: str
@@ -114,9 +115,11 @@ class Report:
     wide_copies: int
     narrow_copies: int
     loop: int
+    unwaited: int = 0
 
     def faults(self) -> list[str]:
-        """What must not be: spills, too much shared memory, no matrix instructions, narrow copies of full vectors."""
+        """What must not be: spills, too much shared memory, no matrix instructions, narrow copies of full vectors, and sums
+        that are read too early."""
         found = []
         if self.spills:
             found.append(f"{self.spills} spills")
@@ -126,6 +129,8 @@ class Report:
             found.append("no matrix instructions")
         if self.vectors and not self.wide_copies:
             found.append("no 16-byte copies")
+        if self.unwaited:
+            found.append(f"{self.unwaited} sums are read before their products are waited for")
         return found
 
 
@@ -220,7 +225,7 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
         arch, problem.dtype, problem.precision, problem.pass_, engine.NAME, str(layer), str(config), name,
         main and engine.work(problem, config).tensor_cores, copies,
         registers, spills, kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow,
-        main_loop(text)[0],
+        main_loop(text)[0], unwaited(kernel.asm["ttgir"]),
     )  # fmt: skip
 
 
@@ -235,6 +240,17 @@ def resources(arch: str, kernel) -> tuple[int, int, str]:
         file.flush()
         usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
     return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:LDL|STL)\b", text)), text
+
+
+def unwaited(ttgir: str) -> int:
+    """Products of sm_90, which go on by themselves, whose sums something reads that does not wait for them.
+
+    Triton up to 3.9 overlooks what reads them in a branch of the loop; then NVIDIA's compiler waits for every single product.
+    """
+    lines = [line.partition(" loc(")[0] for line in ttgir.splitlines()]
+    products = [m[1] for line in lines if (m := re.match(r"\s*(%\w+) = ttng\.warp_group_dot .*isAsync = true", line))]
+    waits = re.compile(r"ttng\.warp_group_dot|scf\.yield")
+    return sum(any(re.search(rf"{name}\b", line) and not waits.search(line) for line in lines) for name in products)
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -25,6 +25,7 @@ from triton_conv3d.workload import PRECISIONS
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")  # the latter: in the interpreter
 DTYPES = ("float16", "bfloat16", "float32")
+_NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # as NVIDIA's arithmetic writes it
 _SLACK = 64  # NaN elements before and after an operand; keeps 16-byte alignment
 _LONGEST_STEPS = (20, 40, 80, 200)  # programs x loop steps of a fuzz case: a few milliseconds each, in the interpreter
 _EXACT_ACTIVATIONS = ("none", "relu", "leaky_relu")  # of integers, with a slope that is a power of 2
@@ -291,7 +292,7 @@ def check_footprint(
     for position in (0, tensor.numel() // 2, tensor.numel() * 7 // 11, tensor.numel() - 1):  # corners, and within
         where = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape))
         value = tensor[where].item()
-        tensor[where] = math.nan
+        tensor[where] = _NAN
         expected, more = reference.compute(problem, operands).isnan(), beyond(where)
         result = engine.launch(problem, operands, offers[position % len(offers)])
         # Of wgrad torch multiplies padding too, and so may we, but for what is gathered

@@ -161,6 +161,26 @@ def run_large(engine, pass_: str, crossing: str, contiguous: bool = False) -> No
         tolerances.check_exact(engine.launch(problem, operands, config), problem, operands)
 
 
+def run_far() -> None:
+    """Exact where 32 bits count the elements of a tensor, but not those to a plane beyond the padding before it."""
+    import tolerances
+    import torch
+    from cases import Case, make, pose
+
+    from triton_conv3d import engines
+
+    case = Case(
+        "forward", in_channels=3, input_size=(2, 1, 1), kernel_size=(2, 1, 1), dilation=(8, 1, 1), dtype="float16",
+        padding=(8, 8, 0, 0, 0, 0),
+    )  # fmt: skip
+    _, operands = make(case)
+    plane = 2**28 + 5  # 7 of them are a 32-bit number, 8 are not
+    wide = reserved(2 * plane, torch.float16).as_strided(operands.input.shape, (1, 1, plane, 3, 3)).copy_(operands.input)
+    operands = operands._replace(input=wide)
+    problem, gemm = pose(case, operands), engines.get("implicit_gemm")
+    tolerances.check_exact(gemm.launch(problem, operands, gemm.configs(problem)[-1]), problem, operands)
+
+
 def overflow_is_caught() -> None:
     """The same with 32-bit offsets on purpose must not pass: neither in silence nor with the right result."""
     from triton_conv3d import engines
@@ -200,6 +220,8 @@ def main(mode: str) -> None:
             for crossing in CROSSINGS:
                 print(pass_, crossing, flush=True)
                 run_large(engines.get("implicit_gemm"), pass_, crossing)
+        print("far", flush=True)
+        run_far()
     elif mode == "overflow":
         overflow_is_caught()
     elif mode == "overrun":  # that the guards are there

@@ -6,6 +6,7 @@ What is checked of each call stands in one place, :func:`cases.run`.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import types
 from functools import partial
 
@@ -16,6 +17,7 @@ from cases import DEVICE, LAYOUTS, Case, engines_for, make, pose, run
 
 from triton_conv3d import engines, reference
 from triton_conv3d.engines import launching
+from triton_conv3d.engines.base import switched
 from triton_conv3d.problem import PASSES, Problem, device_name
 from triton_conv3d.tuning import cost_model
 
@@ -347,6 +349,25 @@ def test_torchs_switches_are_as_the_problem_wants_them(engine, dtype, precision,
     problem, operands = make(Case("forward", kernel_size=(1, 1, 1), dtype=dtype, precision=precision))
     engine.launch(problem.replace(arch="sm_90"), operands, engine.configs(problem)[0])
     assert seen == [within] and switches() == before
+
+
+def test_threads_take_turns_with_torchs_switches() -> None:
+    """A thread that finds a switch as it wants it must not lose it to another, which sets it back."""
+    switch, entered, other = types.SimpleNamespace(value="mine"), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with switched(switch, "value", "wanted"):
+            entered.set()
+            other.wait(0.1)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait()
+    with switched(switch, "value", "wanted"):
+        other.set()
+        thread.join()
+        assert switch.value == "wanted"
+    assert switch.value == "mine"
 
 
 def test_engine_names() -> None:

@@ -19,7 +19,7 @@ from perf.providers import PROVIDERS, Prepared
 from perf.results import FAILED, MEMORY, OK, UNSUPPORTED, WRONG
 from perf.threads import MAIN
 from perf.validation import DeviceLost, Outcome, Setting, bench, exact, large, networks, repeats, report, tune
-from perf.workloads import Case, Workload
+from perf.workloads import Case, Workload, cases, real
 from triton_conv3d import engines, reference
 from triton_conv3d.problem import PASSES, Operands, Problem, layout_of
 from triton_conv3d.tuning import table
@@ -226,9 +226,14 @@ def test_what_is_not_exact_is_seen(monkeypatch):
     assert "1 elements are not exact" in repeated().reason
 
 
-def test_repeats_are_of_six_real_layers_a_pass(monkeypatch):
+def test_repeats_are_of_eight_real_layers_a_pass(monkeypatch):
+    """Every engine with kernels of its own is among what they run."""
     names = [step.name for step in repeats.steps(Setting(None))]
-    assert [name.split("/")[1] for name in names].count("wgrad") == 6
+    assert [name.split("/")[1] for name in names].count("wgrad") == 8
+    layers = [workload for workload in real() if workload.id in repeats.LAYERS]
+    problems = [p for case in cases(layers, PASSES, ("bf16", "fp32")) for p in case.problems("NVIDIA H200", "sm_90")]
+    run = {name for name, engine in engines.available().items() if any(engine.supports(p) is None for p in problems)}
+    assert run >= {"implicit_gemm", "folded", "halo", "kn2row", "depthwise", "tma", "rounded"}
     asked = []
     monkeypatch.setattr(repeats, "check", lambda cases, device, runs, trial: asked.append((cases, runs)))
     for name in names:

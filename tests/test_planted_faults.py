@@ -87,7 +87,7 @@ FAULTS = {
     "chain_dropped": (KERNELS, "total += acc", "total = acc"),
     "transposed_result": (HOST, "TRANSPOSED=problem.result_layout != CHANNELS_LAST", "TRANSPOSED=False"),
     # numbers
-    "tf32_truncated": (KERNELS, "((bits + 0x1000) & 0xFFFFE000)", "(bits & 0xFFFFE000)"),
+    "tf32_truncated": (KERNELS, "((bits + 0x1000) & ~0x1FFF)", "(bits & ~0x1FFF)"),
     "accumulator_in_half": (KERNELS, "acc = dot(a, b, acc, PRECISION, UPCAST)", "acc = dot(a, b, acc, PRECISION, UPCAST).to(tl.float16).to(tl.float32)"),
     # layout
     "copy_forgotten": (HOST, "return tensor if tensor.stride(1) == 1 else dense(tensor)", "return tensor"),

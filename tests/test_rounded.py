@@ -127,6 +127,7 @@ def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
     (dict(pass_="forward", kernel_size=(1, 1, 7)), "896 products"),
     (dict(kernel_size=(1, 1, 1), padding=(0,) * 6), "matmul"),
     (dict(batch=2048), "bytes: more than"),
+    (dict(batch=1, in_channels=16384, out_channels=8192, input_size=(3, 3, 3)), "elements of the result"),
     (dict(batch=0), "nothing to multiply"),
     (dict(arch="cpu"), "TRITON_INTERPRET"),
     (dict(pass_="forward", kernel_size=(1, 1, 62), input_size=(1, 1, 70)), "63"),

@@ -20,6 +20,7 @@ ACTIVATIONS = (NO_ACTIVATION, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh",
 CHANNELS_LAST, CONTIGUOUS, VIEW, STRIDED = "channels_last", "contiguous", "view", "strided"
 VECTOR_BYTES = 16  # the widest load of one thread on every GPU that Triton targets
 INT32_BYTES = 2**31 - 1  # beyond this byte extent a kernel needs 64-bit offsets
+_NEAR_BYTES = 2**24  # up to which it needs none, of whatever taps that anybody uses: they would reach 256 pixels
 
 Triple = tuple[int, int, int]
 
@@ -64,7 +65,7 @@ class Problem:
         layouts: of input, weight and output: ``channels_last``, ``contiguous``, ``view`` (channels are dense and
             last, the other strides free) or ``strided``.
         alignment: bytes that divide the address of every pixel of the operands as kernels read them, at most 16.
-        index64: some tensor extends over 2 GiB, so that offsets need 64 bits.
+        index64: some tensor extends over 2 GiB, or taps reach as far into its padding, so that offsets need 64 bits.
         device, arch: the GPU's name and architecture (``sm_90``, ``gfx942``), or ``cpu`` and ``cpu`` / ``interpreter``.
     """
 
@@ -353,6 +354,18 @@ def _byte_extent(tensor: torch.Tensor) -> int:
     return max(last + 1, tensor.numel()) * tensor.element_size()
 
 
+def _far(problem: Problem, tensor: torch.Tensor, largest: int) -> bool:
+    """Whether 32 bits may not count the elements to what the first tap of a pixel reads, or from there to the last tap.
+
+    Kernels add the two, and either may be far in the padding where the other is not.
+    """
+    _, c, *size = tensor.shape
+    steps = map(max, tensor.stride()[2:], (c * size[1] * size[2], c * size[2], c))  # of the tensor, or of a copy
+    axes = zip(problem.kernel_size, problem.dilation, size, steps, strict=True)
+    reach = sum((taps - 1) * dilation * step for taps, dilation, extent, step in axes if extent > 1)
+    return largest // problem.itemsize + reach > INT32_BYTES
+
+
 @functools.cache
 def device_name(device: torch.device) -> tuple[str, str]:
     """(name, architecture) of a device: ``("NVIDIA H200", "sm_90")``, or ``("cpu", "interpreter")``."""
@@ -422,4 +435,5 @@ def describe(
         arch=arch,
     )
     largest = max([*map(_byte_extent, tensors), math.prod(problem.result_shape) * problem.itemsize])
-    return problem.replace(index64=largest > INT32_BYTES)
+    gathered = operands.grad if pass_ == "dgrad" else operands.input
+    return problem.replace(index64=largest > INT32_BYTES or largest > _NEAR_BYTES and _far(problem, gathered, largest))

@@ -18,12 +18,14 @@ from ..workloads import Case, cases, real
 from . import Outcome, Setting, Step, child, exact
 
 NAME = "correctness.repeats"
-WHAT = "6 real layers a pass: exact, then 100 runs of equal bits"
+WHAT = "8 real layers a pass: exact, then 100 runs of equal bits"
 WORKERS = 4  # most of the time goes into compiling
 LAYERS = (
     "nnunet3d.c128_k128_3x3x3_32x32x32",
     "nnunet3d.c320_k320_3x3x3_4x4x4",  # few tiles: the reduction is split
     "monai_unet.c16_k32_3x3x3_s222_48x48x48",
+    "monai_unet.c32_k32_3x3x3_24x24x24",  # narrow: planes and lines that taps share
+    "nnunet3d.c1_k32_3x3x3_128x128x128",  # taps folded into channels
     "r3d18.c256_k256_3x3x3_4x14x14",
     "x3d_m.c216_k96_1x1x1_16x14x14",
     "x3d_m.c216_k216_3x3x3_16x14x14_g216",

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from .launching import GRID_LIMIT
 
 READ = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}  # roles of what a pass reads: 0 input, 1 weight, 2 output
 MOST_COPIED = 2**30  # bytes of copies that only save time: a GPU's memory has better uses
+_switching = threading.RLock()  # torch's switches
 
 
 @dataclass(frozen=True)
@@ -123,16 +125,23 @@ def upcast(problem: Problem) -> bool:
 
 @contextlib.contextmanager
 def switched(owner: object, name: str, value: object) -> Iterator[None]:
-    """Within the block one of torch's switches has this value; None: the one that it has."""
-    before = getattr(owner, name)
-    if value is None or value == before:
+    """Within the block one of torch's switches has this value; None: the one that it has.
+
+    It is the same for all threads, of which autograd has one for each device: they take turns.
+    """
+    if value is None:
         yield
         return
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+    with _switching:
+        before = getattr(owner, name)
+        if value == before:
+            yield
+            return
+        setattr(owner, name, value)
+        try:
+            yield
+        finally:
+            setattr(owner, name, before)
 
 
 def in_format(result: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:

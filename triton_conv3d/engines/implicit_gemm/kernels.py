@@ -22,9 +22,12 @@ from .taps import class_at, live_taps, parity_class, plane_at, tap_bits
 
 @triton.jit
 def round_tf32(value):
-    """float32 rounded to the nearest tf32: the tensor core itself truncates the last 13 bits."""
-    bits = value.to(tl.uint32, bitcast=True)
-    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    """float32 rounded to the nearest tf32: the tensor core itself truncates the last 13 bits.
+
+    NVIDIA's arithmetic writes NaN as 0x7FFFFFFF, of which rounding would make -0, but for the minimum.
+    """
+    bits = tl.minimum(value.to(tl.int32, bitcast=True), 0x7FFFEFFF)
+    return ((bits + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -217,7 +220,7 @@ def gather_gemm(
             w_tap = tap
         w_tap = w_tap * w_strides[1] * W_UNIT
         if DGRAD:
-            w_tap += r * (w_strides[0] * W_UNIT)
+            w_tap += r.to(INDEX) * (w_strides[0] * W_UNIT)
         else:
             w_tap += r
         one = tl.full([], 1, BITS)

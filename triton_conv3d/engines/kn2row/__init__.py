@@ -187,6 +187,7 @@ def _launch(
         BIAS=problem.bias,
         ACTIVATION=problem.activation,
         EVEN=reduced <= config.block_k or reduced % config.block_k == 0,
+        ASYNC=problem.arch in ("sm_90", "interpreter"),
         INDEX=tl.int64 if problem.index64 else tl.int32,
         PRECISION=problem.precision,
         UPCAST=upcast(problem),

@@ -66,6 +66,7 @@ def kn2row_gemm(
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
+    ASYNC: tl.constexpr,  # products go on by themselves
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -180,7 +181,13 @@ def kn2row_gemm(
                 kept = tl.where((line >= KERNEL_H - 1) & (jd + j * step[0] < y_size[0]), in_y, False)
                 result = finished(result, residual_ptr, y_at, kept, ACTIVATION, slope)
                 tl.store(y_ptr + y_at, rounded(result, y_ptr.dtype.element_ty, UPCAST), mask=kept)
-            sums = empty
+            if not ASYNC:
+                sums = empty
             running = moved
             line += 1
             jh += step[1]
+        if ASYNC:  # outside of the branch, or compilers do not see that sums are read, and do not wait for their products
+            begun = ()
+            for j in tl.static_range(PLANES):
+                begun += (tl.where(ends, 0.0, sums[j]),)
+            sums = begun

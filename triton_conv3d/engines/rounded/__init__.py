@@ -2,7 +2,7 @@
 
 A tensor core truncates float32 operands to tf32; rounding them instead, between shared memory and the product, takes the
 operands through registers in every step and, of what lies in rows of filters or pixels, back to shared memory in another
-order: of 64 x 128 x 32 some 390 instructions in wgrad. Here a copy of each operand is rounded beforehand, in the order
+order: of 64 x 128 x 32 some 420 instructions in wgrad. Here a copy of each operand is rounded beforehand, in the order
 that matrix instructions of sm_90 read 32-bit operands in, which is with the reduction as the dense dimension:
 
     forward   pixels x channels and filters x channels, for the implicit GEMM, whose loop then rounds nothing

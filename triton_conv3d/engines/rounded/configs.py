@@ -75,6 +75,8 @@ def wgrad_refused(problem: Problem) -> str | None:
         return f"{problem.arch} has no copy engine that wgrad was compiled for: sm_90 and sm_100"
     if max(volume.positions for volume in volumes(problem, _STEP)) >= _COORDINATES:
         return f"more than {_COORDINATES} positions, the coordinates of a descriptor"
+    if problem.result_elements >= _COORDINATES:
+        return f"more than {_COORDINATES} elements of the result, which its kernel counts in 32 bits"
     if (copied := copied_bytes(problem, _STEP)) > MOST_COPIED:
         return f"copies of {copied} bytes: more than {MOST_COPIED}"
     return None

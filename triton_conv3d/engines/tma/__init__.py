@@ -61,7 +61,7 @@ from ..base import (
 from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import CHAIN
 from ..launching import launch_kernel
-from .configs import BrickConfig, configs, extent, is_flat, produced, reduced, workspace_bytes
+from .configs import BrickConfig, configs, extent, is_flat, left_is_shared, produced, reduced, workspace_bytes
 from .geometry import MOST_VIEWS, View, Views, counts, views, views_along
 from .kernels import gather_bricks, wgrad_bricks
 
@@ -264,6 +264,7 @@ def _wgrad_launch(
     )  # fmt: skip
     options = dict(
         CHAIN=CHAIN, FLAT=is_flat(problem, config), BLOCK_M=config.block_k,
+        WAITS=problem.arch == "sm_90" and not left_is_shared(problem, config.brick),
         **_constants(problem, config),
     )  # fmt: skip
     tiles = -(-problem.group_out // config.block_k) * -(-problem.group_in // config.block_n)

@@ -138,7 +138,7 @@ def brick_of(problem: Problem, size: int) -> Brick:
     found = found or bricks(problem, size)
     if problem.pass_ == "wgrad" and problem.arch == "sm_90":
         most = _WASTE * covered(problem, found[0])
-        shared = (b for b in found if b[:3] == (1, 1, 1) or flat(problem, b))
+        shared = (b for b in found if left_is_shared(problem, b))
         return next((brick for brick in shared if covered(problem, brick) <= most), found[0])
     return found[0]
 
@@ -151,10 +151,19 @@ def spills(problem: Problem, config: BrickConfig) -> bool:
     return config.splits > 1 and problem.pass_ != "wgrad" and tile in _POOR_SPLIT.get(problem.arch, ())
 
 
+def left_is_shared(problem: Problem, brick: Brick) -> bool:
+    """Whether on sm_90 the gradient is on the left side of wgrad's products in shared memory, and not in registers."""
+    return brick[:3] == (1, 1, 1) or _is_matrix(problem, brick)
+
+
+def _is_matrix(problem: Problem, brick: Brick) -> bool:
+    return problem.layouts[2] != VIEW and flat(problem, brick)
+
+
 def is_flat(problem: Problem, config: BrickConfig) -> bool:
     """Whether wgrad reads the gradient as a matrix: on sm_90 only that, or a row, reaches a product's left side from
     shared memory."""
-    return problem.layouts[2] != VIEW and flat(problem, config.brick)
+    return _is_matrix(problem, config.brick)
 
 
 def workspace_bytes(problem: Problem, config: BrickConfig) -> int:

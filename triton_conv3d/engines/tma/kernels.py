@@ -208,6 +208,7 @@ def wgrad_bricks(
     UPCAST: tl.constexpr,
     CHAIN: tl.constexpr,  # products of one accumulator before they are added to the total
     FLAT: tl.constexpr,  # the gradient is a matrix of pixels and filters
+    WAITS: tl.constexpr,  # on sm_90 products read it in registers, which the next step must not fill before they are done
     BRICK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -242,7 +243,7 @@ def wgrad_bricks(
         n, d, h, w = _digits(chain, bricks)
         n, d, h, w = n * BRICK[0], d * BRICK[1], h * BRICK[2], w * BRICK[3]
         pixel = chain * BLOCK_K
-        for _ in range(chain, tl.minimum(chain + CHAIN // BLOCK_K, end)):
+        for at in range(chain, tl.minimum(chain + CHAIN // BLOCK_K, end)):
             if FLAT:
                 of_grad = grad.load([pixel, filters])
                 pixel += BLOCK_K
@@ -251,6 +252,8 @@ def wgrad_bricks(
             of_x = x.load([n, d * scale[0] + x_d, h * scale[1] + x_h, w * scale[2] + x_w, channels])
             of_x = of_x.reshape(BLOCK_K, BLOCK_N)
             acc = dot(of_grad.T, of_x, acc, "ieee", UPCAST)
+            if WAITS:  # always true: what is read here is waited for, as Triton 3.6.0 does for nothing less
+                acc = tl.where(at < end, acc, 0.0)
             w, over = _next(w, 0, end_w, True, BRICK[3])
             h, over = _next(h, 0, end_h, over, BRICK[2])
             d, over = _next(d, 0, end_d, over, BRICK[1])
