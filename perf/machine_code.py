@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -118,8 +119,8 @@ class Report:
     unwaited: int = 0
 
     def faults(self) -> list[str]:
-        """What must not be: spills, too much shared memory, no matrix instructions, narrow copies of full vectors, and sums
-        that are read too early."""
+        """What must not be: spills, too much shared memory, no matrix instructions, narrow copies of full vectors, and
+        products that are not waited for."""
         found = []
         if self.spills:
             found.append(f"{self.spills} spills")
@@ -130,7 +131,7 @@ class Report:
         if self.vectors and not self.wide_copies:
             found.append("no 16-byte copies")
         if self.unwaited:
-            found.append(f"{self.unwaited} sums are read before their products are waited for")
+            found.append(f"{self.unwaited} products are not waited for")
         return found
 
 
@@ -243,14 +244,25 @@ def resources(arch: str, kernel) -> tuple[int, int, str]:
 
 
 def unwaited(ttgir: str) -> int:
-    """Products of sm_90, which go on by themselves, whose sums something reads that does not wait for them.
+    """Products of sm_90, which go on by themselves, whose sums something reads that does not wait for them, or whose left side
+    is in registers that the next step of a loop may fill before they are done.
 
-    Triton up to 3.9 overlooks what reads them in a branch of the loop; then NVIDIA's compiler waits for every single product.
+    Triton up to 3.9 overlooks what reads sums in a branch of the loop; then NVIDIA's compiler waits for every single product.
+    3.6 leaves as many products going as one step has if their left side was copied into shared memory as a whole.
     """
     lines = [line.partition(" loc(")[0] for line in ttgir.splitlines()]
-    products = [m[1] for line in lines if (m := re.match(r"\s*(%\w+) = ttng\.warp_group_dot .*isAsync = true", line))]
     waits = re.compile(r"ttng\.warp_group_dot|scf\.yield")
-    return sum(any(re.search(rf"{name}\b", line) and not waits.search(line) for line in lines) for name in products)
+    count, left, going = 0, 0, False
+    for number, line in enumerate(lines):
+        if product := re.match(r"(\s*)(%\w+) = ttng\.warp_group_dot .*isAsync = true.*\} : (tensor)?", line):
+            in_loop = itertools.takewhile(lambda other: other.startswith(product[1]), lines[number + 1 :])
+            count += any(re.search(rf"{product[2]}\b", other) and not waits.search(other) for other in in_loop)
+            left += product[3] is not None
+        elif wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
+            going = wait[1] != "0"
+        elif "scf.yield" in line:
+            count, left = count + left * going, 0
+    return count
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -67,6 +67,20 @@ def test_main_loop_of_the_forward_kernel(kernels, split, most):
     assert loops and max(loops) <= most
 
 
+DOT = "%acc_1 = ttng.warp_group_dot %a, %b, %acc {{isAsync = true}} : {}<64x16xbf16> * !ttg.memdesc<16x64xbf16>"
+WAIT = "%acc_2:2 = ttng.warp_group_dot_wait %acc_1, %b {{pendings = {} : i32}} : tensor<64x64xf32>"
+
+
+@pytest.mark.parametrize("left, going, more, count", [
+    ("!ttg.memdesc", 1, "scf.yield %acc_1", 0), ("tensor", 0, "scf.yield %acc_2", 0), ("tensor", 7, "scf.yield %acc_2", 1),
+    ("!ttg.memdesc", 1, "%c = arith.addf %acc_1, %d", 1), ("!ttg.memdesc", 1, "%c = arith.addf %acc_11, %d", 0),
+], ids=("shared", "registers", "registers-filled-again", "sums-read-early", "other-sums"))  # fmt: skip
+def test_products_that_are_not_waited_for_are_seen(left, going, more, count):
+    from perf.machine_code import unwaited
+
+    assert unwaited("\n".join((DOT.format(left), WAIT.format(going), more))) == count
+
+
 @pytest.mark.parametrize(
     "report", sorted((ROOT / "perf" / "results" / "machine_code").glob("*.json")), ids=lambda p: p.stem
 )
