@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .. import settings
+from ..engines.base import Config
+from ..problem import Problem
+
 # Errors after which the device's context, or the kernel, can no longer be trusted: all of CUDA's that stay (cudaError, 700 to
 # 721), for whatever is launched after them fails alike.
 _FATAL = (
@@ -27,6 +31,14 @@ _UNFIT = ("passmanager::run failed", "out of resource", "too many resources requ
 def is_illegal_access(error: BaseException) -> bool:
     """The kernel touched memory that is not its own, or failed on the device."""
     return _says(error, _FATAL)
+
+
+def blamed(engine: str, config: Config, problem: Problem, error: BaseException) -> RuntimeError:
+    """What to raise after an illegal access: which kernel did it, and how the next process does without it."""
+    remedy = f"{settings.variable('engine')}=aten computes everything by torch's own convolution"
+    remedy += f"; {settings.variable('autotune')}=off measures no candidates, should this have been one"
+    lost = "Please report it. This process can compute nothing more on the GPU"
+    return RuntimeError(f"{engine} [{config}] failed on {problem}: {error}\n{lost}. For the next one, {remedy}.")
 
 
 def is_out_of_resources(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from ..engines import launching
 from ..engines.base import Config
 from ..problem import Operands, Problem, interpreted
 from . import search, verify
-from .faults import is_illegal_access, is_out_of_memory, is_out_of_resources
+from .faults import blamed, is_illegal_access, is_out_of_memory, is_out_of_resources
 from .progress import progress
 from .search import OWN, Candidate, Ranked
 
@@ -235,7 +235,7 @@ class Bench:
             return value
         except Exception as error:
             if is_illegal_access(error):
-                raise RuntimeError(f"{engine.NAME} [{config}] failed on {self.problem}: {error}") from error
+                raise blamed(engine.NAME, config, self.problem, error) from error
             if is_out_of_memory(error):
                 torch.cuda.empty_cache()
             elif not is_out_of_resources(error) and engine.NAME != OWN:

@@ -20,7 +20,7 @@ from ..problem import Operands, Problem
 from . import cost_model, measure, transfer, variants
 from .cache import Entry, PlanCache
 from .environment import environment, source_hash
-from .faults import is_illegal_access, is_out_of_memory, is_out_of_resources
+from .faults import blamed, is_illegal_access, is_out_of_memory, is_out_of_resources
 from .plan import Plan, offered
 from .table import lookup
 
@@ -90,7 +90,7 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor:
             return engines.available()[plan.engine].launch(problem, operands, plan.config)
         except Exception as error:
             if is_illegal_access(error):
-                raise RuntimeError(f"{plan.engine} [{plan.config}] failed on {problem}: {error}") from error
+                raise blamed(plan.engine, plan.config, problem, error) from error
             if is_out_of_memory(error):
                 leaner = _leaner(problem, plan)
                 if leaner is None:
