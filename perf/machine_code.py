@@ -248,7 +248,7 @@ def unwaited(ttgir: str) -> int:
     is in registers that the next step of a loop may fill before they are done.
 
     Triton up to 3.9 overlooks what reads sums in a branch of the loop; then NVIDIA's compiler waits for every single product.
-    3.6 leaves as many products going as one step has if their left side was copied into shared memory as a whole.
+    3.6 splits a product whose left side is in registers, and at the end of a step leaves all parts going but one.
     """
     lines = [line.partition(" loc(")[0] for line in ttgir.splitlines()]
     waits = re.compile(r"ttng\.warp_group_dot|scf\.yield")

@@ -9,6 +9,7 @@ from cases import Case, check_footprint, make, run
 from guarded import CROSSINGS, guards, run_large
 
 from triton_conv3d import engines
+from triton_conv3d.engines.launching import launch_kernel
 from triton_conv3d.problem import Problem
 from triton_conv3d.tuning import cost_model
 from triton_conv3d.tuning.select import ranking, refusals
@@ -51,6 +52,20 @@ def tiles() -> list:
             for config in offers[-1:] if precision == "tf32x3" else offers:
                 found[dtype, precision, dataclasses.replace(config, lines=1)] = None
     return [pytest.param(*key, id="-".join((*key[:2], "x".join(map(str, vars(key[2]).values()))))) for key in found]
+
+
+def test_where_products_do_not_go_on_by_themselves(monkeypatch) -> None:
+    """The kernel of all GPUs but sm_90, whose other form the interpreter runs."""
+    asked = []
+
+    def launch(kernel, grid, args, options) -> None:
+        asked.append(options["ASYNC"])
+        launch_kernel(kernel, grid, args, options | {"ASYNC": False})
+
+    monkeypatch.setattr(ENGINE, "launch_kernel", launch)
+    for i, name in enumerate(GEOMETRIES):
+        run(Case(GATHER[i % 2], dtype="float16", **geometry(name, GATHER[i % 2])), ENGINE)
+    assert len(asked) == len(GEOMETRIES)
 
 
 @pytest.mark.parametrize("dtype, precision, config", tiles())

@@ -102,6 +102,13 @@ def test_64_bit_offsets_from_2_gib_on(depth, wide):
     assert described(x[:, :, :: depth - 1]).index64 is wide, "a view extends over what it skips"
 
 
+@pytest.mark.parametrize("dilation, wide", [(1000, False), (1030, True)])
+def test_taps_far_beyond_a_small_tensor_need_64_bits(dilation, wide):
+    x, w = torch.empty(1, 1, 2, 1024, 1024, dtype=torch.float16), torch.empty(1, 1, 3, 1, 1, dtype=torch.float16)
+    geometry = (1, 1, 1), (dilation, dilation, 0, 0, 0, 0), (dilation, 1, 1), 1
+    assert describe("forward", Operands(x, w), x.shape, w.shape, *geometry, True, "ieee").index64 is wide
+
+
 def test_precision_is_of_float32_only():
     assert described(LAST).precision == "ieee" and described(LAST.float()).precision == "tf32"
 

@@ -20,7 +20,6 @@ ACTIVATIONS = (NO_ACTIVATION, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh",
 CHANNELS_LAST, CONTIGUOUS, VIEW, STRIDED = "channels_last", "contiguous", "view", "strided"
 VECTOR_BYTES = 16  # the widest load of one thread on every GPU that Triton targets
 INT32_BYTES = 2**31 - 1  # beyond this byte extent a kernel needs 64-bit offsets
-_NEAR_BYTES = 2**24  # up to which it needs none, of whatever taps that anybody uses: they would reach 256 pixels
 
 Triple = tuple[int, int, int]
 
@@ -436,4 +435,4 @@ def describe(
     )
     largest = max([*map(_byte_extent, tensors), math.prod(problem.result_shape) * problem.itemsize])
     gathered = operands.grad if pass_ == "dgrad" else operands.input
-    return problem.replace(index64=largest > INT32_BYTES or largest > _NEAR_BYTES and _far(problem, gathered, largest))
+    return problem.replace(index64=largest > INT32_BYTES or _far(problem, gathered, largest))
