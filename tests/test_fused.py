@@ -14,7 +14,7 @@ from torch.library import opcheck
 from triton_conv3d import configure, conv3d, engines, explain, ops
 from triton_conv3d.engines import aten
 from triton_conv3d.problem import ACTIVATIONS
-from triton_conv3d.tuning import cost_model, measure, verify
+from triton_conv3d.tuning import cost_model, measure, quarantine, verify
 from triton_conv3d.workload import layer
 
 SLOPE = 0.25
@@ -216,14 +216,14 @@ def test_a_wrong_epilogue_is_quarantined(wrong, dtype, monkeypatch):
     def launch(p, o, config):
         return aten.launch(p.replace(**changes), o._replace(**others), aten.AtenConfig())
 
-    monkeypatch.setattr(measure, "_quarantine", set())
+    monkeypatch.setattr(quarantine, "_left_out", set())
     config = engines.get("implicit_gemm").configs(problem)[-1]
     faulty = types.SimpleNamespace(NAME="faulty", launch=launch, work=None)
     right = types.SimpleNamespace(NAME="right", launch=lambda p, o, c: aten.launch(p, o, aten.AtenConfig()))
     ranked = [(1.0, faulty, config), (2.0, right, config), (3.0, aten, aten.AtenConfig())]
     with pytest.warns(RuntimeWarning, match=r"faulty .* wrong result"):
         result = measure.best(problem, operands, ranked, "full", Timer())
-    assert result.candidates == 2 and measure.quarantined("faulty", config, problem.arch)
+    assert result.candidates == 2 and quarantine.quarantined("faulty", config, problem.arch)
 
 
 @each_activation

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_conv3d.engines import aten, launching
 from triton_conv3d.engines.base import Config, Memory
 from triton_conv3d.problem import Operands, Problem, describe
-from triton_conv3d.tuning import faults, measure, verify
+from triton_conv3d.tuning import faults, measure, quarantine, verify
 from triton_conv3d.tuning.progress import progress
 
 
@@ -202,7 +202,7 @@ class Clock:
 class TestBest:
     @pytest.fixture(autouse=True)
     def _quarantine(self, monkeypatch):
-        monkeypatch.setattr(measure, "_quarantine", set())
+        monkeypatch.setattr(quarantine, "_left_out", set())
 
     def contest(self, clock, tiles, wrong=(), errors=None, dtype=torch.float32, seconds=60.0):
         def launch(problem, operands, config):
@@ -254,12 +254,12 @@ class TestBest:
     def test_all_wrong_is_the_references_fault(self, monkeypatch):
         with pytest.warns(RuntimeWarning, match="not tuned"):
             assert self.contest(Clock(monkeypatch), [5, 9], wrong=[5, 9, 50]) is None
-        assert not measure._quarantine
+        assert not quarantine._left_out
 
     def test_torchs_own_is_never_quarantined(self, monkeypatch):
         with pytest.warns(RuntimeWarning, match="aten"):
             assert self.contest(Clock(monkeypatch), [5], wrong=[50]).config.tile == 5
-        assert not measure._quarantine
+        assert not quarantine._left_out
 
     def test_unknown_errors_leave_the_candidate_out(self, monkeypatch):
         with pytest.warns(RuntimeWarning, match="left out: KeyError"):

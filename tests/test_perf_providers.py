@@ -18,7 +18,7 @@ from perf.providers import PROVIDERS, FlagGems, alike, cudnn_benchmark
 from perf.tensors import Tensors
 from perf.workloads import LAYOUTS, PASSES, PRECISIONS, TRAIN, Case, Workload
 from triton_conv3d import engines, settings
-from triton_conv3d.tuning import forget, measure, select
+from triton_conv3d.tuning import forget, quarantine, select
 
 TORCH = ("torch", "torch_cl", "torch_bench", "torch_cl_bench")
 
@@ -160,7 +160,7 @@ class TestPlans:
         assert plan.engine == "aten" and settings.current().engine is None
 
     def test_an_engine_with_no_config_left_says_so(self, monkeypatch):
-        monkeypatch.setattr(measure, "quarantined", lambda engine, config, arch: engine == "implicit_gemm")
+        monkeypatch.setattr(quarantine, "quarantined", lambda engine, config, arch: engine == "implicit_gemm")
         forget()
         with pytest.warns(RuntimeWarning):
             reason = prepared("implicit_gemm", perf_cases.case())

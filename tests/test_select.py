@@ -21,7 +21,7 @@ from triton_conv3d import configure, engines
 from triton_conv3d.engines.aten import AtenConfig
 from triton_conv3d.engines.base import Config, Memory
 from triton_conv3d.problem import Operands, Problem
-from triton_conv3d.tuning import measure, run, select, table
+from triton_conv3d.tuning import measure, quarantine, run, select, table
 from triton_conv3d.tuning.cache import Entry, PlanCache
 
 selecting = importlib.import_module("triton_conv3d.tuning.select")  # the name in the package is the function
@@ -79,7 +79,7 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(selecting, "environment", lambda device: ENVIRONMENT)
     monkeypatch.setattr(selecting.cost_model, "predict", lambda p, engine, c: 2.0 if engine.NAME == "aten" else 1.0)
     monkeypatch.setattr(measure, "EventTimer", lambda device: Timer(world))
-    monkeypatch.setattr(measure, "_quarantine", set())
+    monkeypatch.setattr(quarantine, "_left_out", set())
     monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
     selecting.forget()
     with configure(cache_dir=tmp_path / "cache", autotune="quick", engine=None, strict=False, tables=None):

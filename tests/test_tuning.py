@@ -14,7 +14,7 @@ import torch
 from triton_conv3d import configure, engines
 from triton_conv3d.engines.base import Config, Memory
 from triton_conv3d.problem import Operands, Problem
-from triton_conv3d.tuning import cost_model, measure, run, select
+from triton_conv3d.tuning import cost_model, measure, quarantine, run, select
 from triton_conv3d.tuning.select import forget, may_measure
 
 selecting = importlib.import_module("triton_conv3d.tuning.select")  # the name in the package is the function
@@ -50,7 +50,7 @@ def fakes(monkeypatch):
 
     forget()
     monkeypatch.setattr(selecting, "remembered", lambda problem: None)
-    monkeypatch.setattr(measure, "_quarantine", set())
+    monkeypatch.setattr(quarantine, "_left_out", set())
     yield install
     forget()
 
@@ -232,7 +232,7 @@ class TestMeasure:
     def test_wrong_results_are_quarantined(self):
         with pytest.warns(RuntimeWarning, match=r"fast \[value=10\] gave a wrong result"):
             assert self.best(self.engine("fast", [10, 20], wrong=[10])).config == Knob(20)
-        assert measure.quarantined("fast", Knob(10), CPU.arch) and not measure.quarantined("fast", Knob(20), CPU.arch)
+        assert quarantine.quarantined("fast", Knob(10), CPU.arch) and not quarantine.quarantined("fast", Knob(20), CPU.arch)
 
     @pytest.mark.parametrize("error", [*FAULTS.values(), torch.OutOfMemoryError("memory")], ids=[*FAULTS, "memory"])
     def test_what_cannot_run_does_not_win(self, error):

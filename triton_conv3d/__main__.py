@@ -14,7 +14,7 @@ import torch
 
 from . import __version__, console, convert_conv3d, engines, settings, tuning
 from .problem import PASSES, Problem, interpreted
-from .tuning import storage, table
+from .tuning import quarantine, storage, table
 from .tuning.cache import PlanCache
 from .tuning.environment import environment
 from .tuning.faults import is_illegal_access
@@ -191,6 +191,8 @@ def _cache_list(options: argparse.Namespace) -> None:
         config = " ".join(f"{name}={value}" for name, value in entry.config.items())
         print(f"{entry.environment['gpu']}: {Problem.from_dict(entry.problem)}")
         print(f"    {entry.engine} {config}  {entry.time_us:.1f} us{aten}, best of {entry.candidates}")
+    for _, trial in quarantine.ended(cache.directory):
+        print(f"{trial.environment.get('gpu')}: left out: {trial}, which ended a process that measured {trial.problem}")
     print(f"{_count(total, 'plan')} in {cache.directory or 'memory only: there is no cache directory'}")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..problem import ACTIVATIONS, PASSES, Problem
-from . import storage
+from . import quarantine, storage
 from .storage import canonical, warn_once
 
 SCHEMA = 2  # 1 knew no residual and no activation
@@ -207,8 +207,8 @@ class PlanCache:
                 yield path, entry
 
     def clear(self) -> int:
-        """Delete all plans, damaged ones too, and temporary files; the number of plans deleted."""
-        for path in self._files(re.compile(r"[0-9a-f]+" + re.escape(storage.TEMPORARY))):
+        """Delete all plans, damaged ones too, what ended processes, and temporary files; the number of plans deleted."""
+        for path in (*self._files(re.compile(r"[0-9a-f]+" + re.escape(storage.TEMPORARY))), *quarantine.files(self.directory)):
             storage.discard(path)
         return sum(map(storage.discard, self._files(_NAME)))
 

@@ -36,7 +36,8 @@ def is_illegal_access(error: BaseException) -> bool:
 def blamed(engine: str, config: Config, problem: Problem, error: BaseException) -> RuntimeError:
     """What to raise after an illegal access: which kernel did it, and how the next process does without it."""
     remedy = f"{settings.variable('engine')}=aten computes everything by torch's own convolution"
-    remedy += f"; {settings.variable('autotune')}=off measures no candidates, should this have been one"
+    remedy += f"; {settings.variable('autotune')}=off measures no candidates, should this have been one, and where plans are "
+    remedy += "kept on disk, one that was being measured is left out from now on"
     lost = "Please report it. This process can compute nothing more on the GPU"
     return RuntimeError(f"{engine} [{config}] failed on {problem}: {error}\n{lost}. For the next one, {remedy}.")
 

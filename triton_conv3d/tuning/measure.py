@@ -22,7 +22,7 @@ import torch
 from ..engines import launching
 from ..engines.base import Config
 from ..problem import Operands, Problem, interpreted
-from . import search, verify
+from . import quarantine, search, verify
 from .faults import blamed, is_illegal_access, is_out_of_memory, is_out_of_resources
 from .progress import progress
 from .search import OWN, Candidate, Ranked
@@ -34,13 +34,7 @@ _COMPILERS = 8  # threads
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache, MI300X's 256 MiB of last-level cache included
 _AHEAD_CYCLES = 1_000_000  # half a millisecond at 2 GHz; the host takes 0.03 to 0.2 to launch a candidate
 
-_quarantine: set[tuple[str, Config, str]] = set()  # of this process, and so of one version of Triton
 _budget: float | None = None
-
-
-def quarantined(engine: str, config: Config, arch: str) -> bool:
-    """Whether this config gave a wrong result on this architecture in this process."""
-    return bool(_quarantine) and (engine, config, arch) in _quarantine  # most often empty, and hashing takes its time
 
 
 @contextlib.contextmanager
@@ -74,6 +68,14 @@ class Timer(Protocol):
         """Seconds that the device needs for one call."""
 
 
+Trial = Callable[[str, Config], contextlib.AbstractContextManager]
+
+
+def untold(engine: str, config: Config) -> contextlib.AbstractContextManager:
+    """For measurements that keep books of their own."""
+    return contextlib.nullcontext()
+
+
 class EventTimer:
     """Device events around one call. The L2 cache is overwritten first; then the device waits, so that the host gets ahead
     of it and launching is not counted."""
@@ -100,6 +102,7 @@ def best(
     timer: Timer | None = None,
     seconds: float | None = None,
     hints: Sequence[Candidate] = (),
+    trial: Trial = untold,
 ) -> Result | None:
     """Measure candidates and return the fastest right one; None if none could be measured.
 
@@ -111,6 +114,7 @@ def best(
         seconds: budget for verifying and timing candidates; :func:`budget` or else the mode's own if None. The best one
             and torch's own are measured whatever it is.
         hints: candidates that were the fastest of similar problems.
+        trial: around the first run of each candidate, as :func:`.quarantine.trial`.
 
     Raises:
         RuntimeError: a candidate accessed memory illegally; the message names it.
@@ -126,7 +130,7 @@ def best(
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard, torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
-            return _winner(Bench(problem, operands, own(ranked), timer, seconds), ranked, most, hints, policy)
+            return _winner(Bench(problem, operands, own(ranked), timer, seconds, trial), ranked, most, hints, policy)
         except torch.OutOfMemoryError:  # not even the operands have room
             torch.cuda.empty_cache()
             return None
@@ -168,9 +172,15 @@ class Bench:
     """
 
     def __init__(
-        self, problem: Problem, operands: Operands, own: Candidate, timer: Timer | None = None, seconds: float = float("inf")
+        self,
+        problem: Problem,
+        operands: Operands,
+        own: Candidate,
+        timer: Timer | None = None,
+        seconds: float = float("inf"),
+        trial: Trial = untold,
     ):
-        self.problem, self.seconds = problem, seconds
+        self.problem, self.seconds, self.trial = problem, seconds, trial
         self.device = next(t for t in operands[:3] if t is not None).device
         self.operands = verify.private_operands(operands)
         self.timer = EventTimer(self.device) if timer is None else timer
@@ -191,6 +201,13 @@ class Bench:
 
     def measure(self, candidate: Candidate, repetitions: int) -> float | None:
         """Seconds of a launch, the median of so many; None if the candidate is wrong or cannot run here."""
+        engine, config = candidate
+        if candidate in self.right or engine.NAME == OWN:
+            return self.timed(candidate, repetitions)
+        with self.trial(engine.NAME, config):
+            return self.timed(candidate, repetitions)
+
+    def timed(self, candidate: Candidate, repetitions: int) -> float | None:
         engine, config = candidate
         if candidate not in self.right and not self.is_usable(candidate):
             return None
@@ -250,7 +267,9 @@ class Bench:
         if not right and any(engine.NAME == OWN for engine, _ in wrong):
             _warn(f"no engine, torch's own included, agrees with torch's wider result on {self.problem}; not tuned")
             return
-        _quarantine.update((e.NAME, config, self.problem.arch) for e, config in wrong if e.NAME != OWN)
+        for engine, config in wrong:
+            if engine.NAME != OWN:
+                quarantine.leave_out(engine.NAME, config.to_dict(), self.problem.arch)
         names = ", ".join(f"{engine.NAME} [{config}]" for engine, config in wrong)
         where = f"{self.problem} on {self.problem.device} ({self.problem.arch}, {_triton()})"
         _warn(f"{names} gave a wrong result for {where} and is not used in this process; please report it")

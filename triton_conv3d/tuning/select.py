@@ -6,6 +6,7 @@ problem's first call on a GPU measures candidates and keeps the winner.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import threading
@@ -17,7 +18,7 @@ import torch
 from .. import engines, settings
 from ..engines.base import Config
 from ..problem import Operands, Problem
-from . import cost_model, measure, transfer, variants
+from . import cost_model, measure, quarantine, transfer, variants
 from .cache import Entry, PlanCache
 from .environment import environment, source_hash
 from .faults import blamed, is_illegal_access, is_out_of_memory, is_out_of_resources
@@ -141,10 +142,15 @@ def _choose(problem: Problem, operands: Operands | None) -> tuple[Plan, bool]:
     """A plan, and whether it holds from now on: not where tuning was only put off."""
     if problem.empty:  # nothing to launch: torch's own makes the result
         return Plan(_ATEN, _plain_aten(problem), "ranking"), True
+    quiet = _quiet()
+    if not quiet and problem.device != "cpu":
+        names, here = _environment(problem)
+        if here:
+            quarantine.recall(settings.current().cache_dir, names)
     fallback = _ranked_plan(problem)
     if fallback.source == "fallback":
         return fallback, True
-    if _quiet():
+    if quiet:
         return fallback, False
     known = remembered(problem)
     if known is not None and known.source != "nearest":
@@ -206,7 +212,7 @@ def _usable(problem: Problem, engine: ModuleType) -> list[Config]:
         config
         for config in engine.configs(problem)
         if not (_dropped and _specialisation(problem, engine.NAME, config) in _dropped)
-        and not measure.quarantined(engine.NAME, config, problem.arch)
+        and not quarantine.quarantined(engine.NAME, config, problem.arch)
         and not (deterministic and _searches(config))
     ]
 
@@ -333,12 +339,13 @@ def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
     if current.autotune != "full":
         ranked = variants.kept(problem, ranked)
     device = next(t for t in operands[:3] if t is not None).device
-    key, cache = _key(environment(device)), PlanCache(current.cache_dir)
+    names, cache = environment(device), PlanCache(current.cache_dir)
+    key, trial = _key(names), functools.partial(quarantine.trial, cache.directory, names, problem)
     measured = _measured(cache, key)
     similar = [*transfer.nearest(problem, measured), *lookup(problem, key, current.tables)]
     hints = transfer.hints(sorted(similar, key=lambda pair: pair[1]), ranked)
     hints += [(e, config) for _, e, config in ranked if (e.NAME, config) == (hint.engine, hint.config)]
-    result = measure.best(problem, operands, ranked, current.autotune, hints=hints)
+    result = measure.best(problem, operands, ranked, current.autotune, hints=hints, trial=trial)
     if result is None:
         return hint if hint.config in _usable(problem, engines.get(hint.engine)) else _ranked_plan(problem)
     entry = Entry(

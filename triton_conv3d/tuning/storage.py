@@ -142,8 +142,9 @@ def read(path: str | os.PathLike, limit: int, private: bool) -> bytes:
         os.close(descriptor)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Put a whole file in place at once, mode 0600: readers see the old one or the new one. Raises OSError."""
+def write(path: Path, data: bytes, durable: bool = True) -> None:
+    """Put a whole file in place at once, mode 0600: readers see the old one or the new one; durable: even if the machine
+    stops. Raises OSError."""
     temporary = path.with_name(secrets.token_hex(16) + TEMPORARY)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -158,7 +159,8 @@ def write(path: Path, data: bytes) -> None:
                 if written <= 0:
                     raise OSError(errno.EIO, "nothing was written", str(temporary))
                 rest = rest[written:]
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
