@@ -63,7 +63,7 @@ def multiply(
     STAGES: gl.constexpr,
 ):
     """acc + the products of the next ``steps`` stages, each freed once its product is done; (acc, next stage, parity)."""
-    before = stage
+    before = 0  # not ``stage``: Triton carries a name from step to step only if it ends one as another value than it began
     for i in range(steps):
         mbarrier.wait(full.index(stage), parity)
         a = left.index(stage)
