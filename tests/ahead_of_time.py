@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # of C, as Triton looks for it
 
 
 def reports(file: str, *arguments: str) -> list[dict]:

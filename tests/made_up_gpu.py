@@ -1,6 +1,7 @@
 """A GPU that is made up, for what no machine without one runs otherwise: specialising, compiling and launching kernels as
 on an H200, tuning, and measuring by device events. CPU tensors say that they are on ``cuda:0``; kernels are compiled for
-sm_90 and launched into nothing, so that results are what memory held and no test may look at them.
+sm_90 and launched by Triton's own launchers into nothing (made_up_driver.c), so that results are what memory held and no test
+may look at them.
 
 As a program, ``python tests/made_up_gpu.py MODULE ARGUMENT...`` runs ``python -m MODULE ARGUMENT...`` on that GPU, on a
 few tiny layers in place of perf's suites, and prints how often each kernel was launched.
@@ -8,14 +9,20 @@ few tiny layers in place of perf's suites, and prints how often each kernel was 
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
+import ctypes
 import functools
 import json
 import os
 import runpy
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
@@ -24,7 +31,9 @@ import torch
 import torch._dynamo
 import torch._inductor
 import triton
+from ahead_of_time import COMPILER
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
 
 from perf import machine, workloads
 from triton_conv3d.tuning import verify
@@ -32,7 +41,7 @@ from triton_conv3d.workload import Layer
 
 NAME = "NVIDIA H200"
 DEVICE = torch.device("cuda", 0)
-SHARED_BYTES, THREADS, MEMORY = 232_448, 1024, 141 * 10**9  # of a block twice, and of the whole GPU
+MEMORY = 141 * 10**9
 PADDED, ONES = (1, 1, 1), (1, 1, 1)
 LAYERS = (
     Layer("t.dense", 1, 16, 32, (2, 6, 8), (3, 3, 3), ONES, PADDED, ONES, 1, True, "fp16"),
@@ -41,41 +50,35 @@ LAYERS = (
 )
 
 launched: collections.Counter[str] = collections.Counter()
+described: collections.Counter[str] = collections.Counter()  # tensors that kernels were given as descriptors
 
 
-class Launcher:
-    """In place of the one that Triton builds for every kernel."""
-
-    def __init__(self, src, metadata):
-        self.name = metadata.name
-
-    def __call__(self, x, y, z, *rest) -> None:
-        assert 0 < x * y * z < 2**31 and max(y, z) < 2**16
-        launched[self.name] += 1
-
-
-class Utils:
-    def load_binary(self, name, kernel, shared, device):
-        registers, spills = 100, 0
-        return "module", name, registers, spills, THREADS
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+def _built() -> Path:
+    """The folder with the made-up driver, which whoever asks for CUDA's finds from now on."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    library = folder / "libcuda.so.1"
+    source, include = Path(__file__).with_name("made_up_driver.c"), Path(triton.__file__).parent / "backends/nvidia/include"
+    command = [COMPILER, "-shared", "-fPIC", f"-I{include}", f"-Wl,-soname,{library.name}", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL).made_up_on_launch(_on_launch)
+    return folder
 
 
-class Driver:
-    """Of Triton, as far as a launch asks it."""
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int)
+def _on_launch(name: bytes, descriptors: int) -> None:
+    launched[name.decode()] += 1
+    described[name.decode()] += descriptors
 
-    launcher_cls, utils = Launcher, Utils()
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+def _driver() -> CudaDriver:
+    """Triton's own, but for what it asks torch."""
+    os.environ["TRITON_LIBCUDA_PATH"] = str(_built())
+    driver = CudaDriver()
+    driver.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+    driver.get_current_device, driver.get_current_stream = lambda: 0, lambda device: 0
+    driver.get_device_capability, driver.set_current_device = lambda device: (9, 0), lambda device: None
+    return driver
 
 
 class Event:
@@ -122,7 +125,7 @@ def install() -> None:
     """
     if torch.cuda.is_available():
         raise RuntimeError(f"there is a GPU, {torch.cuda.get_device_name()}: the made-up one is for machines without")
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(_driver())
     _redirect(torch, "empty", "empty_strided", "empty_like", "zeros", "ones", "full", "rand", "randn", "randint", "tensor")
     _redirect(torch, "arange", "Generator")
     _redirect(torch.Tensor, "to", "new_empty", "new_zeros", "new_empty_strided")
