@@ -17,7 +17,7 @@ Run = Callable[[Warp, Mask], None]
 Read = Callable[[Warp], np.ndarray]
 
 # What has no effect here: hints, and orders that are always kept.
-_NOTHING = ("setmaxnreg", "griddepcontrol", "nanosleep", "membar", "bar.warp", "wgmma.fence", "fence")
+_NOTHING = ("griddepcontrol", "nanosleep", "membar", "bar.warp", "wgmma.fence", "fence")
 
 
 def _lanes(mask: Mask) -> list[int]:
@@ -144,6 +144,10 @@ class Instruction:
         return lambda warp, mask: warp.block.wait(warp, int(barrier(warp)[0]), int(threads(warp)[0]))
 
     _barrier = _bar
+
+    def _setmaxnreg(self) -> Run:
+        count, more = int(self.operands[0]), self.parts[1] == "inc"
+        return lambda warp, mask: warp.block.set_registers(warp, count, more)
 
     def _mbarrier(self) -> Run:
         what = self.parts[1]

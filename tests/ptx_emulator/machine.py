@@ -121,7 +121,7 @@ class Warp:
     """``pc``: the next instruction of all lanes; None where they differ, and then ``pcs``. ``waits``: at a barrier."""
 
     def __init__(self, block: Block, number: int):
-        self.block, self.number = block, number
+        self.block, self.number, self.registers = block, number, block.kernel.registers
         self.regs: dict[str, np.ndarray] = {}
         self.pc: int | None = 0
         self.pcs, self.live = np.zeros(LANES, np.int64), np.ones(LANES, bool)
@@ -200,6 +200,7 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.waiting: dict[int, list[Warp]] = {}  # at bar.sync
         self.copies: list[Callable] = []  # of the copy engine, under way
+        self.spare, self.asked = 0, []  # registers that no warp holds; warps that want more, and how many they want then
         self.warps = [Warp(self, i) for i in range(kernel.threads // LANES)]
         self.random = random.Random(seed)
 
@@ -261,6 +262,18 @@ class Block:
                 raise Fault(f"{len(together)} warps at barrier {barrier} of {threads} threads")
             for other in self.waiting.pop(barrier):
                 other.waits = False
+
+    def set_registers(self, warp: Warp, count: int, more: bool) -> None:
+        """Of each thread of a warp; for more it waits until others hold so many less ("setmaxnreg")."""
+        if (count < warp.registers) if more else (count > warp.registers):
+            raise Fault(f"from {warp.registers} registers to {count}")
+        self.asked.insert(0, (warp, count))
+        warp.waits = True
+        for other, wanted in list(self.asked):  # what is given back before what is asked for
+            if wanted - other.registers <= self.spare:
+                self.spare -= wanted - other.registers
+                other.registers, other.waits = wanted, False
+                self.asked.remove((other, wanted))
 
     def stored(self, warp: Warp, places: np.ndarray) -> None:
         """Bytes of shared memory that a product may read only behind a fence ("Async proxy")."""

@@ -9,7 +9,8 @@ class Kernel:
     """A parsed entry.
 
     Attributes:
-        params: (name, bits) of each. threads: of a block. bits: of registers, by what their names begin with.
+        params: (name, bits) of each. threads: of a block. registers: of a thread at its begin, the most; 0 if that is not said.
+        bits: of registers, by what their names begin with.
         code: (guard as (register, inverted) or None, opcode, operands) of each instruction. labels: indices into it.
         tables: labels of a branch by index.
     """
@@ -20,6 +21,7 @@ class Kernel:
         head = re.search(r"\.entry\s+\w+\s*\((.*?)\)([^{]*)\{", ptx, re.S)
         self.params = [_param(line.strip()) for line in head[1].split(",") if line.strip()]
         self.threads = int(re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head[2])[1])
+        self.registers = int((re.search(r"\.maxnreg\s+(\d+)", head[2]) or [0, 0])[1])
         self.bits: dict[str, int] = {}
         self.code: list[tuple] = []
         self.labels: dict[str, int] = {}
