@@ -395,7 +395,10 @@ class Instruction:
         into, first, second, *other = self.operands
         how, kind = self.parts[1], self.parts[-1]
         compare = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-                   "ge": np.greater_equal, "neu": np.not_equal, "nan": lambda a, b: np.isnan(a) | np.isnan(b)}[how]  # fmt: skip
+                   "ge": np.greater_equal, "neu": np.not_equal, "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+                   "num": lambda a, b: ~(np.isnan(a) | np.isnan(b))}.get(how)  # fmt: skip
+        if compare is None:
+            raise Fault(f"{self.opcode} is not known")
         a, b = self.reads([first, second], int(kind[1:]))
         join = {"and": np.logical_and, "or": np.logical_or}[self.parts[2]] if other else lambda a, b: a
         other = self.read(other[0] if other else "0", 1)
