@@ -66,8 +66,7 @@ BEYOND = {
     ("rounded_wgrad", "128 x 128 x 32"): 24.5,
     ("rounded_wgrad", "64 x 64 x 32"): 24,
 }
-# Those whose products, with Triton 3.6.0, NVIDIA's compiler has wait for one another (C7515), with a bias, with an epilogue or
-# split: which of them differs.
+# Those some of whose kernels' products, with Triton 3.6.0, NVIDIA's compiler has wait for one another (C7515).
 SERIALISED = (
     ("gather_gemm", "128 x 256 x 32"), ("gather_gemm", "128 x 128 x 32"), ("gather_gemm", "128 x 64 x 32"),
     ("rounded_wgrad", "256 x 128 x 32"),

@@ -116,7 +116,9 @@ WITHOUT_FAULT = {
     "hopper": HOPPER,
     "im2col": HOPPER | {"config": "pixels=256 block_n=256 block_k=64", "im2col": 1},
     "rounded": {"engine": "rounded", "kernel": "rounded_wgrad"},
-    "rounded-copy": {"engine": "rounded", "kernel": "rounded_copy", "gemm": False, "from_shared": 9, "loop": 999},
+    "rounded-gather": {"engine": "rounded", "bulk_copies": 0},
+    "rounded-copy": {"engine": "rounded", "kernel": "rounded_copy", "gemm": False, "matrix": 0, "loop": 999},
+    "sm_80": {"engine": "rounded", "arch": "sm_80", "shared": SHARED_BYTES["sm_80"], "from_shared": 0, "loop": 999},
 }
 OF_ALL = ({"spills": 1}, {"shared": SOUND.shared + 1}, {"unwaited": 1})
 OF_SHARED_PRODUCTS = (
