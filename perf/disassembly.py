@@ -36,9 +36,10 @@ BEYOND = {
     # A product with its operands' addresses is 4 to 5 instructions; in each step Triton waits, counts stages and copies in 65,
     # and the walk to the next one is 10 to 20. Eight products, 103 to 107 instructions without any walk. Those of 256 columns
     # take 128 cycles each: issue waits for them.
-    ("gather_bricks", "256 x 128 x 128"): 15.6,
-    ("gather_bricks, strided dgrad", "128 x 128 x 64"): 15.4,
+    ("gather_bricks", "256 x 128 x 128"): 15.9,
+    ("gather_bricks, strided dgrad", "128 x 128 x 64"): 15.6,
     ("wgrad_bricks", "128 x 128 x 128"): 14.8,
+    ("wgrad_bricks", "128 x 64 x 64"): 14.8,  # of channels that do not fill it
     # Four: shared memory has no room for longer steps that hide their copies, or the channels end. Two taps in a step, with
     # copies of their own, would take 22 for each product.
     ("gather_bricks", "256 x 128 x 64"): 27.3,
