@@ -22,11 +22,10 @@ import torch
 
 from triton_conv3d import engines
 from triton_conv3d.engines.base import Config
-from triton_conv3d.problem import Operands, Problem
-from triton_conv3d.workload import LAYOUTS
+from triton_conv3d.problem import Problem
 
 from . import machine_code
-from .machine_code import Report
+from .disassembly import Report, read
 
 _ROOT = Path(__file__).resolve().parent.parent
 _COMMAND = (sys.executable, "-W", "ignore", "-m", "perf.compiling")
@@ -57,7 +56,7 @@ def variants(problem: Problem, engine: ModuleType, config: Config) -> list[Varia
     """The variant of each kernel that this launch would start, in their order. No tensor is allocated."""
     return [
         (problem.arch, kernel.__name__, tuple(map(_kind, args)), tuple((name, str(v)) for name, v in options.items()))
-        for kernel, args, options in machine_code.launches(problem, _operands(problem), engine, config)
+        for kernel, args, options in machine_code.launches(problem, machine_code.operands_of(problem), engine, config)
     ]
 
 
@@ -69,20 +68,6 @@ def _kind(argument) -> object:
     if hasattr(argument, "block_shape"):  # a descriptor, Triton's or Gluon's
         return str(argument.base.dtype), tuple(argument.block_shape)
     return str(argument.dtype) if isinstance(argument, torch.Tensor) else argument
-
-
-def _operands(problem: Problem) -> Operands:
-    """Dense tensors without memory, in the layouts of the problem."""
-
-    def empty(role: int) -> torch.Tensor:
-        shape = (problem.input_shape, problem.weight_shape, problem.output_shape)[role]
-        like = {"dtype": problem.torch_dtype, "device": "meta"}
-        return torch.empty(shape, **like, memory_format=LAYOUTS[problem.layouts[role]])
-
-    if problem.pass_ == "forward":
-        bias = torch.empty(problem.out_channels, dtype=problem.torch_dtype, device="meta") if problem.bias else None
-        return Operands(empty(0), empty(1), None, bias)
-    return Operands(None, empty(1), empty(2)) if problem.pass_ == "dgrad" else Operands(empty(0), None, empty(2))
 
 
 def compiled(kernels: Sequence[Kernel], processes: int) -> Iterator[Compiled | str]:
@@ -121,8 +106,8 @@ def _compile(kernel: Kernel) -> tuple[dict, list[str]] | str:
     problem, engine, config, index = kernel.problem, engines.get(kernel.engine), kernel.config, kernel.index
     try:
         with machine_code.compiling_for(problem.arch):
-            launch = machine_code.launches(problem, _operands(problem), engine, config)[index]
-            report = machine_code.read(problem, engine, config, *machine_code.compiled(launch))
+            launch = machine_code.launches(problem, machine_code.operands_of(problem), engine, config)[index]
+            report = read(problem, engine, config, *machine_code.compiled(launch))
     except Exception as error:  # of whatever kind: the other kernels are still wanted
         return f"{type(error).__name__}: {error}"
     return dataclasses.asdict(report), report.faults()

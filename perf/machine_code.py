@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
+import functools
 import json
 import math
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,18 +27,31 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from triton_conv3d import console, engines
-from triton_conv3d.engines import launching
+from triton_conv3d.engines import launching, tma
 from triton_conv3d.engines.base import Config
-from triton_conv3d.engines.implicit_gemm.configs import SHARED_BYTES, packed_groups, spills
-from triton_conv3d.problem import Operands, Problem, describe
+from triton_conv3d.engines.implicit_gemm.configs import spills
+from triton_conv3d.engines.tma.configs import WGRAD_BRICKS
+from triton_conv3d.engines.tma.configs import spills as spills_by_bricks
+from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, Operands, Problem, describe
 from triton_conv3d.tuning import storage
+from triton_conv3d.workload import LAYOUTS
+
+from .disassembly import Report, read
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"))
 KEPT = TYPES[1:]  # of the report of every config: float16 becomes the code of bfloat16, with another suffix
 RESULTS = Path(__file__).with_name("results") / "machine_code"
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_MATRIX = r"\b(HGMMA|UTC\w*MMA|HMMA|IGMMA|QGMMA)|v_mfma_\w+"
+# What a problem may be beside a layer, in words of :attr:`Layer.besides`.
+_INTO_CONTIGUOUS = {"residual": True, "layouts": (CHANNELS_LAST, CHANNELS_LAST, CONTIGUOUS)}
+BESIDES = {
+    "gelu": {"residual": True, "activation": "gelu"},  # the longest of the activations
+    "tanh_into_contiguous": {"activation": "tanh", **_INTO_CONTIGUOUS},
+    "into_contiguous": _INTO_CONTIGUOUS,
+    "index64": {"index64": True},
+    "ragged": {"input_size": (5, 21, 21)},  # which bricks fit badly
+}
+_SPLITS_EVERY_TILE = ("implicit_gemm", "folded", "halo", "tma")
 
 
 @dataclass(frozen=True)
@@ -55,15 +65,18 @@ class Layer:
     groups: int = 1
     channels_last: bool = True
     size: int = 32  # of an edge
+    besides: str = ""  # some of :data:`BESIDES`
 
     def __str__(self) -> str:
         """``64 -> 64, groups 64, contiguous``."""
         text = f"{self.in_channels} -> {self.out_channels}"
         text += f", stride {self.stride}" if self.stride != 1 else ""
         text += f", groups {self.groups}" if self.groups != 1 else ""
-        return text + ("" if self.channels_last else ", contiguous")
+        return text + ("" if self.channels_last else ", contiguous") + (f", {self.besides}" if self.besides else "")
 
 
+_OF_HOPPER = ("gelu", "tanh_into_contiguous", "into_contiguous", "index64")
+_OF_HOPPER += ("ragged gelu", "ragged tanh_into_contiguous", "ragged index64")
 LAYERS = (
     Layer("implicit_gemm", 128, 128),
     Layer("implicit_gemm", 128, 128, stride=2),
@@ -83,56 +96,14 @@ LAYERS = (
     Layer("kn2row", 1, 64, size=128),  # its dgrad
     Layer("depthwise", 64, 64, groups=64),
     Layer("depthwise", 64, 64, groups=64, channels_last=False),
+    *(Layer("tma", c, c, stride) for c, stride in ((256, 1), (128, 2), (192, 1), (48, 1), (24, 1))),  # every tile
+    *(Layer("hopper", c, c, stride) for c, stride in ((256, 1), (128, 2), (48, 1), (24, 1))),
+    *(Layer("hopper", c, c, besides=words) for c in (256, 48, 32) for words in _OF_HOPPER),
+    *(Layer("hopper", 128, 128, 2, besides=words) for words in ("ragged gelu", "ragged index64")),
+    Layer("rounded", 256, 256, channels_last=False),
+    Layer("rounded", 256, 256, channels_last=False, besides="gelu"),
+    Layer("rounded", 256, 256, channels_last=False, stride=2),
 )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one kernel became.
-
-    Attributes:
-        layer: :class:`Layer`, in words. gemm: its products belong on the tensor cores. vectors: every channel count
-            of a program divides by 8, and the engine copies into shared memory.
-        registers: of a thread. spills: instructions that move registers to local memory or back; on AMD registers.
-        shared: bytes. matrix: matrix instructions. wide_copies, narrow_copies: copies into shared memory, of 16 bytes and
-            of less; on AMD loads. loop: instructions of the smallest loop with matrix instructions. unwaited: see
-            :func:`unwaited`.
-    """
-
-    arch: str
-    dtype: str
-    precision: str
-    pass_: str
-    engine: str
-    layer: str
-    config: str
-    kernel: str
-    gemm: bool
-    vectors: bool
-    registers: int
-    spills: int
-    shared: int
-    matrix: int
-    wide_copies: int
-    narrow_copies: int
-    loop: int
-    unwaited: int = 0
-
-    def faults(self) -> list[str]:
-        """What must not be: spills, too much shared memory, no matrix instructions, narrow copies of full vectors, and
-        products that are not waited for."""
-        found = []
-        if self.spills:
-            found.append(f"{self.spills} spills")
-        if self.shared > SHARED_BYTES[self.arch]:
-            found.append(f"{self.shared} bytes of shared memory")
-        if self.gemm and not self.matrix:
-            found.append("no matrix instructions")
-        if self.vectors and not self.wide_copies:
-            found.append("no 16-byte copies")
-        if self.unwaited:
-            found.append(f"{self.unwaited} products are not waited for")
-        return found
 
 
 class NamedTarget:
@@ -153,6 +124,38 @@ class NamedTarget:
 
 def target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def operands_of(problem: Problem) -> Operands:
+    """Dense tensors without memory, in the layouts of the problem."""
+
+    def empty(role: int) -> torch.Tensor:
+        shape = (problem.input_shape, problem.weight_shape, problem.output_shape)[role]
+        like = {"dtype": problem.torch_dtype, "device": "meta"}
+        return torch.empty(shape, **like, memory_format=LAYOUTS[problem.layouts[role]])
+
+    if problem.pass_ == "forward":
+        bias = torch.empty(problem.out_channels, dtype=problem.torch_dtype, device="meta") if problem.bias else None
+        return Operands(empty(0), empty(1), None, bias, problem.empty_result("meta") if problem.residual else None)
+    return Operands(None, empty(1), empty(2)) if problem.pass_ == "dgrad" else Operands(empty(0), None, empty(2))
+
+
+def problems(arch: str, dtype: str, precision: str, layer: Layer) -> Iterator[tuple[Problem, Operands]]:
+    """Those passes of a layer that its engine computes, as the GPU of that architecture would see them."""
+    besides = {name: value for word in layer.besides.split() for name, value in BESIDES[word].items()}
+    for pass_ in ("forward",) if "residual" in besides else ("forward", "dgrad", "wgrad"):
+        posed = Problem(
+            pass_, 2, layer.in_channels, layer.out_channels, (layer.size,) * 3, (3,) * 3, (layer.stride,) * 3, (1,) * 6,
+            groups=layer.groups, bias=pass_ == "forward", dtype=dtype,
+            layouts=(CHANNELS_LAST if layer.channels_last else CONTIGUOUS,) * 3,
+        )  # fmt: skip
+        seen = describe(
+            pass_, operands_of(posed), posed.input_shape, posed.weight_shape, posed.stride, posed.padding, posed.dilation,
+            posed.groups, layer.channels_last, precision,
+        )  # fmt: skip
+        problem = seen.replace(device=arch, arch=arch, **besides)
+        if engines.get(layer.engine).supports(problem) is None:
+            yield problem, operands_of(problem)
 
 
 def launches(problem: Problem, operands: Operands, engine: ModuleType, config: Config) -> list[tuple]:
@@ -180,143 +183,47 @@ def compiled(launch: tuple) -> tuple[str, object]:
     return kernel.__name__, kernel.run(*args, grid=(1, 1, 1), warmup=True, **options)
 
 
-def problems(arch: str, dtype: str, precision: str, layer: Layer) -> Iterator[tuple[Problem, Operands]]:
-    """Those passes of a layer that its engine computes, as the GPU of that architecture would see them."""
-    kind = getattr(torch, dtype)
-    form = torch.channels_last_3d if layer.channels_last else torch.contiguous_format
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=kind, memory_format=form)
-
-    size = layer.size
-    x = empty(2, layer.in_channels, size, size, size)
-    w = empty(layer.out_channels, layer.in_channels // layer.groups, 3, 3, 3)
-    grad = empty(2, layer.out_channels, *[size // layer.stride] * 3)
-    bias = torch.empty(layer.out_channels, dtype=kind)
-    for pass_, operands in (
-        ("forward", Operands(x, w, None, bias)),
-        ("dgrad", Operands(None, w, grad)),
-        ("wgrad", Operands(x, None, grad)),
-    ):
-        problem = describe(
-            pass_, operands, x.shape, w.shape, (layer.stride,) * 3, (1,) * 6, (1,) * 3, layer.groups,
-            layer.channels_last, precision,
-        ).replace(arch=arch, device=arch)  # fmt: skip
-        if engines.get(layer.engine).supports(problem) is None:
-            yield problem, operands
-
-
-def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel, layer: object = "") -> Report:
-    """Read one compiled kernel's resources and instructions."""
-    arch = problem.arch
-    main = not name.startswith("reduce_")  # the second stage of a split reduction only adds
-    together = packed_groups(problem, config) if engine.NAME == "implicit_gemm" else 1
-    filled = math.gcd(together * problem.group_in, together * problem.group_out) % 8 == 0
-    if engine.NAME == "kn2row":  # of what it produces it loads nothing
-        filled = max(problem.group_in, problem.group_out) % 8 == 0
-    copies = main and filled and engine.NAME in ("implicit_gemm", "halo", "kn2row")
-    registers, spills, text = resources(arch, kernel)
-    if arch.startswith("gfx"):
-        wide = len(re.findall(r"(buffer|global)_load_dwordx4", text))
-        narrow = len(re.findall(r"(buffer|global)_load_(ushort|short|dword\b|dwordx2)", text))
-    else:
-        wide = len(re.findall(r"LDGSTS\.\S*128", text))
-        narrow = len(re.findall(r"LDGSTS", text)) - wide
-    return Report(
-        arch, problem.dtype, problem.precision, problem.pass_, engine.NAME, str(layer), str(config), name,
-        main and engine.work(problem, config).tensor_cores, copies,
-        registers, spills, kernel.metadata.shared, len(re.findall(_MATRIX, text)), wide, narrow,
-        main_loop(text)[0], unwaited(kernel.asm["ttgir"]),
-    )  # fmt: skip
-
-
-def resources(arch: str, kernel) -> tuple[int, int, str]:
-    """(registers of a thread, spills, instructions as text) of a compiled kernel, as :class:`Report` has them."""
-    if arch.startswith("gfx"):
-        text = kernel.asm["amdgcn"]
-        registers, spills = (re.search(rf"\.{name}:\s+(\d+)", text)[1] for name in ("vgpr_count", "vgpr_spill_count"))
-        return int(registers), int(spills), text
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
-    return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:LDL|STL)\b", text)), text
-
-
-def unwaited(ttgir: str) -> int:
-    """Products of sm_90, which go on by themselves, whose sums something reads that does not wait for them, or whose left side
-    is in registers that the next step of a loop may fill before they are done.
-
-    Triton up to 3.9 overlooks what reads sums in a branch of the loop; then NVIDIA's compiler waits for every single product.
-    3.6 splits a product whose left side is in registers, and at the end of a step leaves all parts going but one.
-    """
-    lines = [line.partition(" loc(")[0] for line in ttgir.splitlines()]
-    waits = re.compile(r"ttng\.warp_group_dot|scf\.yield")
-    count, left, going = 0, 0, False
-    for number, line in enumerate(lines):
-        if product := re.match(r"(\s*)(%\w+) = ttng\.warp_group_dot .*isAsync = true.*\} : (tensor)?", line):
-            in_loop = itertools.takewhile(lambda other: other.startswith(product[1]), lines[number + 1 :])
-            count += any(re.search(rf"{product[2]}\b", other) and not waits.search(other) for other in in_loop)
-            left += product[3] is not None
-        elif wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
-            going = wait[1] != "0"
-        elif "scf.yield" in line:
-            count, left = count + left * going, 0
-    return count
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def main_loop(text: str) -> tuple[int, int]:
-    """(instructions, matrix instructions among them) of the smallest loop that has any; zeros without one."""
-    counts = ((len(loop), sum(re.search(_MATRIX, line) is not None for line in loop)) for loop in loops(text))
-    return min((count for count in counts if count[1]), default=(0, 0))
-
-
-def loops(text: str) -> Iterator[list[str]]:
-    """The instructions of every loop, from a label to the branch back to it."""
-    labels: dict[str, int] = {}
-    body: list[str] = []
-    for line in text.splitlines():
-        label = re.match(r"\s*(\.L\w+):", line)
-        if label:
-            labels[label[1]] = len(body)
-        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line) or re.match(r"\s+[sv]_\w+|\s+(global|buffer|ds)_\w+", line):
-            body.append(line)
-            branch = re.search(r"(?:BRA\S*\s.*`\(|s_c?branch\w*\s+)(\.L\w+)", line)
-            if branch and branch[1] in labels:
-                yield body[labels[branch[1]] :]
-
-
 def configs(problem: Problem, engine: ModuleType, most: int | None = None) -> list[Config]:
     """What decides about the code: every tile, whole and split; or the first of ``most`` tiles split, the others whole.
 
-    Of ``depthwise``, which splits more than the reduction, what it offers: all splits above 1 share their code. Of
-    ``kn2row`` every tile once: its lines are a number at run time.
+    Of engines whose splits are not of the reduction alone, or not all of whose tiles can be split, what they offer: all splits
+    above 1 share their code, but in wgrad of ``hopper``, where they decide about its chains. Of ``kn2row`` every tile once:
+    its lines are a number at run time. Of wgrad of ``tma`` on sm_90 every tile also with the left side in registers.
     """
     offers = engine.configs(problem)
     if engine.NAME == "kn2row":
         offers = {dataclasses.replace(offer, lines=0): offer for offer in offers}.values()
-    if not any(hasattr(offer, "splits") for offer in offers):
-        return list(offers)[:most]
-    if engine.NAME == "depthwise":
-        return list(dict.fromkeys(dataclasses.replace(config, splits=min(config.splits, 2)) for config in offers))[:most]
-    whole = list(dict.fromkeys(dataclasses.replace(config, splits=1) for config in offers))[:most]
-    split = [dataclasses.replace(tile, splits=2) for tile in whole]
-    split = [config for config in split if not spills(problem, config)]
+    if engine.NAME not in _SPLITS_EVERY_TILE or not any(hasattr(offer, "splits") for offer in offers):
+        in_chains = engine.NAME == "hopper" and problem.pass_ == "wgrad"
+        return list(offers if in_chains else dict.fromkeys(map(_clipped, offers)))[:most]
+    whole = list(dict.fromkeys(offer.whole() for offer in offers))[:most]
+    if engine is tma and problem.pass_ == "wgrad" and problem.arch == "sm_90":
+        whole += list(map(_by_registers, whole))
+    refused = spills_by_bricks if engine is tma else spills
+    split = [config for config in (tile.replace(splits=2) for tile in whole) if not refused(problem, config)]
     return whole + split if most is None else split[:1] + whole[1:]
 
 
-def reports(arch: str, dtype: str, precision: str, layer: Layer, most: int | None) -> Iterator[Report]:
-    """One report for every kernel that the passes of a layer start with :func:`configs`."""
+def _clipped(config: Config) -> Config:
+    """With 2 splits for more."""
+    if hasattr(config, "config"):  # of another engine
+        return config.replace(config=_clipped(config.config))
+    return config.replace(splits=min(config.splits, 2)) if hasattr(config, "splits") else config
+
+
+def _by_registers(config: Config) -> Config:
+    n, d, h, w = WGRAD_BRICKS[math.prod(config.brick)][-1]
+    return config.replace(brick_n=n, brick_d=d, brick_h=h, brick_w=w)
+
+
+def reports(arch: str, dtype: str, precision: str, layer: Layer, chosen: Callable = configs) -> Iterator[Report]:
+    """One report for every kernel that the passes of a layer start with the configs that ``chosen(problem, engine)`` gives."""
     engine = engines.get(layer.engine)
     for problem, operands in problems(arch, dtype, precision, layer):
-        for config in configs(problem, engine, most):
-            kernels = {launch[0]: launch for launch in launches(problem, operands, engine, config)}  # each once
+        for config in chosen(problem, engine):
+            kernels = {launch[0]: launch for launch in reversed(launches(problem, operands, engine, config))}  # each once
             with compiling_for(arch):
-                for name, kernel in map(compiled, kernels.values()):
+                for name, kernel in map(compiled, reversed(kernels.values())):
                     yield read(problem, engine, config, name, kernel, layer)
 
 
@@ -331,13 +238,9 @@ def table(rows: list[Report]) -> str:
     return "\n".join([header, *lines])
 
 
-def _written(path: Path | None) -> list[Report]:
-    """The reports of a file; none without it."""
-    if not path or not path.is_file():
-        return []
-    names = {field.name for field in dataclasses.fields(Report)}
-    kernels = json.loads(path.read_text())["kernels"]
-    return [Report(**{name: value for name, value in kernel.items() if name in names}) for kernel in kernels]
+def _written(path: Path | None) -> list[dict]:
+    """The kernels of a file; none without it."""
+    return json.loads(path.read_text())["kernels"] if path and path.is_file() else []
 
 
 def main() -> int:
@@ -355,23 +258,25 @@ def main() -> int:
     if out is None and options.all and (options.engine or options.arch == ARCHITECTURES):
         out = RESULTS / f"triton-{triton.__version__}.json"
     before = _written(out) if options.engine else []
+    chosen = configs if options.all else functools.partial(configs, most=2)
     rows = []
     for arch in ARCHITECTURES if options.engine else options.arch:
         for dtype, precision in KEPT if options.all else [t for t in TYPES if t[0] == options.dtype]:
             for layer in LAYERS if options.all else LAYERS[:1]:
                 if options.engine not in (None, layer.engine) or arch not in options.arch:
                     key = (arch, dtype, precision, layer.engine, str(layer))
-                    rows += [r for r in before if (r.arch, r.dtype, r.precision, r.engine, r.layer) == key]
+                    names = ("arch", "dtype", "precision", "engine", "layer")
+                    rows += [row for row in before if tuple(map(row.get, names)) == key]
                     continue
-                found = list(reports(arch, dtype, precision, layer, None if options.all else 2))
+                found = list(reports(arch, dtype, precision, layer, chosen))
                 print(table(found), flush=True)
-                rows += found
+                rows += [dataclasses.asdict(report) | {"faults": report.faults()} for report in found]
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        kernels = ",\n".join(json.dumps(dataclasses.asdict(row) | {"faults": row.faults()}) for row in rows)
+        kernels = ",\n".join(map(json.dumps, rows))
         storage.write(out, f'{{"triton": "{triton.__version__}", "kernels": [\n{kernels}\n]}}\n'.encode())
         out.chmod(0o644)
-    faulty = [r for r in rows if r.faults()]
+    faulty = [row for row in rows if row["faults"]]
     print(f"{len(rows)} kernels, {len(faulty)} with faults")
     return 1 if faulty else 0
 

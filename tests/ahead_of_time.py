@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,3 +26,18 @@ def reports(file: str, *arguments: str) -> list[dict]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return list(map(json.loads, done.stdout.splitlines()))
+
+
+def print_first(wanted: Iterable[tuple]) -> None:
+    """Print the reports of (architecture, layer, pass, text): of its first config with this text, if there is one."""
+    from perf.machine_code import KEPT, configs
+    from perf.machine_code import reports as compiled
+
+    for arch, layer, pass_, text in wanted:
+
+        def first(problem, engine):
+            return [config for config in configs(problem, engine) if problem.pass_ == pass_ and text in str(config)][:1]
+
+        dtype, precision = KEPT[layer.engine == "rounded"]  # which computes tf32 alone
+        for report in compiled(arch, dtype, precision, layer, first):
+            print(json.dumps(dataclasses.asdict(report)), flush=True)

@@ -13,7 +13,8 @@ import ahead_of_time
 import pytest
 
 pytest.importorskip("triton")
-from perf.machine_code import compiled, compiling_for, launches, loops, resources
+from perf.disassembly import loops, resources
+from perf.machine_code import compiled, compiling_for, launches
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # (pass, dtype, layout, kernel, whether architectures beside sm_90 compile it too); the first config of that kernel.

@@ -5,70 +5,45 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-
 import ahead_of_time
 import pytest
 
 pytest.importorskip("triton")
-# engine, input channels, output channels, groups; on which architectures. Of cubes of 32, for kn2row of 128: it has long tiles.
+from perf.disassembly import Report
+from perf.machine_code import Layer
+
+GEMM = Layer("implicit_gemm", 128, 128, besides="gelu")
 SET = (
-    ("implicit_gemm", 128, 128, 1, ("sm_80", "sm_90", "gfx942")),
-    ("folded", 4, 64, 1, ("sm_90",)),
-    ("depthwise", 64, 64, 64, ("sm_90",)),
-    ("halo", 32, 32, 1, ("sm_80",)),
-    ("kn2row", 96, 3, 1, ("sm_90",)),
+    *((arch, GEMM, "forward", "splits=1") for arch in ("sm_80", "sm_90", "gfx942")),
+    ("sm_90", GEMM, "forward", "splits=2"),
+    ("sm_90", Layer("folded", 4, 64, besides="gelu"), "forward", ""),
+    ("sm_90", Layer("depthwise", 64, 64, groups=64, besides="gelu"), "forward", ""),
+    ("sm_80", Layer("halo", 32, 32, besides="gelu"), "forward", ""),
+    ("sm_90", Layer("kn2row", 96, 3, size=128, besides="gelu"), "forward", ""),
 )
 
 
-def main() -> None:
-    import torch
-
-    from perf.machine_code import compiled, compiling_for, launches, read
-    from triton_conv3d import engines
-    from triton_conv3d.problem import Operands, describe
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last_3d)
-
-    for name, channels, filters, groups, architectures in SET:
-        size = (128 if name == "kn2row" else 32,) * 3
-        x, w, y = empty(2, channels, *size), empty(filters, channels // groups, 3, 3, 3), empty(2, filters, *size)
-        operands = Operands(x, w, None, torch.empty(filters, dtype=torch.bfloat16), y)
-        geometry = (x.shape, w.shape, (1,) * 3, (1,) * 6, (1,) * 3, groups, True, "ieee", "gelu")
-        engine, posed = engines.get(name), describe("forward", operands, *geometry)
-        for arch in architectures:
-            problem = posed.replace(arch=arch, device=arch)
-            config = engine.configs(problem)[0]
-            both = arch == "sm_90" and name == "implicit_gemm"
-            for offer in (config, dataclasses.replace(config, splits=2)) if both else (config,):
-                with compiling_for(arch):
-                    for kernel, code in map(compiled, launches(problem, operands, engine, offer)):
-                        row = read(problem, engine, offer, kernel, code)
-                        print(json.dumps(dataclasses.asdict(row) | {"faults": row.faults()}), flush=True)
-
-
 @pytest.fixture(scope="module")
-def reports() -> list[dict]:
-    return ahead_of_time.reports(__file__)
+def reports() -> list[Report]:
+    return [Report(**row) for row in ahead_of_time.reports(__file__)]
 
 
-def test_nothing_spills(reports: list[dict]) -> None:
-    compiled = {(row["arch"], row["kernel"]) for row in reports}
-    assert compiled == {(arch, "gather_gemm") for arch in SET[0][-1]} | {
-        ("sm_90", name) for name in ("reduce_splits", "folded_gemm", "slide", "kn2row_gemm")
-    } | {("sm_80", "halo_gemm")}
-    assert [row for row in reports if row["faults"]] == []
+def test_nothing_spills(reports: list[Report]) -> None:
+    assert {(row.arch, row.kernel) for row in reports} == {
+        *((arch, "gather_gemm") for arch in ("sm_80", "sm_90", "gfx942")),
+        *(("sm_90", name) for name in ("reduce_splits", "folded_gemm", "slide", "kn2row_gemm")),
+        ("sm_80", "halo_gemm"),
+    }
+    assert [row for row in reports if row.faults()] == []
 
 
-def test_the_main_loop_is_that_of_the_plain_kernel(reports: list[dict]) -> None:
+def test_the_main_loop_is_that_of_the_plain_kernel(reports: list[Report]) -> None:
     from test_machine_code import LOOP
 
-    whole = [row for row in reports if row["kernel"] == "gather_gemm" and row["config"].endswith("splits=1")]
-    loops = [row["loop"] for row in whole if row["arch"] == "sm_90"]
+    whole = [row for row in reports if row.kernel == "gather_gemm" and row.config.endswith("splits=1")]
+    loops = [row.loop for row in whole if row.arch == "sm_90"]
     assert loops and max(loops) <= LOOP
 
 
 if __name__ == "__main__":
-    main()
+    ahead_of_time.print_first(SET)

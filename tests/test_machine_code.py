@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import json
 import os
 import subprocess
@@ -10,8 +13,17 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
+
+from perf.disassembly import BEYOND, SERIALISED, Report, early, unwaited
+from perf.machine_code import ARCHITECTURES, KEPT, LAYERS, configs, problems
+from triton_conv3d import engines
+from triton_conv3d.engines.hopper import gluon
+from triton_conv3d.engines.implicit_gemm.configs import SHARED_BYTES
+
 ROOT = Path(__file__).resolve().parent.parent
+REPORTS = sorted((ROOT / "perf" / "results" / "machine_code").glob("*.json"))
 
 # Every architecture, float32 on the one that is measured; float16 becomes the code of bfloat16, with another suffix.
 SETS = [
@@ -28,22 +40,25 @@ if tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6):
     LOOP += 6  # by which it orders asynchronous copies before the products: FENCE, MEMBAR, four LDS
 
 
+def command(out, *arguments):
+    """In a process of its own: the interpreter of the other tests cannot compile."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(out.parent / "triton")
+    call = [sys.executable, "-m", "perf.machine_code", *arguments, "--out", str(out)]
+    subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, timeout=9000)
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """Reports by (arch, dtype), from a process of its own: the interpreter of the other tests cannot compile."""
-    found = {}
+    """Reports by (arch, dtype)."""
 
-    def compile_set(arch, dtype):
-        if (arch, dtype) not in found:
-            out = tmp_path_factory.mktemp("machine_code") / "report.json"
-            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            environment["TRITON_CACHE_DIR"] = str(out.parent / "triton")
-            command = [sys.executable, "-m", "perf.machine_code", "--arch", arch, "--dtype", dtype, "--out", str(out)]
-            subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-            found[arch, dtype] = json.loads(out.read_text())["kernels"]
-        return found[arch, dtype]
+    @functools.cache
+    def compiled(arch, dtype):
+        out = tmp_path_factory.mktemp("machine_code") / "report.json"
+        command(out, "--arch", arch, "--dtype", dtype)
+        return json.loads(out.read_text())["kernels"]
 
-    return compile_set
+    return compiled
 
 
 @pytest.mark.parametrize("arch, dtype", SETS, ids=lambda value: value)
@@ -76,32 +91,103 @@ WAIT = "%acc_2:2 = ttng.warp_group_dot_wait %acc_1, %b {{pendings = {} : i32}} :
     ("!ttg.memdesc", 1, "%c = arith.addf %acc_1, %d", 1), ("!ttg.memdesc", 1, "%c = arith.addf %acc_11, %d", 0),
 ], ids=("shared", "registers", "registers-filled-again", "sums-read-early", "other-sums"))  # fmt: skip
 def test_products_that_are_not_waited_for_are_seen(left, going, more, count):
-    from perf.machine_code import unwaited
-
     assert unwaited("\n".join((DOT.format(left), WAIT.format(going), more))) == count
 
 
-@pytest.mark.parametrize(
-    "report", sorted((ROOT / "perf" / "results" / "machine_code").glob("*.json")), ids=lambda p: p.stem
-)
-def test_the_kept_report_covers_every_config_of_today(report):
-    from perf.machine_code import ARCHITECTURES, KEPT, LAYERS, configs, problems
-    from triton_conv3d import engines
+@pytest.mark.parametrize("barrier, count", [("", 1), ("bar.sync 0, 256;", 0)])
+def test_a_stage_that_one_warpgroup_frees_for_both_is_seen(barrier, count):
+    assert early(f"wgmma.wait_group.sync.aligned 1; {barrier} @%p mbarrier.arrive.shared::cta.b64 _, [%r];") == count
 
-    rows = json.loads(report.read_text())["kernels"]
-    assert not [row for row in rows if row["faults"]]
-    reported = {
-        (row["arch"], row["dtype"], row["precision"], row["pass_"], row["engine"], row["layer"], row["config"])
-        for row in rows
-    }
-    for arch in ARCHITECTURES:
-        for dtype, precision in KEPT:
-            for layer in LAYERS:
-                for problem, _ in problems(arch, dtype, precision, layer):
-                    key = (arch, dtype, precision, problem.pass_, layer.engine, str(layer))
-                    offers = configs(problem, engines.get(layer.engine))
-                    missing = [str(c) for c in offers if (*key, str(c)) not in reported]
-                    assert not missing, f"{key}: {missing}; again: python -m perf.machine_code --all"
+
+# Kernels without a fault, at the limits.
+SOUND = Report(
+    "sm_90", "bfloat16", "ieee", "forward", "implicit_gemm", "", "block_m=256 block_n=256 block_k=64", "gather_gemm", gemm=True,
+    vectors=True, registers=255, spills=0, shared=SHARED_BYTES["sm_90"], matrix=4, wide_copies=1, narrow_copies=0, loop=56,
+    loop_matrix=4, from_shared=4, bulk_copies=2, shares=2,
+)  # fmt: skip
+TMA = {"engine": "tma", "kernel": "wgrad_bricks", "vectors": False, "wide_copies": 0}
+REGISTERS = {"kind": "by registers", "config": "brick_w=128 block_n=64 block_k=64", "from_shared": 0, "loop": 78}
+HOPPER = {"engine": "hopper", "kernel": "gather_ring", "vectors": False, "wide_copies": 0}
+WITHOUT_FAULT = {
+    "implicit_gemm": {"from_shared": 0, "loop": 999, "bulk_copies": 0, "shares": 0},
+    "tma": TMA | {"shares": 0},
+    "by-registers": TMA | REGISTERS,
+    "sm_100": TMA | {"arch": "sm_100", "loop": 999},
+    "hopper": HOPPER,
+    "im2col": HOPPER | {"config": "pixels=256 block_n=256 block_k=64", "im2col": 1},
+    "rounded": {"engine": "rounded", "kernel": "rounded_wgrad"},
+    "rounded-gather": {"engine": "rounded", "bulk_copies": 0},
+    "rounded-copy": {"engine": "rounded", "kernel": "rounded_copy", "gemm": False, "matrix": 0, "loop": 999},
+    "sm_80": {"engine": "rounded", "arch": "sm_80", "shared": SHARED_BYTES["sm_80"], "from_shared": 0, "loop": 999},
+}
+OF_ALL = ({"spills": 1}, {"shared": SOUND.shared + 1}, {"unwaited": 1})
+OF_SHARED_PRODUCTS = (
+    {"from_shared": 3}, {"from_shared": 5}, {"bulk_copies": 1}, {"loop": 57}, {"loop": 0}, {"loop_matrix": 3},
+    {"serialised": "C7515"}, {"im2col": 1},
+)  # fmt: skip
+PLANTED = [(name, fault) for name in WITHOUT_FAULT for fault in OF_ALL] + [
+    *((name, fault) for name in ("tma", "hopper", "rounded") for fault in OF_SHARED_PRODUCTS),
+    ("implicit_gemm", {"matrix": 0}), ("implicit_gemm", {"wide_copies": 0}), ("rounded", {"wide_copies": 0}),
+    ("tma", {"kind": "by registers", "config": REGISTERS["config"]}), ("by-registers", {"from_shared": 4}),
+    ("by-registers", {"loop": 79}), ("sm_100", {"from_shared": 3}), ("hopper", {"early": 1}), ("hopper", {"shares": 1}),
+    ("im2col", {"im2col": 0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_FAULT)
+def test_what_may_be_is_no_fault(name):
+    assert dataclasses.replace(SOUND, **WITHOUT_FAULT[name]).faults() == []
+
+
+@pytest.mark.parametrize("name, fault", PLANTED, ids=lambda value: value if isinstance(value, str) else next(iter(value)))
+def test_what_must_not_be_is_seen(name, fault):
+    assert len(dataclasses.replace(SOUND, **WITHOUT_FAULT[name] | fault).faults()) == 1
+
+
+@pytest.mark.parametrize("version, rows, count", [("3.6.0", 128, 0), ("3.6.0", 512, 1), ("3.9.0", 128, 1)])
+def test_products_that_wait_for_one_another_are_seen_but_where_that_is_known(version, rows, count, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    config = f"engine=implicit_gemm block_m={rows} block_n=256 block_k=32"
+    report = dataclasses.replace(SOUND, engine="rounded", config=config, serialised="C7515")
+    assert len(report.faults()) == count
+
+
+def kept(path):
+    """Reports of a file."""
+    names = {field.name for field in dataclasses.fields(Report)}
+    rows = json.loads(path.read_text())["kernels"]
+    return [Report(**{name: value for name, value in row.items() if name in names}) for row in rows]
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+def test_the_kept_report_covers_every_config_of_today(path, monkeypatch):
+    version = path.stem.removeprefix("triton-")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(gluon, "IM2COL", tuple(map(int, version.split(".")[:2])) >= (3, 8))  # which it has, or lacks
+    rows = kept(path)
+    assert not [(row, row.faults()) for row in rows if row.faults()]
+    reported = {(row.arch, row.dtype, row.precision, row.pass_, row.engine, row.layer, row.config) for row in rows}
+    for arch, (dtype, precision), layer in itertools.product(ARCHITECTURES, KEPT, LAYERS):
+        for problem, _ in problems(arch, dtype, precision, layer):
+            key = (arch, dtype, precision, problem.pass_, layer.engine, str(layer))
+            offers = configs(problem, engines.get(layer.engine))
+            missing = [str(c) for c in offers if (*key, str(c)) not in reported]
+            assert not missing, f"{key}: {missing}; again: python -m perf.machine_code --all --engine {layer.engine}"
+
+
+def test_what_is_allowed_is_there():
+    rows = [row for row in kept(REPORTS[0]) if row.engine in ("tma", "hopper", "rounded") and row.loop_matrix]
+    assert BEYOND.keys() <= {(row.name, row.tile) for row in rows}
+    assert set(SERIALISED) == {(row.kernel, row.tile) for row in rows if row.serialised}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", dict.fromkeys(layer.engine for layer in LAYERS))
+def test_every_config(engine, tmp_path):
+    out = tmp_path / "report.json"
+    command(out, "--all", "--engine", engine)
+    rows = json.loads(out.read_text())["kernels"]
+    assert rows and [row for row in rows if row["faults"]] == []
 
 
 def test_the_report_of_the_oldest_triton_is_kept():

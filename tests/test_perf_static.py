@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from perf import __main__ as cli
 from perf import compiling, machine_code, plots, static, workloads
 from perf.compiling import Kernel
-from perf.machine_code import Report
+from perf.disassembly import Report
 from perf.static import Prediction
 from triton_conv3d import settings
 from triton_conv3d.engines import base, folded, implicit_gemm

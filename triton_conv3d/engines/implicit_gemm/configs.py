@@ -103,7 +103,7 @@ _WGRAD_FMA = _tiles((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (16, 16, 16, 2, 2))
 
 # Of these, (block_m, block_n, num_warps) that need more registers than a thread has, as perf/machine_code.py finds: whole,
 # and only as parts of a split reduction. Beside them, tiles above 128 x 128 spill everywhere but on sm_90, whose
-# accumulators leave room.
+# accumulators leave room. "rounded": with Triton 3.9.0.
 _SPILLING = {
     ("sm_80", "forward"): ((128, 128, 4),),
     ("sm_80", "strided dgrad"): ((256, 64, 8),),
@@ -112,6 +112,9 @@ _SPILLING = {
     ("sm_100", "dgrad"): ((128, 128, 4),),
     ("sm_100", "wgrad"): ((64, 128, 8),),
     ("sm_80", "packed dgrad"): ((256, 32, 4),),
+    ("sm_80", "rounded strided dgrad"): ((128, 128, 8),),
+    ("sm_90", "rounded strided dgrad"): ((128, 256, 8), (128, 128, 8)),
+    ("sm_100", "rounded strided dgrad"): ((128, 128, 8),),
 }
 _SPILLING_SPLIT = {
     ("sm_80", "forward"): ((128, 32, 4), (128, 16, 4)),
@@ -127,6 +130,7 @@ _SPILLING_SPLIT = {
     ("sm_80", "packed forward"): ((128, 64, 4),),
     ("sm_80", "packed dgrad"): ((64, 64, 4),),
     ("sm_100", "packed dgrad"): ((128, 32, 4), (256, 16, 4)),
+    ("sm_100", "rounded forward"): ((64, 64, 4),),
 }
 _LARGEST_ELSEWHERE = 128 * 128
 _FEW_TILES = 4  # of a plane: where it has fewer, many tiles end in the next one
@@ -150,6 +154,8 @@ def spills(problem: Problem, config: GemmConfig) -> bool:
     spilling = _spilling(problem.arch, kind, config.splits > 1)
     if packed_groups(problem, config) > 1:
         spilling += _spilling(problem.arch, f"packed {kind}", config.splits > 1)
+    if problem.precision == "rounded":
+        spilling += _spilling(problem.arch, f"rounded {kind}", config.splits > 1)
     return (config.block_m, config.block_n, config.num_warps) in spilling
 
 

@@ -43,7 +43,7 @@ class BrickConfig(Config):
 
 # (pixels, block_n, block_k, num_warps, num_stages), the smallest last. Filters or channels of the left operand fill the
 # 64 rows of a matrix instruction for each four warps; pixels, or channels of the input, are its columns. A step waits,
-# copies and walks on in some 80 instructions, whatever it multiplies: tests/test_tma_code.py counts them.
+# copies and walks on in some 80 instructions, whatever it multiplies: perf/machine_code.py counts them.
 _GATHER = (
     (256, 128, 128, 8, 2),
     (256, 128, 64, 8, 4),
@@ -69,7 +69,7 @@ _BRICKS = {
     256: ((1, 1, 16, 16), (1, 4, 8, 8)),
 }
 # Of wgrad; most are flat where the gradient's width is a power of two.
-_WGRAD_BRICKS = {128: ((1, 1, 1, 128), (1, 1, 2, 64), (1, 1, 4, 32), (1, 1, 8, 16), (1, 2, 8, 8), (2, 4, 4, 4))}
+WGRAD_BRICKS = {128: ((1, 1, 1, 128), (1, 1, 2, 64), (1, 1, 4, 32), (1, 1, 8, 16), (1, 2, 8, 8), (2, 4, 4, 4))}
 
 
 def reduced(problem: Problem) -> int:
@@ -134,7 +134,7 @@ def brick_of(problem: Problem, size: int) -> Brick:
     In wgrad on sm_90 one whose gradient reaches the left side of products from shared memory, a row or what is flat,
     unless it covers much more.
     """
-    found = best_first(problem, (_WGRAD_BRICKS if problem.pass_ == "wgrad" else _BRICKS).get(size, ()))
+    found = best_first(problem, (WGRAD_BRICKS if problem.pass_ == "wgrad" else _BRICKS).get(size, ()))
     found = found or bricks(problem, size)
     if problem.pass_ == "wgrad" and problem.arch == "sm_90":
         most = _WASTE * covered(problem, found[0])
