@@ -48,8 +48,8 @@ BEYOND = {
     # Two and one, where the channels of a group end.
     ("gather_bricks", "256 x 64 x 32"): 48.5,
     ("gather_bricks", "64 x 64 x 16"): 95,
-    ("gather_ring", "256 x 64 x 32"): 21,
-    ("gather_ring", "128 x 64 x 16"): 31,
+    ("gather_ring", "256 x 64 x 32"): 23,
+    ("gather_ring", "128 x 64 x 16"): 34,
     # A gradient that is neither flat nor in rows: the left side of eight products, which it reaches through registers.
     ("wgrad_bricks, by registers", "128 x 128 x 128"): 20.6,
     ("wgrad_bricks, by registers", "128 x 64 x 64"): 19.6,

@@ -341,8 +341,8 @@ class Instruction:
                 if from_registers:
                     a = fragment([read(warp) for read in lefts], kind)
                 else:
-                    a = operand(warp.block, left_at, rows, 16, k, kind, turned[0])
-                add(warp, sums, a @ operand(warp.block, at, 0, n, k, kind, turned[1]).T, kept)
+                    a = operand(warp, left_at, rows, 16, k, kind, turned[0])
+                add(warp, sums, a @ operand(warp, at, 0, n, k, kind, turned[1]).T, kept)
 
             warp.multiply(Product(product, touched))
 

@@ -130,7 +130,8 @@ class Warp:
         self.groups: list[list[Product]] = []  # of products, the oldest first
         self.touched: frozenset[str] = frozenset()
         self.copies: list[list[Callable]] = [[]]  # groups of cp.async, the last of which is open
-        self.unfenced: list[np.ndarray] = []  # bytes of shared memory, stored and not yet seen by the asynchronous proxy
+        self.stored: list[tuple[int, np.ndarray]] = []  # (when, bytes of shared memory), since its last fence
+        self.fenced = 0  # when that was
 
     @property
     def done(self) -> bool:
@@ -196,7 +197,7 @@ class Block:
         described = ((i, value) for i, value in enumerate(params) if isinstance(value, Descriptor))
         self.descriptors = {DESCRIPTORS + 128 * i: value for i, value in described}
         self.shared = Memory(SHARED_BASE, np.full(-(-shared // 16) * 16 + 16, 0xFF, np.uint8), "shared memory")
-        self.unfenced = np.zeros(self.shared.size, bool)
+        self.stores, self.stored_at = 0, np.zeros(self.shared.size, np.int64)  # until a fence of whoever stored them
         self.barriers: dict[int, Barrier] = {}
         self.waiting: dict[int, list[Warp]] = {}  # at bar.sync
         self.copies: list[Callable] = []  # of the copy engine, under way
@@ -276,19 +277,22 @@ class Block:
                 self.asked.remove((other, wanted))
 
     def stored(self, warp: Warp, places: np.ndarray) -> None:
-        """Bytes of shared memory that a product may read only behind a fence ("Async proxy")."""
-        self.unfenced[places] = True
-        warp.unfenced.append(places)
+        """Bytes of shared memory that a product may read only behind a fence, of the warp that stored them or of its own
+        ("Async proxy")."""
+        self.stores += 1
+        self.stored_at[places] = self.stores
+        warp.stored.append((self.stores, places))
 
     def put(self, places: np.ndarray, values: np.ndarray) -> None:
         """Bytes of shared memory by a copy. Those of ``cp.async`` would need a fence as well, which Triton 3.6 leaves out."""
         self.shared.views[8][places] = values
-        self.unfenced[places] = False
+        self.stored_at[places] = 0
 
     def fence(self, warp: Warp) -> None:
-        for places in warp.unfenced:
-            self.unfenced[places] = False
-        warp.unfenced.clear()
+        for when, places in warp.stored:
+            self.stored_at[places[self.stored_at[places] == when]] = 0
+        warp.stored.clear()
+        warp.fenced = self.stores
 
     def copy(self, descriptor: Descriptor, at: list[int], offsets: list[int], target: int, barrier: int) -> None:
         """By the copy engine: a box to shared memory, which completes its bytes at the barrier."""

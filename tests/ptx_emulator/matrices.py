@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .arithmetic import from_bf16
-from .machine import LANE, Block, Fault, Warp, swizzled
+from .machine import LANE, Fault, Warp, swizzled
 
 _ROW, _PAIR = LANE // 4, LANE % 4  # of a fragment
 
@@ -21,7 +21,7 @@ def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
     raise Fault(f"products of {kind} are not known")
 
 
-def operand(block: Block, descriptor: int, first: int, rows: int, k: int, kind: str, turned: bool) -> np.ndarray:
+def operand(warp: Warp, descriptor: int, first: int, rows: int, k: int, kind: str, turned: bool) -> np.ndarray:
     """(rows, k) of a matrix in shared memory: "Matrix Descriptor Format", "Canonical layouts".
 
     turned: rows lie along 16 bytes, not k.
@@ -41,10 +41,11 @@ def operand(block: Block, descriptor: int, first: int, rows: int, k: int, kind: 
         at = m % 8 * mode + m // 8 * stride + c * size
     else:
         at = m % 8 * 16 + m // 8 * stride + c * size // 16 * leading + c * size % 16
-    places = block.shared.places(swizzled(start + at, mode), 8 * size)
-    if block.unfenced[size * places].any():
+    shared = warp.block.shared
+    places = shared.places(swizzled(start + at, mode), 8 * size)
+    if (warp.block.stored_at[size * places] > warp.fenced).any():
         raise Fault("a product reads what was stored with no fence behind it")
-    return _numbers(block.shared.views[8 * size][places], kind)
+    return _numbers(shared.views[8 * size][places], kind)
 
 
 def _halves(value: np.ndarray, kind: str) -> list[np.ndarray]:
