@@ -117,12 +117,24 @@ class Product:
         self.run, self.touched = run, touched
 
 
+class Registers(dict):
+    """Numbers of all lanes by register. One that was never written, as a compiler may leave what nobody needs, has all bits
+    set: NaN, and addresses of nothing."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __missing__(self, name: str) -> np.ndarray:
+        bits = self.kernel.register_bits(name)
+        return ~np.zeros(LANES, UINT[bits])
+
+
 class Warp:
     """``pc``: the next instruction of all lanes; None where they differ, and then ``pcs``. ``waits``: at a barrier."""
 
     def __init__(self, block: Block, number: int):
         self.block, self.number, self.registers = block, number, block.kernel.registers
-        self.regs: dict[str, np.ndarray] = {}
+        self.regs = Registers(block.kernel)
         self.pc: int | None = 0
         self.pcs, self.live = np.zeros(LANES, np.int64), np.ones(LANES, bool)
         self.waits = self.spins = False
@@ -161,7 +173,7 @@ class Warp:
 
     def write(self, name: str, value: np.ndarray, mask: np.ndarray | None) -> None:
         if mask is not None:
-            value = np.where(mask, value, self.regs.get(name, np.zeros_like(value)))
+            value = np.where(mask, value, self.regs[name])
         self.regs[name] = value
 
     def multiply(self, product: Product) -> None:
