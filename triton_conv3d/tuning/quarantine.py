@@ -107,10 +107,12 @@ def ended(directory: Path | None) -> Iterator[tuple[Path, Trial]]:
 
 def files(directory: Path | None) -> list[Path]:
     """Of all trials, running ones too."""
+    if directory is None:
+        return []
     try:
         storage.check_directory(directory)
         return sorted(Path(directory, name) for name in os.listdir(directory) if NAME.fullmatch(name))
-    except (OSError, TypeError):  # TypeError: there is no directory
+    except (OSError, ValueError):  # ValueError: no directory can have this name
         return []
 
 
