@@ -216,7 +216,7 @@ def test_a_wrong_epilogue_is_quarantined(wrong, dtype, monkeypatch):
     def launch(p, o, config):
         return aten.launch(p.replace(**changes), o._replace(**others), aten.AtenConfig())
 
-    monkeypatch.setattr(quarantine, "_left_out", set())
+    monkeypatch.setattr(quarantine, "_left_out", {})
     config = engines.get("implicit_gemm").configs(problem)[-1]
     faulty = types.SimpleNamespace(NAME="faulty", launch=launch, work=None)
     right = types.SimpleNamespace(NAME="right", launch=lambda p, o, c: aten.launch(p, o, aten.AtenConfig()))

@@ -27,7 +27,7 @@ def new_process(monkeypatch):
     """What a process knows when it begins; called, it begins again."""
 
     def begin():
-        monkeypatch.setattr(quarantine, "_left_out", set())
+        monkeypatch.setattr(quarantine, "_left_out", {})
         monkeypatch.setattr(quarantine, "_recalled", set())
         monkeypatch.setattr(storage, "_warned", {})
         forget()

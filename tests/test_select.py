@@ -79,7 +79,7 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(selecting, "environment", lambda device: ENVIRONMENT)
     monkeypatch.setattr(selecting.cost_model, "predict", lambda p, engine, c: 2.0 if engine.NAME == "aten" else 1.0)
     monkeypatch.setattr(measure, "EventTimer", lambda device: Timer(world))
-    monkeypatch.setattr(quarantine, "_left_out", set())
+    monkeypatch.setattr(quarantine, "_left_out", {})
     monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
     selecting.forget()
     with configure(cache_dir=tmp_path / "cache", autotune="quick", engine=None, strict=False, tables=None):

@@ -50,7 +50,7 @@ def fakes(monkeypatch):
 
     forget()
     monkeypatch.setattr(selecting, "remembered", lambda problem: None)
-    monkeypatch.setattr(quarantine, "_left_out", set())
+    monkeypatch.setattr(quarantine, "_left_out", {})
     yield install
     forget()
 

@@ -27,7 +27,7 @@ SCHEMA = 1
 NAME = re.compile(r"[0-9a-f]{32}\.trial")
 MAX_BYTES = 64 * 1024  # of a file; they have about 0.6 KiB
 
-_left_out: set[tuple[str, str, str]] = set()  # (engine, config, architecture), of this process
+_left_out: dict[tuple[str, str], set[str]] = {}  # configs by (engine, architecture), of this process
 _recalled: set[tuple[Path, str]] = set()  # (directory, environment) of which the files have been read
 
 
@@ -51,12 +51,14 @@ class Trial:
 
 def quarantined(engine: str, config: Config, arch: str) -> bool:
     """Whether this config is left out on this architecture."""
-    return bool(_left_out) and (engine, canonical(config.to_dict()), arch) in _left_out  # most often empty
+    if not _left_out or (configs := _left_out.get((engine, arch))) is None:  # most often so, and the rest takes its time
+        return False
+    return canonical(config.to_dict()) in configs
 
 
 def leave_out(engine: str, config: dict, arch: str) -> None:
     """From now on, in this process."""
-    _left_out.add((engine, canonical(config), arch))
+    _left_out.setdefault((engine, arch), set()).add(canonical(config))
 
 
 @contextlib.contextmanager
