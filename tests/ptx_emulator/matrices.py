@@ -48,20 +48,21 @@ def operand(warp: Warp, descriptor: int, first: int, rows: int, k: int, kind: st
     return _numbers(shared.views[8 * size][places], kind)
 
 
-def _halves(value: np.ndarray, kind: str) -> list[np.ndarray]:
-    return [_numbers(value >> np.uint32(shift) & np.uint32(0xFFFF), kind) for shift in (0, 16)]
+def _place(matrix: np.ndarray, rows: np.ndarray, part: int, value: np.ndarray, kind: str) -> None:
+    """One register of a fragment: 4 numbers of tf32 along k, or 4 pairs of 16 bits."""
+    if kind == "tf32":
+        matrix[rows, _PAIR + 4 * part] = _numbers(value, kind)
+        return
+    for i in range(2):
+        half = value >> np.uint32(16 * i) & np.uint32(0xFFFF)
+        matrix[rows, 2 * _PAIR + 8 * part + i] = _numbers(half, kind)
 
 
 def fragment(values: list[np.ndarray], kind: str) -> np.ndarray:
     """(16, k), a left side in registers."""
     a = np.zeros((16, (4 if kind == "tf32" else 8) * max(1, len(values) // 2)))
     for index, value in enumerate(values):
-        row, part = _ROW + 8 * (index % 2), index // 2
-        if kind == "tf32":
-            a[row, _PAIR + 4 * part] = _numbers(value, kind)
-        else:
-            for i, half in enumerate(_halves(value, kind)):
-                a[row, 2 * _PAIR + 8 * part + i] = half
+        _place(a, _ROW + 8 * (index % 2), index // 2, value, kind)
     return a
 
 
@@ -69,11 +70,7 @@ def right_fragment(values: list[np.ndarray], kind: str) -> np.ndarray:
     """(8, k), the right side of mma.sync, its columns first."""
     b = np.zeros((8, (4 if kind == "tf32" else 8) * len(values)))
     for part, value in enumerate(values):
-        if kind == "tf32":
-            b[_ROW, _PAIR + 4 * part] = _numbers(value, kind)
-        else:
-            for i, half in enumerate(_halves(value, kind)):
-                b[_ROW, 2 * _PAIR + 8 * part + i] = half
+        _place(b, _ROW, part, value, kind)
     return b
 
 
