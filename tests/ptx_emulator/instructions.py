@@ -77,8 +77,9 @@ class Instruction:
         names = [name for name, _ in self.kernel.params]
         if match := re.fullmatch(r"0[fFdD]([0-9a-fA-F]{8,})", text):
             number = int(match[1], 16)
-        elif re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", text):
-            number = int(text, 0) & (1 << bits) - 1 if bits > 1 else int(text, 0) != 0
+        elif re.fullmatch(r"(-?\d+|0x[0-9a-fA-F]+)U?", text):
+            number = int(text.rstrip("U"), 0)
+            number = number & (1 << bits) - 1 if bits > 1 else number != 0
         elif text == "global_smem":
             number = SHARED_BASE
         elif text in names:
