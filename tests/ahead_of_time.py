@@ -8,17 +8,21 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # of C, as Triton looks for it
+# Of C, as Triton looks for it; None without Python's headers, which its launchers need.
+COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+COMPILER = COMPILER if Path(sysconfig.get_path("include"), "Python.h").is_file() else None
 
 
 def reports(file: str, *arguments: str) -> list[dict]:
     """What ``python FILE ARGUMENTS`` prints, a JSON object a line, with a kernel cache of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there is not to be found
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache

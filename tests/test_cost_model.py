@@ -228,7 +228,7 @@ def test_ranking_takes_less_than_a_millisecond():
             made.append(processor_time(lambda: [dataclasses.replace(WORK, programs=i) for i in range(100)]))
     times = [min(times) for times in ranked]
     assert statistics.mean(times) < 1e-3
-    assert percentile(times, 0.95) < 5.5 * statistics.median(made)  # it was 3.2 of them: 0.77 ms beside 0.24
+    assert percentile(times, 0.95) < 4.8 * statistics.median(made)  # it was 3.2 of them: 0.77 ms beside 0.24
 
 
 class TestFitted:

@@ -24,7 +24,7 @@ from triton_conv3d.workload import LAYOUTS, Layer
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, with a driver of its own"),
-    pytest.mark.skipif(COMPILER is None, reason="there is no C compiler, as Triton needs on a GPU"),
+    pytest.mark.skipif(COMPILER is None, reason="no C compiler with Python's headers, as Triton needs on a GPU"),
 ]
 ONES, NONE, TWOS = (1, 1, 1), (0, 0, 0), (2, 2, 2)
 # (C, K, size, kernel, stride, padding, dilation, groups, dtype): odd, so that nothing divides by accident.

@@ -15,7 +15,7 @@ from ahead_of_time import COMPILER
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: nothing has to be rehearsed"),
-    pytest.mark.skipif(COMPILER is None, reason="there is no C compiler, as Triton needs on a GPU"),
+    pytest.mark.skipif(COMPILER is None, reason="no C compiler with Python's headers, as Triton needs on a GPU"),
 ]
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(Path(__file__).with_name("made_up_gpu.py"))

@@ -202,12 +202,11 @@ class Bench:
     def measure(self, candidate: Candidate, repetitions: int) -> float | None:
         """Seconds of a launch, the median of so many; None if the candidate is wrong or cannot run here."""
         engine, config = candidate
-        if candidate in self.right or engine.NAME == OWN:
-            return self.timed(candidate, repetitions)
-        with self.trial(engine.NAME, config):
-            return self.timed(candidate, repetitions)
+        first = candidate not in self.right and engine.NAME != OWN
+        with self.trial(engine.NAME, config) if first else contextlib.nullcontext():
+            return self._timed(candidate, repetitions)
 
-    def timed(self, candidate: Candidate, repetitions: int) -> float | None:
+    def _timed(self, candidate: Candidate, repetitions: int) -> float | None:
         engine, config = candidate
         if candidate not in self.right and not self.is_usable(candidate):
             return None

@@ -8,6 +8,7 @@ the same environment leave it out. Nothing is locked, and without a directory no
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -75,7 +76,7 @@ def trial(
         yield
     except BaseException as error:
         if is_illegal_access(error):
-            _written(path, Trial(environment, engine, config.to_dict(), str(problem), None))
+            _written(path, dataclasses.replace(noted, process=None))
         else:
             storage.discard(path)
         raise
