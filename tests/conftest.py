@@ -1,9 +1,15 @@
-"""Where the tests run: in Triton's interpreter if there is no GPU, and with a cache directory of their own."""
+"""Where the tests run: in Triton's interpreter if there is no GPU, and with a cache directory of their own.
+
+On a GPU each kernel is compiled first, 7,000 of them, which takes hours in one process. There ``python -m pytest`` runs some
+cases of every test; ``--cases 0`` runs all, and ``python -m perf validate --slice correctness`` does so in many processes.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import tempfile
+from collections import defaultdict
 
 import pytest
 import torch
@@ -11,8 +17,32 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+COMPILED = os.environ.get("TRITON_INTERPRET", "0") == "0"
+ON_GPU = 8  # cases of every test: some 1,500 kernels
+
 _cache = tempfile.TemporaryDirectory(prefix="triton_conv3d_tests_")
 os.environ["TRITON_CONV3D_CACHE_DIR"] = os.path.join(_cache.name, "cache")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cases", type=int, default=ON_GPU if COMPILED else 0, metavar="N",
+        help="run at most N cases of every test, the same ones each time; 0: all (default: %(default)s)",
+    )  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    most, of_test = config.getoption("--cases"), defaultdict(list)
+    for item in items:
+        of_test[item.nodeid.partition("[")[0]].append(item)
+    dropped = set()
+    for name, cases in of_test.items():
+        if 0 < most < len(cases):
+            dropped.update(random.Random(name).sample(cases, len(cases) - most))
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture

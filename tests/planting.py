@@ -22,7 +22,7 @@ from guarded import subprocess_of
 
 ENGINES = Path(__file__).resolve().parent.parent / "triton_conv3d" / "engines"
 SOUND = ""  # the name of no fault
-_MANY = 60  # faults of one engine, above which every second one is for the long run
+_USUAL = 16  # faults of one engine, about; the others are for the long run
 Fault = tuple[str, str, str]
 
 
@@ -48,7 +48,7 @@ def tests(script: str, names: Iterable[str]) -> tuple[Callable, Callable, Callab
     """A script's fixture ``outcomes``, and its tests that the sound engine passes and that each of these faults is caught."""
 
     names = list(names)
-    usual = names[::2] if len(names) > _MANY else names
+    usual = names[:: max(1, round(len(names) / _USUAL))]
 
     @pytest.fixture(scope="module", name="outcomes")
     def tried(request: pytest.FixtureRequest) -> dict[str, str]:

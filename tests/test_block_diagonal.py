@@ -74,7 +74,7 @@ def test_between_pages_that_fault(at_end: bool) -> None:
 @pytest.mark.parametrize("pass_", PASSES)
 def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
     """Beside it what a pixel, or in dgrad a weight, may touch of the groups that are one with its own: here all of them."""
-    problem, operands = make(case(pass_, "sixteens"))
+    problem, operands = make(case(pass_, "sixteens", batch=1, input_size=(2, 3, 4)))
 
     def beyond(where: tuple[int, ...]) -> tuple:
         if pass_ == "wgrad":

@@ -148,7 +148,8 @@ def test_every_offered_config_is_exact(shape: str, pass_: str) -> None:
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, pass_: str) -> None:
-    """Random data in each layout beside the next one; both result formats, the first and the last config."""
+    """Random data in each layout beside the next one, in one type the other way round too; both result formats, the first
+    and the last config."""
     names = list(LAYOUTS)
     following = names[(names.index(layout) + 1) % len(names)]
     for i, dtype in enumerate(DTYPES):
@@ -158,7 +159,8 @@ def test_layouts(layout: str, pass_: str) -> None:
         )  # fmt: skip
         problem, _ = make(case)
         run(case, ENGINE, ENGINE.configs(problem)[0])
-        run(case.replace(channels_last=i != 1, layouts=(following, layout)), ENGINE)
+        if i == names.index(layout) % 3:
+            run(case.replace(channels_last=i != 1, layouts=(following, layout)), ENGINE)
 
 
 # Geometries at the borders of what a convolution can be.

@@ -423,3 +423,14 @@ def test_every_test_file_is_run():
     names = {step.name.split(" ")[0] for step in suite.steps(None)}
     assert {"test_engines.py", "test_fuzz.py", "test_functional.py", "test_perf_validate.py"} <= names
     assert suite.unavailable() is None
+
+
+def test_of_every_test_some_cases_unless_all_are_asked_for():
+    def collected(*arguments: str) -> dict[str, int]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
+        lines = process.run([*command, "tests/test_fuzz.py"], 60.0).output.splitlines()
+        return collections.Counter(line.partition("[")[0] for line in lines if "::" in line)
+
+    every = collected(*pytested.EVERY_CASE)
+    assert every["tests/test_fuzz.py::test_fuzz"] == 3 * test_fuzz.IN_CI
+    assert collected("--cases", "4") == {name: min(count, 4) for name, count in every.items()}

@@ -15,6 +15,6 @@ unavailable = pytested.unavailable
 
 
 def steps(setting: Setting) -> list[Step]:
-    chosen = ["tests/test_fuzz.py", "-m", "long", "--shard"]
+    chosen = ["tests/test_fuzz.py", *pytested.EVERY_CASE, "-m", "long", "--shard"]
     shards = [f"{index}/{_SHARDS}" for index in range(_TAKEN)]
     return [Step(shard, _SECONDS, functools.partial(pytested.run, [*chosen, shard])) for shard in shards]

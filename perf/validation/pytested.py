@@ -17,6 +17,7 @@ TESTS = process.ROOT / "tests"
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))  # each compiles on one core, with torch's threads beside it
 _THREADS = str(max(1, (os.cpu_count() or 1) // WORKERS))  # of torch's, or each worker has as many as there are cores
 _NOTHING_COLLECTED = 5  # pytest's exit status
+EVERY_CASE = ("--cases", "0")  # of the project's own tests: on a GPU they run some of every test by default
 _NAMED = 5  # failing tests that a reason names
 SANITIZER = 99  # exit status asked for where a sanitizer reports something
 

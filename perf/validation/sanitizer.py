@@ -32,5 +32,5 @@ def steps(setting: Setting) -> list[Step]:
 
 def _step(tool: str, shard: str, limit: float) -> Outcome | None:
     prefix = [_TOOL, "--tool", tool, *_OPTIONS[tool], "--error-exitcode", str(pytested.SANITIZER)]
-    chosen = ["tests/test_fuzz.py", "--shard", shard]
+    chosen = ["tests/test_fuzz.py", *pytested.EVERY_CASE, "--shard", shard]
     return pytested.run(chosen, limit, prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

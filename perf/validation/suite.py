@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import functools
+import math
 
 from . import Setting, Step, pytested
 
 NAME = "correctness.tests"
 WHAT = "the project's tests on the GPU: every engine, config, dtype and layout"
 WORKERS = pytested.WORKERS
-_SHARDS = {"test_engines.py": 32, "test_fuzz.py": 16}  # of the files that compile most; the others are one step each
-_SECONDS = {"test_engines.py": 90.0, "test_fuzz.py": 90.0}  # of a shard, compiling included; estimates
-_OTHER_SECONDS = 60.0
+# Kernels that the files which need most of them compile, as counted in Triton's interpreter; those of test_hopper*.py by
+# their cases, which take it twice as long. A step compiles up to so many, about one a second.
+_KERNELS = {
+    "test_depthwise.py": 2270, "test_engines.py": 2020, "test_fuzz.py": 890, "test_folded.py": 260, "test_fused.py": 210,
+    "test_hopper.py": 270, "test_hopper_im2col.py": 120, "test_hopper_lines.py": 100, "test_perf_slices.py": 150,
+    "test_halo.py": 130, "test_space_to_depth.py": 130, "test_padded.py": 110, "test_blocks.py": 100, "test_tma.py": 100,
+}  # fmt: skip
+_OF_A_STEP, _OTHER_SECONDS = 80, 40.0
 unavailable = pytested.unavailable
 
 
 def steps(setting: Setting) -> list[Step]:
     found = []
     for path in sorted(pytested.TESTS.glob("test_*.py")):
-        count = _SHARDS.get(path.name, 1)
+        kernels = _KERNELS.get(path.name, 0)
+        count = max(1, math.ceil(kernels / _OF_A_STEP))
         for index in range(count):
             name = path.name if count == 1 else f"{path.name} {index}/{count}"
-            arguments = [f"tests/{path.name}", "--shard", f"{index}/{count}"]
-            seconds = _SECONDS.get(path.name, _OTHER_SECONDS)
+            arguments = [f"tests/{path.name}", *pytested.EVERY_CASE, "--shard", f"{index}/{count}"]
+            seconds = _OTHER_SECONDS + kernels / count
             found.append(Step(name, seconds, functools.partial(pytested.run, arguments)))
     return found
