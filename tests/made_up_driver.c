@@ -6,7 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SHARED = 232448, THREADS = 1024, REGISTERS = 65536, MOST_PARAMETERS = 512 };
+enum { SHARED = 232448, RESERVED_SHARED = 1024 /* CUDA's own, of every block, which neither limit counts */ };
+enum { THREADS = 1024, REGISTERS = 65536, MOST_PARAMETERS = 512 };
 #define FILLED "made up" /* the first bytes of a descriptor that was encoded; of those behind Triton changes some */
 
 struct CUfunc_st {
@@ -74,7 +75,7 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
     if (!strcmp(own, ".nv.info")) read_info(f, content, sections[i].sh_size, symbol, 0);
     if (!strcmp(own, section)) read_info(f, content, sections[i].sh_size, symbol, 1);
     snprintf(section, sizeof section, ".nv.shared.%s", name);
-    if (!strcmp(own, section)) f->static_shared = sections[i].sh_size;
+    if (!strcmp(own, section)) f->static_shared = sections[i].sh_size - RESERVED_SHARED;
   }
   f->dynamic_shared = 49152 - f->static_shared;
   *function = f;
