@@ -8,6 +8,8 @@ import re
 
 import pytest
 import torch
+from compiled import error
+from tolerances import COMPILED
 from torch import nn
 
 from triton_conv3d import Conv3d, LazyConv3d, configure, convert_conv3d, tuning
@@ -219,8 +221,9 @@ def test_convert_networks(make):
     torch.testing.assert_close(result, expected)
     for y in (result, expected):
         y.square().sum().backward()
-    for parameter, want in zip(ours.parameters(), torchs.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, want.grad, rtol=1e-3, atol=1e-4)
+    # As one vector: single ones, such as of a bias before a normalisation, are nothing but roundoff.
+    found, wanted = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (ours, torchs))
+    assert error(found, wanted) <= COMPILED
 
 
 def test_convert_declares_no_class_to_its_bases():
