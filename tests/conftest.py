@@ -1,7 +1,8 @@
 """Where the tests run: in Triton's interpreter if there is no GPU, and with a cache directory of their own.
 
-On a GPU each kernel is compiled first, 7,000 of them, which takes hours in one process. There ``python -m pytest`` runs some
-cases of every test; ``--cases 0`` runs all, and ``python -m perf validate --slice correctness`` does so in many processes.
+On a GPU each kernel is compiled first, 7,000 of them, which takes one process more than an hour. There ``python -m pytest``
+runs some cases of every test; ``--cases 0`` runs all, and ``python -m perf validate --slice correctness`` does so in several
+processes.
 """
 
 from __future__ import annotations
