@@ -19,15 +19,21 @@ COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 COMPILER = COMPILER if Path(sysconfig.get_path("include"), "Python.h").is_file() else None
 
 
-def reports(file: str, *arguments: str) -> list[dict]:
-    """What ``python FILE ARGUMENTS`` prints, a JSON object a line, with a kernel cache of its own."""
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    """``python ARGUMENTS`` in the project's root, with a kernel cache of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there is not to be found
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    paths = (str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, "-W", "ignore", file, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        command = [sys.executable, "-W", "ignore", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def reports(file: str, *arguments: str) -> list[dict]:
+    """What ``python FILE ARGUMENTS`` prints, a JSON object a line."""
+    done = run(file, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return list(map(json.loads, done.stdout.splitlines()))
 

@@ -62,6 +62,10 @@ UNSOUND = {
     "shape": (1,) * 5 + (64,), "strides": (64,) * 5 + (1,)},
 }  # fmt: skip
 
+# Their tests look at nothing but what :mod:`made_up_tests` takes for right.
+ENGINE_TESTS = ("block_diagonal", "blocks", "folded", "fuzz", "halo", "hopper", "hopper_lines", "kn2row", "padded", "rounded",
+    "space_to_depth", "subpixel", "tma")  # fmt: skip
+
 
 def launches(names: list[str], most: int | None, problems: int | None) -> Iterator[dict]:
     import made_up_gpu
@@ -121,6 +125,15 @@ def test_one_launch_of_each_kind_of_descriptor() -> None:
 @pytest.mark.parametrize("engine", [name for name in engines.available() if name not in ("aten", "matmul")])
 def test_every_engine(engine: str) -> None:
     assert kernels_of(engine, "--most", "3") >= KERNELS.get(engine, set())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ENGINE_TESTS)
+def test_tests_of_engines_compile_and_launch(name: str) -> None:
+    """A few cases of each; ``made_up_tests`` says how to run them all."""
+    command = ("-m", "pytest", "-q", "-p", "made_up_tests", "-p", "no:cacheprovider", "--cases", "2")
+    done = ahead_of_time.run(*command, f"tests/test_{name}.py")
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_the_driver_refuses() -> None:
