@@ -19,7 +19,7 @@ COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 COMPILER = COMPILER if Path(sysconfig.get_path("include"), "Python.h").is_file() else None
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, limit: float = 600.0) -> subprocess.CompletedProcess:
     """``python ARGUMENTS`` in the project's root, with a kernel cache of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there is not to be found
@@ -28,7 +28,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
         command = [sys.executable, "-W", "ignore", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
 
 
 def reports(file: str, *arguments: str) -> list[dict]:

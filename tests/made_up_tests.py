@@ -1,5 +1,5 @@
 """A pytest plugin: tests of engines on the GPU that is made up. Every kernel is compiled for sm_90 and launched into nothing,
-and no result is compared: what fails here would fail on a GPU too.
+and no result is compared by what these tests compare with: what raises here would on a GPU too.
 
     PYTHONPATH=.:tests python -m pytest -p made_up_tests --cases 0 tests/test_halo.py
 """

@@ -67,6 +67,16 @@ def tests(script: str, names: Iterable[str]) -> tuple[Callable, Callable, Callab
     return tried, without_a_fault_the_battery_passes, planted_fault_is_caught
 
 
+def stale(engine: str, faults: dict[str, Fault]) -> list[str]:
+    """Names of the faults whose place is gone, of those for the long run too."""
+
+    def source(file: str) -> str:
+        own = ENGINES / engine / file
+        return (own if own.is_file() else ENGINES / file).read_text()
+
+    return [name for name, (file, old, _) in faults.items() if old not in source(file)]
+
+
 def check(outcome: str) -> None:
     """A fault has to be there, and to be seen."""
     assert not outcome.startswith("stale"), outcome

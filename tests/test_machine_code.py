@@ -6,11 +6,9 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import ahead_of_time
 import pytest
 
 pytest.importorskip("triton")
@@ -41,11 +39,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6):
 
 
 def command(out, *arguments):
-    """In a process of its own: the interpreter of the other tests cannot compile."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(out.parent / "triton")
-    call = [sys.executable, "-m", "perf.machine_code", *arguments, "--out", str(out)]
-    subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, timeout=9000)
+    ahead_of_time.run("-m", "perf.machine_code", *arguments, "--out", str(out), limit=9000.0)
 
 
 @pytest.fixture(scope="module")

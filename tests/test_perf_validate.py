@@ -421,16 +421,17 @@ def test_the_sanitizer_is_asked_for_its_exit_status(monkeypatch):
 def test_every_test_file_is_run():
     (suite,) = chosen("correctness.tests")
     names = {step.name.split(" ")[0] for step in suite.steps(None)}
-    assert {"test_engines.py", "test_fuzz.py", "test_functional.py", "test_perf_validate.py"} <= names
+    assert {"test_engines.py", "test_fuzz.py", "test_functional.py", "test_perf_validate.py", *suite._KERNELS} <= names
     assert suite.unavailable() is None
 
 
-def test_of_every_test_some_cases_unless_all_are_asked_for():
-    def collected(*arguments: str) -> dict[str, int]:
+def test_of_every_test_some_cases_where_kernels_are_compiled():
+    def collected(*arguments: str, **environment: str) -> dict[str, int]:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
-        lines = process.run([*command, "tests/test_fuzz.py"], 60.0).output.splitlines()
+        lines = process.run([*command, "tests/test_fuzz.py"], 60.0, **environment).output.splitlines()
         return collections.Counter(line.partition("[")[0] for line in lines if "::" in line)
 
-    every = collected(*pytested.EVERY_CASE)
+    every = collected(TRITON_INTERPRET="1")
     assert every["tests/test_fuzz.py::test_fuzz"] == 3 * test_fuzz.IN_CI
-    assert collected("--cases", "4") == {name: min(count, 4) for name, count in every.items()}
+    assert collected(*pytested.EVERY_CASE, TRITON_INTERPRET="0") == every
+    assert collected(TRITON_INTERPRET="0") == {name: min(count, 8) for name, count in every.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -173,6 +174,13 @@ def _check_large(engine: ModuleType) -> None:
 
 
 outcomes, test_without_a_fault_the_battery_passes, test_planted_fault_is_caught = planting.tests(Path(__file__).name, FAULTS)
+
+
+def test_every_fault_has_its_place() -> None:
+    """Those that only the long run tries, too."""
+    scripts = {"planted": "implicit_gemm"} | {name: name for name in ("depthwise", "folded", "halo", "hopper", "tma")}
+    for script, engine in scripts.items():
+        assert planting.stale(engine, importlib.import_module(f"test_{script}_faults").FAULTS) == []
 
 
 def test_enough_faults() -> None:
