@@ -45,6 +45,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in dropped]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    if os.environ.get("TRITON_INTERPRET", "0") == "0":
+        yield
+    else:
+        from interpreting import prepared_once
+
+        with prepared_once():
+            yield
+
+
+@pytest.fixture
+def proven(monkeypatch) -> None:
+    """As on a GPU on which every engine on trial was right."""
+    from triton_conv3d.tuning import proof
+
+    monkeypatch.setattr(proof, "works", lambda engine, gpu: True)
+
+
 @pytest.fixture
 def posed(monkeypatch) -> list:
     """The problems that are computed from now on, in their order."""

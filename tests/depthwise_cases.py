@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import itertools
 import math
 import random
 import sys
-from collections.abc import Iterator
-from types import SimpleNamespace
 
-import triton.language as tl
 from cases import _READ, DTYPES, LAYOUTS, PRECISIONS, Case, make, run, small
 from guarded import guards, overflow_checked, run_large
-from triton.runtime import interpreter
+from interpreting import prepared_once
 
 from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import PASSES, Problem, met_taps
@@ -102,26 +98,6 @@ def operations(problem: Problem, config: Config) -> float:
     return work.programs * (20 + work.iterations * (10 + config.rows * config.columns * (2 * taps + 4)))
 
 
-@contextlib.contextmanager
-def patched_once() -> Iterator[None]:
-    """The interpreter prepares ``triton.language`` anew for every function that a kernel calls: half of its time."""
-    original, prepared = interpreter._patch_lang, set()
-
-    def prepare(function):
-        modules = frozenset(name for name, value in function.__globals__.items() if value is tl or value is tl.core)
-        if modules in prepared:
-            return None
-        prepared.add(modules)
-        scope = original(function)
-        return SimpleNamespace(restore=lambda: (prepared.clear(), scope.restore()))  # called for the kernel alone
-
-    interpreter._patch_lang = prepare
-    try:
-        yield
-    finally:
-        interpreter._patch_lang = original
-
-
 # ------------------------------------------------------------------------------------------- memory that cannot be overrun
 
 
@@ -159,28 +135,28 @@ LARGE += [("batch", True), ("channels", True), ("depth", True), ("height", True)
 
 
 def main(mode: str) -> None:
-    with patched_once():
-        if mode in ("end", "start"):
-            with guards(mode == "end") as fresh:
-                for i, case in enumerate(guarded_cases()):
-                    print(case, flush=True)
-                    offers = ENGINE.configs(make(case)[0])
-                    for config in {offers[0], offers[i % len(offers)]} if mode == "end" else {offers[-1]}:
-                        run(case, ENGINE, dataclasses.replace(config, splits=1 + i % 2), fresh)
-        elif mode == "checked":
-            with overflow_checked():
-                for case in guarded_cases():
-                    print(case, flush=True)
-                    run(case, ENGINE)
-        elif mode == "large":
-            with overflow_checked():
-                for pass_, (crossing, contiguous) in itertools.product(PASSES, LARGE):
-                    print(pass_, crossing, contiguous, flush=True)
-                    run_large(ENGINE, pass_, crossing, contiguous)
-        else:
-            raise ValueError(f"mode {mode!r} is not known")
+    if mode in ("end", "start"):
+        with guards(mode == "end") as fresh:
+            for i, case in enumerate(guarded_cases()):
+                print(case, flush=True)
+                offers = ENGINE.configs(make(case)[0])
+                for config in {offers[0], offers[i % len(offers)]} if mode == "end" else {offers[-1]}:
+                    run(case, ENGINE, dataclasses.replace(config, splits=1 + i % 2), fresh)
+    elif mode == "checked":
+        with overflow_checked():
+            for case in guarded_cases():
+                print(case, flush=True)
+                run(case, ENGINE)
+    elif mode == "large":
+        with overflow_checked():
+            for pass_, (crossing, contiguous) in itertools.product(PASSES, LARGE):
+                print(pass_, crossing, contiguous, flush=True)
+                run_large(ENGINE, pass_, crossing, contiguous)
+    else:
+        raise ValueError(f"mode {mode!r} is not known")
     print("done", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with prepared_once():
+        main(*sys.argv[1:])

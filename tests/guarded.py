@@ -255,4 +255,7 @@ def subprocess_of(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from interpreting import prepared_once
+
+    with prepared_once():
+        main(*sys.argv[1:])

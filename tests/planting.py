@@ -32,9 +32,11 @@ def try_all(engine: str, faults: dict[str, Fault], battery: Callable[[ModuleType
 
     torch.set_num_threads(1)
     import cases  # noqa: F401  what the forks share
+    from interpreting import prepared_once
 
-    for name in names or (SOUND, *faults):
-        print(json.dumps([name, _in_a_fork(engine, name, faults.get(name), battery)]), flush=True)
+    with prepared_once():
+        for name in names or (SOUND, *faults):
+            print(json.dumps([name, _in_a_fork(engine, name, faults.get(name), battery)]), flush=True)
 
 
 def outcomes(script: str, names: Iterable[str] = ()) -> dict[str, str]:

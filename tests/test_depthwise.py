@@ -12,7 +12,7 @@ import itertools
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, check_footprint, make, pose, run, seeds
-from depthwise_cases import ENGINE, FIRST, LAST, depthwise, fuzz_case, large, patched_once
+from depthwise_cases import ENGINE, FIRST, LAST, depthwise, fuzz_case, large
 from guarded import subprocess_of
 
 from triton_conv3d import reference
@@ -21,12 +21,6 @@ from triton_conv3d.engines.depthwise.geometry import plan
 from triton_conv3d.problem import PASSES, met_taps
 
 IN_CI = 300
-
-
-@pytest.fixture(autouse=True)
-def quick_interpreter():
-    with patched_once():
-        yield
 
 
 # ------------------------------------------------------------------------------------------------- T1 and T2
