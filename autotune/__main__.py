@@ -95,7 +95,7 @@ def _sweep(options: argparse.Namespace) -> int:
     cases = suites.cases(
         suites.layers(options.suites), options.passes, options.dtypes, options.precisions, options.layouts
     )
-    with _of_every_engine("full"):
+    with _of_every_engine():
         return _plan(cases, options) if options.dry_run else _measure(cases, options)
 
 
@@ -125,9 +125,9 @@ def _measure(cases: list[suites.Case], options: argparse.Namespace) -> int:
     return 0
 
 
-def _of_every_engine(mode: str) -> settings.configure:
-    """Whatever the environment asks for; those on trial in the mode ``full`` only."""
-    return settings.configure(autotune=mode, engine=None)
+def _of_every_engine() -> settings.configure:
+    """Whatever the environment asks for; the mode ``full`` has those on trial too."""
+    return settings.configure(autotune="full", engine=None)
 
 
 def _gpu(text: str) -> tuple[str, str]:
@@ -201,7 +201,7 @@ def _fit(options: argparse.Namespace) -> None:
 
 def _variants(options: argparse.Namespace) -> None:
     problems = variants.problems(suites.layers(options.suites), *_gpu(options.gpu))
-    with _of_every_engine("quick"):
+    with _of_every_engine():
         losses = variants.write(problems, tuned_variants.FILE)
     for name, loss in losses.items():
         print(f"{name}: {MOST_VARIANTS} variants, {loss:.3f} of the best's time by the model")

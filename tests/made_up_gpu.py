@@ -144,7 +144,7 @@ def install() -> None:
         setattr(torch.cuda, name, lambda *args, value=value: value)
     torch.cuda.Event, torch.cuda.device = Event, contextlib.nullcontext
     torch.backends.cudnn.version = lambda: 91900
-    verify.is_right = lambda *args, **kwargs: True  # nothing was computed
+    verify.is_right = verify.same = lambda *args, **kwargs: True  # nothing was computed
 
 
 def main() -> None:

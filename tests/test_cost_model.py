@@ -233,6 +233,7 @@ def calls(function) -> int:
     return count
 
 
+@pytest.mark.usefixtures("proven")
 def test_ranking_takes_less_than_a_millisecond():
     """Of a new problem: on average by the clock; in the tail by what is called, which took 0.15 us a call."""
     draw = random.Random(3)
@@ -244,7 +245,7 @@ def test_ranking_takes_less_than_a_millisecond():
 
     timed = [rank(run, processor_time) for run in range(4)]  # the least of which counts: others use the machine meanwhile
     assert statistics.mean(map(min, zip(*timed, strict=True))) < 1e-3
-    assert percentile(rank(4, calls), 0.95) < 6000  # it was 5,240, and 2,570 on average
+    assert percentile(rank(4, calls), 0.95) < 6000  # it was 5,720, and 2,610 on average
 
 
 class TestFitted:

@@ -24,7 +24,7 @@ LAYERS = (
     ("ops",),
     ("functional",),
     ("modules", "compile_backend", "workload"),
-    ("convert", "explain"),
+    ("convert", "explain", "tryout"),
     ("__init__",),
     ("demo",),
     ("__main__",),

@@ -100,7 +100,7 @@ def test_engine_table_lists_the_engines_and_how_each_is_chosen():
     assert chosen.pop("padded") == "as those"  # that it hands its work to
     assert chosen == {
         name: f"by {'prediction' if getattr(engine, 'MEASURED', True) else 'measurement'}"
-        + " in the mode `full`" * getattr(engine, "TRIAL", False)
+        + ", once it was tried" * getattr(engine, "TRIAL", False)
         for name, engine in engines.available().items()
         if name != "padded"
     }

@@ -76,6 +76,7 @@ def test_a_layer_is_tuned_once_and_its_plans_are_read_by_the_next_process(tmp_pa
 PROGRAMS = {
     "run": ("perf", "run", "--provider", "ours,torch_cl,implicit_gemm,tma", "--out", "run.csv"),
     "validate": ("perf", "validate", "--slice", "tune,bench", "--out", "validated"),
+    "try": ("triton_conv3d", "try", "hopper"),
     "sweep": ("autotune", "sweep", "designed.json", "--out", "sweep.jsonl", "--guided", "2"),
 }
 ONE_LAYER = {

@@ -1,10 +1,11 @@
-"""``triton-conv3d info | tune | cache | demo``: the command line. ``python -m triton_conv3d`` is the same."""
+"""``triton-conv3d info | tune | try | cache | demo``: the command line. ``python -m triton_conv3d`` is the same."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, console, convert_conv3d, engines, settings, tuning
+from . import __version__, console, convert_conv3d, engines, settings, tryout, tuning
 from .problem import PASSES, Problem, interpreted
-from .tuning import quarantine, storage, table
+from .tuning import proof, quarantine, storage, table
 from .tuning.cache import PlanCache
 from .tuning.environment import environment
 from .tuning.faults import is_illegal_access
@@ -73,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--mode", choices=("quick", "full"), default="full", help="how many candidates (default: full)")
     tune.add_argument("--budget", type=_seconds, metavar="SECONDS", help="for one problem, without compiling")
     tune.set_defaults(run=_tune)
+
+    try_ = commands.add_parser("try", help="run an engine on this GPU, small and ragged layers, and tell whether it is right")
+    try_.add_argument("engine", choices=tuple(engines.available()), metavar="ENGINE", help=", ".join(engines.available()))
+    try_.add_argument("--device", type=int, default=0, metavar="INDEX", help="of the GPU (default: 0)")
+    try_.set_defaults(run=_try)
 
     cache = commands.add_parser("cache", help="list, export, import or clear the plans measured so far")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
@@ -193,6 +199,9 @@ def _cache_list(options: argparse.Namespace) -> None:
         print(f"    {entry.engine} {config}  {entry.time_us:.1f} us{aten}, best of {entry.candidates}")
     for _, trial in quarantine.ended(cache.directory):
         print(f"{trial.environment.get('gpu')}: left out: {trial}, which ended a process that measured {trial.problem}")
+    for proven in proof.kept(cache.directory):
+        found = "works" if proven.failure is None else f"left out: {proven.failure}"
+        print(f"{proven.environment.get('gpu')}: engine {proven.engine}, on trial: {found}")
     print(f"{_count(total, 'plan')} in {cache.directory or 'memory only: there is no cache directory'}")
 
 
@@ -225,10 +234,12 @@ def _tune(options: argparse.Namespace) -> int:
     return status
 
 
-def _need_gpu(what: str) -> torch.device:
+def _need_gpu(what: str, index: int | None = None) -> torch.device:
     if not torch.cuda.is_available():
-        raise Mistake(f"torch sees no GPU, so nothing can be measured; with one, this would tune {what}")
-    return torch.device("cuda")
+        raise Mistake(f"torch sees no GPU, so nothing can be measured; with one, this would {what}")
+    if index is not None and not 0 <= index < torch.cuda.device_count():
+        raise Mistake(f"--device {index}: torch sees {_count(torch.cuda.device_count(), 'GPU')}, counted from 0")
+    return torch.device("cuda", index)
 
 
 def _tune_layers(options: argparse.Namespace) -> int:
@@ -243,7 +254,7 @@ def _tune_layers(options: argparse.Namespace) -> int:
         print(f"left out of {options.workload}: {left_out}, which are not conv3d")
     if options.dtype:
         layers = [dataclasses.replace(layer, dtype=options.dtype) for layer in layers]
-    device = _need_gpu(f"{_count(len(layers), 'layer')}, {', '.join(options.passes)}, mode {options.mode}")
+    device = _need_gpu(f"tune {_count(len(layers), 'layer')}, {', '.join(options.passes)}, mode {options.mode}")
     failed = 0
     for number, layer in enumerate(layers, 1):
         print(f"[{number}/{len(layers)}] {layer.id}", flush=True)
@@ -271,7 +282,7 @@ def _tune_model(options: argparse.Namespace) -> None:
         raise Mistake(f"--input-shape is missing: the model {options.workload} needs it, as 2,1,64,64,64")
     model = _model(options.workload)
     layout = LAYOUTS[options.layout]
-    device = _need_gpu(f"the model {options.workload} on an input of {options.input_shape}, mode {options.mode}")
+    device = _need_gpu(f"tune the model {options.workload} on an input of {options.input_shape}, mode {options.mode}")
     print(convert_conv3d(model))
     model.to(device, memory_format=layout)
     input = torch.randn(options.input_shape, device=device).contiguous(memory_format=layout)
@@ -282,6 +293,20 @@ def _tune_model(options: argparse.Namespace) -> None:
     if gradients:
         outputs = [t for t in _tensors(output) if t.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+
+
+def _try(options: argparse.Namespace) -> int:
+    """1 if the engine is wrong."""
+    device = _need_gpu(f"run {options.engine}", options.device)
+    try:
+        with _mistakes(tryout.Untried, torch.OutOfMemoryError), torch.no_grad(), torch.cuda.device(device):
+            failure = tryout.run(engines.get(options.engine), device, functools.partial(print, flush=True))
+    except RuntimeError as error:
+        if not is_illegal_access(error):
+            raise
+        failure = str(error).replace("\n", " ")
+    print(proof.FAILED + failure if failure else f"{options.engine} is right on {torch.cuda.get_device_name(device)}")
+    return 1 if failure else 0
 
 
 def _model(name: str) -> torch.nn.Module:

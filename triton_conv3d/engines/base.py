@@ -10,7 +10,8 @@
     MEASURED = ("sm_90",)                  architectures whose results are published, if its code is for certain chips:
                                            on others no prediction makes it a plan, only a measurement there
                                            (of a config with the field ``engine``, that engine's holds too)
-    TRIAL = True                           if it is not even measured but where it is asked for, or in the mode ``full``
+    TRIAL = True                           if it has run on no GPU yet: it is measured only once a process of its own has
+                                           tried it (`triton-conv3d try`), or where it is asked for
 """
 
 from __future__ import annotations

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..problem import ACTIVATIONS, PASSES, Problem
-from . import quarantine, storage
+from . import proof, quarantine, storage
 from .storage import canonical, warn_once
 
 SCHEMA = 2  # 1 knew no residual and no activation
 MAX_BYTES = 64 * 1024  # of an entry; they have about 1.5 KiB
 MAX_EXPORT_BYTES = 64 * 1024 * 1024
 _NAME = re.compile(r"[0-9a-f]{64}\.json")
+_TEMPORARY = re.compile(r"[0-9a-f]+" + re.escape(storage.TEMPORARY))
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,11 @@ class PlanCache:
                 yield path, entry
 
     def clear(self) -> int:
-        """Delete all plans, damaged ones too, what ended processes, and temporary files; the number of plans deleted."""
-        for path in (*self._files(re.compile(r"[0-9a-f]+" + re.escape(storage.TEMPORARY))), *quarantine.files(self.directory)):
-            storage.discard(path)
+        """Delete all plans, damaged ones too, what ended processes, what was found of engines on trial, and temporary files;
+        the number of plans deleted."""
+        for pattern in (_TEMPORARY, quarantine.NAME, proof.NAME):
+            for path in self._files(pattern):
+                storage.discard(path)
         return sum(map(storage.discard, self._files(_NAME)))
 
     def export(self, path: str | os.PathLike) -> int:

@@ -110,13 +110,7 @@ def ended(directory: Path | None) -> Iterator[tuple[Path, Trial]]:
 
 def files(directory: Path | None) -> list[Path]:
     """Of all trials, running ones too."""
-    if directory is None:
-        return []
-    try:
-        storage.check_directory(directory)
-        return sorted(Path(directory, name) for name in os.listdir(directory) if NAME.fullmatch(name))
-    except (OSError, ValueError):  # ValueError: no directory can have this name
-        return []
+    return storage.listed(directory, NAME)
 
 
 def _written(path: Path, trial: Trial) -> bool:

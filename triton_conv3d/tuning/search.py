@@ -32,9 +32,9 @@ ROUNDS = ((2.0, 1), (1.25, 2), (1.05, 3))
 
 # Standard deviations of log(measured / predicted): of what all engines have in common, of an engine, of a config, of
 # one measurement; and the distance in knobs at which configs share 1 / e of theirs. Guesses until sweeps tell more.
-_COMMON, _ENGINE, _CONFIG, _NOISE, _RANGE = 0.3, 0.4, 0.5, 0.03, 1.2
+_COMMON, _ENGINE, _CONFIG, _NOISE, _RANGE = 0.3, 0.4, 0.7, 0.03, 1.2
 _COPIES = 0.2  # of what engines have in common that prepare operands for another
-_WORTH = 0.006  # expected improvement, as a part of the time, below which nothing more is measured
+_WORTH = 0.012  # expected improvement, as a part of the time, below which nothing more is measured
 _LEAST = 1e-9  # seconds: what takes no time has no logarithm
 
 

@@ -18,7 +18,7 @@ import torch
 from .. import engines, settings
 from ..engines.base import Config
 from ..problem import Operands, Problem
-from . import cost_model, measure, quarantine, transfer, variants
+from . import cost_model, measure, proof, quarantine, transfer, variants
 from .cache import Entry, PlanCache
 from .environment import environment, source_hash
 from .faults import blamed, is_illegal_access, is_out_of_memory, is_out_of_resources
@@ -197,7 +197,8 @@ def refusals(problem: Problem) -> dict[str, str]:
     for name, engine in engines.available().items():
         reason = engine.supports(problem)
         if reason is None and _on_trial(problem, engine):
-            reason = f"on trial, never measured on {problem.arch}: a plan only where measured, or asked for"
+            reason = proof.failure(name, problem.device)
+            reason = f"on trial, {reason or f'never measured on {problem.arch}'}: a plan only where measured, or asked for"
         if reason is None and not _usable(problem, engine):
             reason = "every config failed to launch or gave a wrong result"
         if reason is not None:
@@ -221,14 +222,17 @@ def _on_trial(problem: Problem, engine: ModuleType, measuring: bool = False) -> 
     """Whether an engine has still to prove itself here, and nobody has asked for it.
 
     One that was never measured on this architecture is a candidate only where candidates are measured, which verifies
-    them first: no prediction makes it a plan. With ``TRIAL``, it is one only in the mode ``full`` even then.
+    them first: no prediction makes it a plan. With ``TRIAL``, it is one only where :mod:`.proof` found that it works, and in
+    the mode ``full`` where that could not be found out.
     """
     current = settings.current()
     if current.engine == engine.NAME:
         return False
     if not measuring and problem.arch not in getattr(engine, "MEASURED", (problem.arch,)):
         return True
-    return getattr(engine, "TRIAL", False) and current.autotune != "full"
+    if not getattr(engine, "TRIAL", False) or proof.works(engine.NAME, problem.device):
+        return False
+    return current.autotune != "full" or proof.failure(engine.NAME, problem.device) is not None
 
 
 def _rests_on_trial(problem: Problem, config: Config, measuring: bool = False) -> bool:
@@ -335,11 +339,14 @@ def _quiet() -> bool:
 
 def _tune(problem: Problem, operands: Operands, hint: Plan) -> Plan:
     """Measure, and keep the winner; the hint is what holds if nothing could be measured."""
-    ranked, current = ranking(problem, measuring=True), settings.current()
+    current, device = settings.current(), next(t for t in operands[:3] if t is not None).device
+    names, cache = environment(device), PlanCache(current.cache_dir)
+    for engine in engines.available().values() if current.engine is None else ():
+        if getattr(engine, "TRIAL", False) and engine.supports(problem) is None:
+            proof.find_out(engine.NAME, device.index or 0, names, cache.directory)
+    ranked = ranking(problem, measuring=True)
     if current.autotune != "full":
         ranked = variants.kept(problem, ranked)
-    device = next(t for t in operands[:3] if t is not None).device
-    names, cache = environment(device), PlanCache(current.cache_dir)
     key, trial = _key(names), functools.partial(quarantine.trial, cache.directory, names, problem)
     measured = _measured(cache, key)
     similar = [*transfer.nearest(problem, measured), *lookup(problem, key, current.tables)]

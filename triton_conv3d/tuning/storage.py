@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import time
@@ -108,6 +109,17 @@ def check_directory(directory: Path) -> None:
     reason = "it is not a directory" if not stat.S_ISDIR(status.st_mode) else foreign(status)
     if reason:
         raise PermissionError(errno.EACCES, reason, str(directory))
+
+
+def listed(directory: Path | None, pattern: re.Pattern) -> list[Path]:
+    """Files of these names, in order; none of a directory that is not there or not to be trusted."""
+    if directory is None:
+        return []
+    try:
+        check_directory(directory)
+        return sorted(Path(directory, name) for name in os.listdir(directory) if pattern.fullmatch(name))
+    except (OSError, ValueError):  # ValueError: no directory can have this name
+        return []
 
 
 def read(path: str | os.PathLike, limit: int, private: bool) -> bytes:

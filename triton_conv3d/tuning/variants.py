@@ -41,14 +41,15 @@ def listed() -> dict[str, frozenset[str]]:
 
 def kept(problem: Problem, ranked: Sequence[Ranked]) -> list[Ranked]:
     """Those of the candidates whose variant is listed, or of whose engine none is. Where the list is predicted to lose
-    much, or has none that the problem can take, the engine's most promising variant stays beside it."""
+    much, or has none that the problem can take, the engine's most promising variant stays beside it, if it is not far behind
+    the best of all."""
     lists, found = listed(), []
     for name in dict.fromkeys(engine.NAME for _, engine, _ in ranked):
         of = [item for item in ranked if item[1].NAME == name]
         allowed = lists.get(kind(name, problem))
         if allowed is not None:
             best = min((seconds for seconds, _, config in of if spelled(config) in allowed), default=math.inf)
-            if best > _LOSS * of[0][0]:
+            if best > _LOSS * of[0][0] and of[0][0] <= _LOSS * ranked[0][0]:
                 allowed = allowed | {spelled(of[0][2])}
             of = [item for item in of if spelled(item[2]) in allowed]
         found += of
