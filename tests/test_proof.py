@@ -23,7 +23,7 @@ from triton_conv3d.workload import Layer
 
 world = test_select.world
 NAME = "new"
-WORKS, FAILED, UNTRIED = (True, None), (True, "it gave a wrong result"), (False, "no GPU")
+WORKS, FAILED, UNTRIED = map(proof.Outcome, (True, True, False), (None, "it gave a wrong result", "no GPU"))
 OTHER = {**ENVIRONMENT, "triton": "9.9"}
 
 
@@ -52,9 +52,9 @@ def tried(monkeypatch) -> list:
     return trials
 
 
-def found(directory, environment=ENVIRONMENT) -> tuple[bool, str | None]:
+def found(directory, environment=ENVIRONMENT) -> proof.Outcome:
     proof.find_out(NAME, 0, environment, directory)
-    return proof.works(NAME, environment["gpu"]), proof.failure(NAME, environment["gpu"])
+    return proof.outcome(NAME, environment["gpu"])
 
 
 @pytest.mark.filterwarnings("ignore:.*failed its trial")
@@ -62,9 +62,9 @@ class TestWhatIsKept:
     @pytest.mark.parametrize("outcome, trials", ((WORKS, 1), (FAILED, 1), (UNTRIED, 2)), ids=("works", "fails", "untried"))
     def test_holds_for_later_processes_if_it_tells_anything(self, tmp_path, tried, new_process, outcome, trials):
         tried.outcome = outcome
-        expected = outcome[0] and not outcome[1], outcome[1] if outcome[0] else None
         for _ in range(2):
-            assert found(tmp_path / "cache") == found(tmp_path / "cache") == expected
+            assert found(tmp_path / "cache") == found(tmp_path / "cache") == outcome
+            assert proof.works(NAME, GPU.device) == (outcome is WORKS)
             new_process()
         assert len(tried) == trials
 
@@ -72,9 +72,9 @@ class TestWhatIsKept:
         found(tmp_path / "cache")
         new_process()
         tried.outcome = FAILED
-        assert found(tmp_path / "cache", OTHER) == (False, FAILED[1])
+        assert found(tmp_path / "cache", OTHER) == FAILED
         new_process()
-        assert found(tmp_path / "cache") == (True, None) and len(tried) == 2
+        assert found(tmp_path / "cache") == WORKS and len(tried) == 2
 
     @pytest.mark.parametrize("change", (
         {"schema": 2}, {"schema": True}, {"engine": "old"}, {"engine": 5}, {"environment": OTHER}, {"environment": None},
@@ -87,7 +87,7 @@ class TestWhatIsKept:
         good = path.read_bytes()
         path.write_bytes(b"{" if change is None else canonical({**storage.parse(good), **change}).encode())
         new_process()
-        assert found(tmp_path / "cache") == (False, FAILED[1]) and len(tried) == 2
+        assert found(tmp_path / "cache") == FAILED and len(tried) == 2
         assert path.read_bytes() == good
 
     def test_only_what_this_user_alone_can_have_written_counts(self, tmp_path, tried, new_process):
@@ -103,7 +103,7 @@ class TestWhatIsKept:
     @pytest.mark.parametrize("where", (None, "/proc/none", "x" * 300, "a\0b", "\ud800"), ids=repr)
     def test_where_nothing_can_be_kept_it_holds_in_this_process(self, tmp_path, tried, where):
         where = where and tmp_path / where
-        assert found(where) == found(where) == (True, None) and tried == [NAME]
+        assert found(where) == found(where) == WORKS and tried == [NAME]
 
     def test_is_listed_and_forgotten_with_the_plans(self, tmp_path, tried, new_process, capsys):
         for outcome, environment in ((WORKS, ENVIRONMENT), (FAILED, OTHER)):
@@ -143,7 +143,8 @@ class TestTuning:
         with configure(autotune=mode):
             assert select(GPU, OPERANDS).engine == expected
         assert tried == [NAME]
-        assert ("on trial, it gave a wrong result" in test_select.selecting.refusals(GPU)[NAME]) == (outcome is FAILED)
+        reason = {WORKS: "never measured on sm_90", FAILED: "it gave a wrong result", UNTRIED: "no GPU"}[outcome]
+        assert f"on trial, {reason}: a plan only where measured" in test_select.selecting.refusals(GPU)[NAME]
 
     def test_no_prediction_makes_it_a_plan_even_then(self, tried):
         select(GPU, OPERANDS)
@@ -191,7 +192,7 @@ class TestProcess:
         assert proof._try("new", 0) == expected
 
     @pytest.mark.parametrize("before, expected", (
-        (RUN, (True, "it did not end within 2 s")), ("", (False, "its process ended with status None")),
+        (RUN, (True, "it did not end within 2 s")), ("", (False, "it did not end within 2 s")),
     ), ids=("running", "compiling"))  # fmt: skip
     def test_does_not_end(self, program, monkeypatch, tmp_path, before, expected):
         monkeypatch.setattr(proof, "SECONDS", 2)

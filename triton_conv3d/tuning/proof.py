@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from . import storage
 from .progress import progress
@@ -34,8 +34,6 @@ _PYTHON = re.compile(r"(python|pypy)[\d.]*t?(\.exe)?", re.IGNORECASE)  # not of 
 _MPS = "/tmp/nvidia-mps"  # where NVIDIA's Multi-Process Service has its pipes, unless CUDA_MPS_PIPE_DIRECTORY says otherwise
 _PATH = str(Path(__file__).resolve().parent.parent.parent)
 
-logger = logging.getLogger("triton_conv3d")
-_found: dict[tuple[str, str], Proof | None] = {}  # by engine and GPU; None: it could not be found out
 
 
 @dataclass(frozen=True)
@@ -47,20 +45,28 @@ class Proof:
     failure: str | None
 
 
-def failure(engine: str, gpu: str) -> str | None:
-    """How the engine failed on a GPU of this name, as far as this process knows."""
-    proof = _found.get((engine, gpu))
-    return None if proof is None else proof.failure
+class Outcome(NamedTuple):
+    """Of an attempt: whether it tells anything, and how the engine failed, or why nothing is told."""
+
+    conclusive: bool
+    reason: str | None
+
+
+_RIGHT, _UNKNOWN = Outcome(True, None), Outcome(False, None)
+_found: dict[tuple[str, str], Outcome] = {}  # by engine and GPU
+
+
+def outcome(engine: str, gpu: str) -> Outcome:
+    """What this process knows of the engine on a GPU of this name."""
+    return _found.get((engine, gpu), _UNKNOWN)
 
 
 def works(engine: str, gpu: str) -> bool:
-    """Whether this process knows that the engine works on a GPU of this name."""
-    proof = _found.get((engine, gpu))
-    return proof is not None and proof.failure is None
+    return outcome(engine, gpu) == _RIGHT
 
 
 def find_out(engine: str, index: int, environment: dict[str, str], directory: Path | None) -> None:
-    """Have :func:`works` and :func:`failure` know: by an earlier trial's file, or else by a trial, which may take minutes.
+    """Have :func:`outcome` know: by an earlier trial's file, or else by a trial, which may take minutes.
 
     Args:
         index: of the GPU, as torch counts.
@@ -72,18 +78,14 @@ def find_out(engine: str, index: int, environment: dict[str, str], directory: Pa
         return
     path = directory and Path(directory, _file_name(engine, environment))
     proof = path and _read(path, engine, environment)
-    if proof is None:
-        conclusive, reason = _try(engine, index)
-        if conclusive:
-            proof = Proof(engine, environment, reason and reason[:_LONGEST])
-            _write(path, proof)
-        else:
-            logger.info("engine %s could not be tried on %s: %s", *key, reason)
-    _found[key] = proof
-    if proof is not None and proof.failure is not None:
+    found = Outcome(True, proof.failure) if proof else _try(engine, index)
+    if proof is None and found.conclusive:
+        _write(path, Proof(engine, environment, found.reason))
+    _found[key] = found
+    if found.conclusive and found.reason is not None:
         storage.warn_once(
             f"proof {engine} {key[1]}",
-            f"the engine {engine} failed its trial on {key[1]} and is left out: {proof.failure}. Please report it; "
+            f"the engine {engine} failed its trial on {key[1]} and is left out: {found.reason}. Please report it; "
             "triton-conv3d cache clear forgets it",
         )
 
@@ -138,18 +140,17 @@ def _command(engine: str, index: int) -> list[str]:
     return [sys.executable, "-c", program, "try", engine, "--device", str(index)]
 
 
-def _try(engine: str, index: int) -> tuple[bool, str | None]:
-    """(whether the process came to an end that tells something, how the engine failed or why nothing is told)."""
+def _try(engine: str, index: int) -> Outcome:
     if not _PYTHON.fullmatch(Path(sys.executable or "").name):
-        return False, f"{sys.executable!r} is no Python that could be started"
+        return Outcome(False, f"{sys.executable!r} is no Python that could be started")
     if os.path.exists(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", _MPS)):
-        return False, "a fault of a process is one of all that share a GPU by NVIDIA's MPS"
+        return Outcome(False, "a fault of a process is one of all that share a GPU by NVIDIA's MPS")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_CONV3D_")}
     pipe = subprocess.PIPE
     try:
         child = subprocess.Popen(_command(engine, index), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment)
     except OSError as error:
-        return False, str(error)
+        return Outcome(False, str(error))
     try:
         out, err = _output(child, f"trying the engine {engine} in a process of its own")
         status = child.poll()
@@ -158,14 +159,14 @@ def _try(engine: str, index: int) -> tuple[bool, str | None]:
         with contextlib.suppress(subprocess.TimeoutExpired):  # a kernel that never ends may hold it for a while
             child.wait(timeout=5)
     if status == 0:
-        return True, None
+        return _RIGHT
     if status == 1 and out and out[-1].startswith(FAILED):
-        return True, out[-1].removeprefix(FAILED)
-    if status is None and RUNNING in out:
-        return True, f"it did not end within {SECONDS} s"
-    if status is not None and -status in _CRASHES:
-        return True, f"{signal.Signals(-status).name} ended its process"
-    return False, err[-1] if err else f"its process ended with status {status}"
+        return Outcome(True, out[-1].removeprefix(FAILED)[:_LONGEST])
+    if status is None:
+        return Outcome(RUNNING in out, f"it did not end within {SECONDS} s")
+    if -status in _CRASHES:
+        return Outcome(True, f"{signal.Signals(-status).name} ended its process")
+    return Outcome(False, err[-1][:_LONGEST] if err else f"its process ended with status {status}")
 
 
 def _output(child: subprocess.Popen, title: str) -> tuple[list[str], list[str]]:

@@ -197,8 +197,8 @@ def refusals(problem: Problem) -> dict[str, str]:
     for name, engine in engines.available().items():
         reason = engine.supports(problem)
         if reason is None and _on_trial(problem, engine):
-            reason = proof.failure(name, problem.device)
-            reason = f"on trial, {reason or f'never measured on {problem.arch}'}: a plan only where measured, or asked for"
+            reason = proof.outcome(name, problem.device).reason or f"never measured on {problem.arch}"
+            reason = f"on trial, {reason}: a plan only where measured, or asked for"
         if reason is None and not _usable(problem, engine):
             reason = "every config failed to launch or gave a wrong result"
         if reason is not None:
@@ -232,7 +232,7 @@ def _on_trial(problem: Problem, engine: ModuleType, measuring: bool = False) -> 
         return True
     if not getattr(engine, "TRIAL", False) or proof.works(engine.NAME, problem.device):
         return False
-    return current.autotune != "full" or proof.failure(engine.NAME, problem.device) is not None
+    return current.autotune != "full" or proof.outcome(engine.NAME, problem.device).conclusive
 
 
 def _rests_on_trial(problem: Problem, config: Config, measuring: bool = False) -> bool:
