@@ -95,6 +95,9 @@ def test_the_best_variant_stays_where_none_is_listed(monkeypatch):
     first = next(config for _, engine, config in ranked if engine.NAME == "depthwise")
     assert {variants.spelled(config) for config in left} == {variants.spelled(first)} and first in left
     assert [item for item in variants.kept(problem, ranked) if item[1].NAME == OWN]
+    own = next(item for item in ranked if item[1].NAME == OWN)
+    ahead = [(ranked[0][0] / 1.3, *own[1:]), *(item for item in ranked if item[1].NAME == "depthwise")]
+    assert variants.kept(problem, ahead) == ahead[:1]  # far behind, it is worth no kernel
 
 
 def test_splits_share_a_variant():
