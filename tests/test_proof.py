@@ -228,6 +228,23 @@ class TestProcess:
 
 
 class TestCommand:
+    @pytest.fixture
+    def comes_of_it(self, monkeypatch):
+        """Sets what a trial on a GPU that is made up returns, or raises."""
+        for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "Some GPU")):
+            monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+        def put(outcome: str | Exception | None) -> None:
+            def run(engine, device, tell):
+                if isinstance(outcome, Exception):
+                    raise outcome
+                return outcome
+
+            monkeypatch.setattr(tryout, "run", run)
+
+        return put
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
     def test_needs_a_gpu(self, capsys):
         assert command_line.main(["try", "aten"]) == 2
@@ -245,21 +262,18 @@ class TestCommand:
         (tryout.Untried("not here"), (2, "")),
         (torch.OutOfMemoryError("no room"), (2, "")),
     ), ids=("right", "wrong", "illegal", "untried", "no-memory"))  # fmt: skip
-    def test_status_and_last_line(self, monkeypatch, capsys, outcome, expected):
-        def run(engine, device, tell):
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
-
-        monkeypatch.setattr(tryout, "run", run)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    def test_status_and_last_line(self, comes_of_it, capsys, outcome, expected):
+        comes_of_it(outcome)
         status = command_line.main(["try", "aten"])
         assert (status, capsys.readouterr().out.strip()) == expected
         assert command_line.main(["try", "aten", "--device", "1"]) == 2
         assert "--device 1: torch sees 1 GPU" in capsys.readouterr().err
+
+    def test_what_is_unforeseen_is_no_fault_of_the_engine(self, comes_of_it, capsys):
+        comes_of_it(RuntimeError("unforeseen"))
+        with pytest.raises(RuntimeError, match="unforeseen"):
+            command_line.main(["try", "aten"])
+        assert proof.FAILED not in capsys.readouterr().out
 
 
 class TestTrial:
