@@ -16,6 +16,9 @@ from triton.runtime import interpreter
 @contextlib.contextmanager
 def prepared_once() -> Iterator[None]:
     """Within the block, a launch sets what the first one set, and functions that it calls find that done."""
+    if not hasattr(interpreter, "_patch_lang"):  # no part of its interface: a later Triton may do without
+        yield
+        return
     original, running = interpreter._patch_lang, set()
     set_by: dict[frozenset, list[tuple]] = {}  # (owner, name, value), by the modules that are prepared
 
