@@ -20,17 +20,19 @@ def prepared_once() -> Iterator[None]:
         yield
         return
     original, running = interpreter._patch_lang, set()
-    set_by: dict[frozenset, list[tuple]] = {}  # (owner, name, value), by the modules that are prepared
+    set_by: dict[frozenset, list[tuple]] = {}  # (owner, name, value), by the modules that a kernel has prepared
 
     @functools.cache
     def modules(function) -> frozenset:
         return frozenset(value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core)
 
     def prepare(function):
-        found = modules(function)
+        found, kernel = modules(function), not running
         if found in running:
             return None
         running.add(found)
+        if not kernel:  # what it sets depends on what its kernel set before
+            return original(function)
         if found in set_by:
             scope = interpreter._LangPatchScope()
             for change in set_by[found]:
@@ -38,7 +40,7 @@ def prepared_once() -> Iterator[None]:
         else:
             scope = original(function)
             set_by[found] = [(owner, name, getattr(owner, name)) for owner, name, _ in scope._changes]
-        return SimpleNamespace(restore=lambda: (running.clear(), scope.restore()))  # called for the kernel alone
+        return SimpleNamespace(restore=lambda: (running.clear(), scope.restore()))
 
     interpreter._patch_lang = prepare
     try:
