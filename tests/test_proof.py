@@ -168,6 +168,10 @@ class TestProcess:
 
     RUN = f"print({proof.RUNNING!r}, flush=True)\n"
 
+    @pytest.fixture(autouse=True)
+    def no_mps(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
+
     @pytest.fixture
     def program(self, monkeypatch):
         def put(text: str) -> None:
@@ -210,9 +214,7 @@ class TestProcess:
     def test_is_not_started_where_its_faults_would_be_shared(self, monkeypatch, tmp_path, program):
         program("")
         monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-        assert not proof._try("new", 0)[0]
-        monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
-        assert proof._try("new", 0) == WORKS
+        assert not proof._try("new", 0).conclusive
 
     @pytest.mark.parametrize("name", ("python", "python3", "python3.13t", "Python.exe", "pypy3.10"))
     def test_pythons_are_known(self, name):
@@ -340,3 +342,13 @@ def test_a_trial_of_hopper_runs_every_kind_of_its_configs_and_several_tiles_of_e
     gathered = {hopper.BrickConfig, hopper.LineConfig} | ({hopper.Im2colConfig} if IM2COL else set())
     assert kinds == {"forward": gathered, "dgrad": gathered, "wgrad": {hopper.BrickConfig}}
     assert many == kinds
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [name for name, engine in engines.available().items() if getattr(engine, "TRIAL", False)])
+def test_what_is_on_trial_is_right_on_this_gpu(name):
+    conclusive, reason = proof._try(name, 0)
+    if not conclusive:
+        pytest.skip(reason)
+    assert reason is None
