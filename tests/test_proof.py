@@ -195,13 +195,16 @@ class TestProcess:
         program(text)
         assert proof._try("new", 0) == expected
 
-    @pytest.mark.parametrize("before, expected", (
-        (RUN, (True, "it did not end within 2 s")), ("", (False, "it did not end within 2 s")),
-    ), ids=("running", "compiling"))  # fmt: skip
-    def test_does_not_end(self, program, monkeypatch, tmp_path, before, expected):
-        monkeypatch.setattr(proof, "SECONDS", 2)
+    @pytest.mark.parametrize("text, expected", (
+        (RUN + "time.sleep(100)", (True, "a kernel did not end within 2 s")),
+        (RUN + "for _ in range(100): print('right', flush=True); time.sleep(0.5)", (False, "it did not end within 6 s")),
+        ("time.sleep(100)", (False, "it did not end within 6 s")),
+    ), ids=("running", "slow", "compiling"))  # fmt: skip
+    def test_does_not_end(self, program, monkeypatch, tmp_path, text, expected):
+        monkeypatch.setattr(proof, "SECONDS", 6)
+        monkeypatch.setattr(proof, "SILENT", 2)
         number = tmp_path / "number"
-        program(f"import os, time; open({str(number)!r}, 'w').write(str(os.getpid()))\n{before}time.sleep(100)")
+        program(f"import os, time; open({str(number)!r}, 'w').write(str(os.getpid()))\n{text}")
         assert proof._try("new", 0) == expected
         with pytest.raises(ProcessLookupError):
             os.kill(int(number.read_text()), 0)

@@ -27,6 +27,7 @@ NAME = re.compile(r"[0-9a-f]{64}\.proof")
 # What `triton-conv3d try` prints: between compiling, which may take long, and launching, which must not; before how it failed.
 RUNNING, FAILED = "running", "failed: "
 SECONDS = 300  # for both: some 20 kernels are compiled
+SILENT = 60  # seconds without a line, while kernels of less than one run, after which one of them never ends
 _MAX_BYTES = 64 * 1024  # of a file; they have about 0.5 KiB
 _LONGEST = 1000  # characters of a reason that are kept
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
@@ -152,7 +153,7 @@ def _try(engine: str, index: int) -> Outcome:
     except OSError as error:
         return Outcome(False, str(error))
     try:
-        out, err = _output(child, f"trying the engine {engine} in a process of its own")
+        out, err, silent = _output(child, f"trying the engine {engine} in a process of its own")
         status = child.poll()
     finally:
         child.kill()
@@ -163,22 +164,29 @@ def _try(engine: str, index: int) -> Outcome:
     if status == 1 and out and out[-1].startswith(FAILED):
         return Outcome(True, out[-1].removeprefix(FAILED)[:_LONGEST])
     if status is None:
-        return Outcome(RUNNING in out, f"it did not end within {SECONDS} s")
+        return Outcome(silent, f"a kernel did not end within {SILENT} s" if silent else f"it did not end within {SECONDS} s")
     if -status in _CRASHES:
         return Outcome(True, f"{signal.Signals(-status).name} ended its process")
     return Outcome(False, err[-1][:_LONGEST] if err else f"its process ended with status {status}")
 
 
-def _output(child: subprocess.Popen, title: str) -> tuple[list[str], list[str]]:
-    """Lines of stdout and stderr, as far as they came within the time."""
-    written: tuple = (b"", b"")
+def _output(child: subprocess.Popen, title: str) -> tuple[list[str], list[str], bool]:
+    """Lines of stdout and of stderr, as far as they came within the time; whether no more came while kernels ran."""
+    out, err, since, silent = b"", b"", 0, False
     with progress(title, SECONDS) as step:
-        for _ in range(SECONDS):
+        for second in range(SECONDS):
             try:
-                written = child.communicate(timeout=1)
+                out, err = child.communicate(timeout=1)
                 break
             except subprocess.TimeoutExpired as late:
-                written = late.stdout, late.stderr
+                before, out, err = out, late.stdout or b"", late.stderr or b""
+                since = second if out != before else since
+                silent = RUNNING in _lines(out) and second - since >= SILENT
+                if silent:
+                    break
                 step()
-    out, err = ((text or b"").decode(errors="replace").split("\n") for text in written)
-    return list(filter(None, out)), list(filter(None, err))
+    return _lines(out), _lines(err), silent
+
+
+def _lines(written: bytes) -> list[str]:
+    return list(filter(None, written.decode(errors="replace").split("\n")))
