@@ -57,6 +57,22 @@ def quick_interpreter():
 
 
 @pytest.fixture
+def new_process(monkeypatch):
+    """What tuning knows when a process begins; called, it begins again."""
+    from triton_conv3d.tuning import forget, proof, quarantine, storage
+
+    def begin() -> None:
+        monkeypatch.setattr(quarantine, "_left_out", {})
+        monkeypatch.setattr(quarantine, "_recalled", set())
+        monkeypatch.setattr(proof, "_found", {})
+        monkeypatch.setattr(storage, "_warned", {})
+        forget()
+
+    begin()
+    return begin
+
+
+@pytest.fixture
 def proven(monkeypatch) -> None:
     """As on a GPU on which every engine on trial was right."""
     from triton_conv3d.tuning import proof

@@ -16,28 +16,16 @@ from triton_conv3d import __main__ as command_line
 from triton_conv3d import engines, tryout
 from triton_conv3d.problem import CHANNELS_LAST, PASSES
 from triton_conv3d.settings import configure
-from triton_conv3d.tuning import forget, proof, select, storage
+from triton_conv3d.tuning import measure, proof, select, storage
 from triton_conv3d.tuning.cache import PlanCache
 from triton_conv3d.tuning.storage import canonical
 from triton_conv3d.workload import Layer
 
 world = test_select.world
+pytestmark = pytest.mark.usefixtures("new_process")
 NAME = "new"
 WORKS, FAILED, UNTRIED = map(proof.Outcome, (True, True, False), (None, "it gave a wrong result", "no GPU"))
 OTHER = {**ENVIRONMENT, "triton": "9.9"}
-
-
-@pytest.fixture(autouse=True)
-def new_process(monkeypatch):
-    """What a process knows when it begins; called, it begins again."""
-
-    def begin():
-        monkeypatch.setattr(proof, "_found", {})
-        monkeypatch.setattr(storage, "_warned", {})
-        forget()
-
-    begin()
-    return begin
 
 
 @pytest.fixture
@@ -322,12 +310,27 @@ class TestTrial:
             self.run(engine)
 
     @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="in the interpreter")
-    def test_cannot_be_launched(self, engine):
-        def launch(*args):
-            raise RuntimeError("out of resource: shared memory")
+    @pytest.mark.parametrize("error", (RuntimeError("out of resource"), torch.OutOfMemoryError("full")), ids=repr)
+    @pytest.mark.parametrize("after, expected", ((0, "none of the configs"), (10, "could not be launched again")))
+    def test_what_cannot_be_launched_tells_nothing(self, engine, error, after, expected):
+        launch, count = engine.launch, iter(range(1000))
 
-        engine.launch = launch
-        assert self.run(engine)[0] == "none of its configs could be launched"
+        def failing(*args):
+            if next(count) >= after:
+                raise error
+            return launch(*args)
+
+        engine.launch = failing
+        with pytest.raises(tryout.Untried, match=expected):
+            self.run(engine)
+
+    def test_nor_does_a_gpu_without_room_for_torchs_own_result(self, engine, monkeypatch):
+        def trusted(*args):
+            raise torch.OutOfMemoryError("full")
+
+        monkeypatch.setattr(measure.verify, "trusted", trusted)
+        with pytest.raises(tryout.Untried, match="for want of memory"):
+            self.run(engine)
 
 
 def test_a_trial_of_hopper_runs_every_kind_of_its_configs_and_several_tiles_of_each_in_a_program():
@@ -336,15 +339,17 @@ def test_a_trial_of_hopper_runs_every_kind_of_its_configs_and_several_tiles_of_e
     if MISSING:
         pytest.skip(MISSING)
     hopper, kinds, many = engines.get("hopper"), {pass_: set() for pass_ in PASSES}, {pass_: set() for pass_ in PASSES}
+    tried = 0
     for problem, _, _ in tryout._problems(hopper, torch.device("cpu")):
         there = problem.replace(device="NVIDIA H200", arch="sm_90")
         for config in tryout._candidates(hopper, there):
+            tried += 1
             kinds[problem.pass_].add(type(config))
             if hopper.work(there, config).programs > 2 * 132:  # multiprocessors, with a program on each
                 many[problem.pass_].add(type(config))
     gathered = {hopper.BrickConfig, hopper.LineConfig} | ({hopper.Im2colConfig} if IM2COL else set())
     assert kinds == {"forward": gathered, "dgrad": gathered, "wgrad": {hopper.BrickConfig}}
-    assert many == kinds
+    assert many == kinds and 15 <= tried <= 30  # README: some 20 kernels
 
 
 @pytest.mark.gpu

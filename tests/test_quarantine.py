@@ -13,27 +13,14 @@ from test_select import ENVIRONMENT, GPU, OPERANDS, Knob
 
 from triton_conv3d import __main__ as command_line
 from triton_conv3d.settings import configure
-from triton_conv3d.tuning import forget, quarantine, select, storage
+from triton_conv3d.tuning import quarantine, select, storage
 from triton_conv3d.tuning.cache import PlanCache
 from triton_conv3d.tuning.storage import canonical
 
 world = test_select.world
+pytestmark = pytest.mark.usefixtures("new_process")
 ILLEGAL = RuntimeError("CUDA error: an illegal memory access was encountered")
 OTHER = {**ENVIRONMENT, "triton": "9.9"}
-
-
-@pytest.fixture(autouse=True)
-def new_process(monkeypatch):
-    """What a process knows when it begins; called, it begins again."""
-
-    def begin():
-        monkeypatch.setattr(quarantine, "_left_out", {})
-        monkeypatch.setattr(quarantine, "_recalled", set())
-        monkeypatch.setattr(storage, "_warned", {})
-        forget()
-
-    begin()
-    return begin
 
 
 @pytest.fixture

@@ -82,7 +82,8 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(quarantine, "_left_out", {})
     monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
     selecting.forget()
-    with configure(cache_dir=tmp_path / "cache", autotune="quick", engine=None, strict=False, tables=None):
+    settled = configure(cache_dir=tmp_path / "cache", autotune="quick", engine=None, strict=False, tables=None)
+    with settled, measure.budget(60.0):  # a busy machine would end a second's budget early
         yield world
     selecting.forget()
 
@@ -185,12 +186,6 @@ class TestOnTrial:
         entry = Entry(GPU.to_dict(), ENVIRONMENT, {}, measured, {"value": value}, 6.0, None, 3)
         monkeypatch.setattr(selecting, "lookup", lambda *a: [(entry, 1.5)])
         assert (select(GPU).engine, select(GPU).source) == (expected, "nearest")
-
-    @pytest.mark.parametrize("mode", ("quick", "full"))
-    def test_what_declares_a_trial_is_measured_in_full_only(self, mode):
-        self.new.TRIAL = True
-        with configure(autotune=mode):
-            assert select(GPU, OPERANDS).engine == {"quick": "fast", "full": "new"}[mode]
 
 
 class TestForced:

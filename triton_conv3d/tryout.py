@@ -49,7 +49,7 @@ def run(engine: ModuleType, device: torch.device, tell: Callable[[str], object])
         tell: takes lines about what is being done, :data:`.tuning.proof.RUNNING` among them.
 
     Raises:
-        Untried: it takes none of the layers.
+        Untried: it takes none of the layers, none of its configs fits this GPU, or there is no memory to find out.
         RuntimeError: it accessed memory illegally.
         torch.OutOfMemoryError: the GPU has no room for them.
     """
@@ -57,6 +57,8 @@ def run(engine: ModuleType, device: torch.device, tell: Callable[[str], object])
     if not benches:
         reasons = {reason for _, _, reason in _problems(engine, device)}
         raise Untried(f"{engine.NAME} takes none of the layers: {'; '.join(map(str, reasons))}")
+    if not all(bench.ready for bench, _ in benches):
+        raise Untried("torch has no result to compare with, for want of memory")
     tell(f"compiling {sum(len(candidates) for _, candidates in benches)} configs of {engine.NAME}")
     for bench, candidates in benches:
         bench.prepare(candidates)
@@ -67,7 +69,7 @@ def run(engine: ModuleType, device: torch.device, tell: Callable[[str], object])
             return f"{failures[0]} on {bench.problem}"
         tell(f"right: {bench.problem}, {len(bench.right)} of {len(candidates)} configs")
     if not any(bench.right for bench, _ in benches):
-        return "none of its configs could be launched"
+        raise Untried(f"none of the configs of {engine.NAME} could be launched")
     return None
 
 
@@ -99,9 +101,12 @@ def _failure(bench: measure.Bench, engine: ModuleType, config: Config) -> str | 
     """A config that does not fit this GPU is no failure."""
     if not bench.is_usable((engine, config)):
         return f"{engine.NAME} [{config}] gave a wrong result" if (engine, config) in bench.wrong else None
-    first = bench.launch(engine, config)
-    for _ in range(_RUNS):
-        again = bench.attempt(engine, config, lambda: bench.launch(engine, config))
-        if again is None or not verify.same(first, again):
+    first = None
+    for _ in range(1 + _RUNS):
+        result = bench.attempt(engine, config, lambda: bench.launch(engine, config))
+        if result is None:
+            raise Untried(f"{engine.NAME} [{config}] could not be launched again")
+        first = result if first is None else first
+        if not verify.same(first, result):
             return f"{engine.NAME} [{config}] gave two results"
     return None

@@ -11,7 +11,8 @@
                                            on others no prediction makes it a plan, only a measurement there
                                            (of a config with the field ``engine``, that engine's holds too)
     TRIAL = True                           if it has run on no GPU yet: it is measured only once a process of its own has
-                                           tried it (`triton-conv3d try`), or where it is asked for
+                                           tried it (`triton-conv3d try`), or where it is asked for; in the mode
+                                           ``full`` also where it could not be tried
 """
 
 from __future__ import annotations

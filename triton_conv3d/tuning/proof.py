@@ -36,7 +36,6 @@ _MPS = "/tmp/nvidia-mps"  # where NVIDIA's Multi-Process Service has its pipes, 
 _PATH = str(Path(__file__).resolve().parent.parent.parent)
 
 
-
 @dataclass(frozen=True)
 class Proof:
     """What came of a trial; ``failure`` says how it failed, None that all was right."""
@@ -78,7 +77,7 @@ def find_out(engine: str, index: int, environment: dict[str, str], directory: Pa
     if key in _found:
         return
     path = directory and Path(directory, _file_name(engine, environment))
-    proof = path and _read(path, engine, environment)
+    proof = path and _read(path)
     found = Outcome(True, proof.failure) if proof else _try(engine, index)
     if proof is None and found.conclusive:
         _write(path, Proof(engine, environment, found.reason))
@@ -100,8 +99,8 @@ def _file_name(engine: str, environment: dict[str, str]) -> str:
     return hashlib.sha256(canonical([SCHEMA, engine, environment]).encode()).hexdigest() + ".proof"
 
 
-def _read(path: Path, engine: str | None = None, environment: dict[str, str] | None = None) -> Proof | None:
-    """The proof in a file; None if there is none, or it is damaged, foreign, or of another engine or environment."""
+def _read(path: Path) -> Proof | None:
+    """The proof that gives a file its name; None if there is none, or it is damaged or foreign."""
     try:
         storage.check_directory(path.parent)
         values = storage.parse(storage.read(path, _MAX_BYTES, private=True))
@@ -117,9 +116,7 @@ def _read(path: Path, engine: str | None = None, environment: dict[str, str] | N
     names = proof.environment
     if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
         return None
-    if path.name != _file_name(proof.engine, names) or (engine or proof.engine, environment or names) != (proof.engine, names):
-        return None
-    return proof
+    return proof if path.name == _file_name(proof.engine, names) else None
 
 
 def _write(path: Path | None, proof: Proof) -> None:
