@@ -45,9 +45,12 @@ BEYOND = {
     ("gather_bricks", "256 x 128 x 64"): 27.3,
     ("gather_bricks", "256 x 64 x 64"): 27.8,
     ("gather_bricks", "64 x 64 x 64"): 26.0,
-    # Two and one, where the channels of a group end.
-    ("gather_bricks", "256 x 64 x 32"): 48.5,
+    ("gather_bricks", "128 x 128 x 32"): 28.5,
+    # Two and one, where longer steps would walk clearly more channels, or the channels of a group end.
+    ("gather_bricks", "256 x 128 x 32"): 51,
+    ("gather_bricks", "256 x 64 x 32"): 54.5,
     ("gather_bricks", "64 x 64 x 16"): 95,
+    ("gather_ring", "256 x 128 x 32"): 23,
     ("gather_ring", "256 x 64 x 32"): 23,
     ("gather_ring", "128 x 64 x 16"): 34,
     # A gradient that is neither flat nor in rows: the left side of eight products, which it reaches through registers.

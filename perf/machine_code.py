@@ -80,6 +80,8 @@ _OF_HOPPER += ("ragged gelu", "ragged tanh_into_contiguous", "ragged index64")
 LAYERS = (
     Layer("implicit_gemm", 128, 128),
     Layer("implicit_gemm", 128, 128, stride=2),
+    Layer("implicit_gemm", 96, 192),  # large tiles with short steps, as of the next
+    Layer("implicit_gemm", 96, 96, stride=2),
     Layer("implicit_gemm", 16, 16),  # has tiles of its own
     Layer("implicit_gemm", 16, 16, stride=2),
     Layer("implicit_gemm", 20, 20),  # fills no vector
@@ -90,14 +92,16 @@ LAYERS = (
     Layer("folded", 16, 3, stride=2),  # its dgrad and wgrad, by blocks too
     Layer("halo", 64, 64),
     Layer("halo", 32, 32),
+    Layer("halo", 48, 48),  # short steps
+    Layer("halo", 16, 16),
     Layer("halo", 20, 20),
     Layer("kn2row", 96, 3, size=128),  # lines as long as its tiles
     Layer("kn2row", 20, 8, size=128),
     Layer("kn2row", 1, 64, size=128),  # its dgrad
     Layer("depthwise", 64, 64, groups=64),
     Layer("depthwise", 64, 64, groups=64, channels_last=False),
-    *(Layer("tma", c, c, stride) for c, stride in ((256, 1), (128, 2), (192, 1), (48, 1), (24, 1))),  # every tile
-    *(Layer("hopper", c, c, stride) for c, stride in ((256, 1), (128, 2), (48, 1), (24, 1))),
+    *(Layer("tma", c, c, stride) for c, stride in ((256, 1), (128, 2), (192, 1), (96, 1), (48, 1), (24, 1))),  # every tile
+    *(Layer("hopper", c, c, stride) for c, stride in ((256, 1), (128, 2), (96, 1), (96, 2), (48, 1), (24, 1))),
     *(Layer("hopper", c, c, besides=words) for c in (256, 48, 32) for words in _OF_HOPPER),
     *(Layer("hopper", 128, 128, 2, besides=words) for words in ("ragged gelu", "ragged index64")),
     Layer("rounded", 256, 256, channels_last=False),

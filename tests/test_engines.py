@@ -62,7 +62,7 @@ def tiles(pass_: str) -> list:
         for dtype, precision in KINDS
         for config in dict.fromkeys(
             dataclasses.replace(config, splits=1)
-            for channels in (512, 16)
+            for channels in (512, 96, 16)
             for config in gemm.configs(large(pass_, dtype, precision, channels))
         )
     ]  # fmt: skip
@@ -209,6 +209,16 @@ def test_narrow_tiles_are_for_narrow_layers(pass_: str, dtype: str, precision: s
         *tiles, smallest = engines.get("implicit_gemm").configs(large(pass_, dtype, precision, channels))
         narrow = [tile for tile in tiles if getattr(tile, knob) < least and tile.replace(splits=1) != smallest]
         assert bool(narrow) == (channels == 16 and least > 16)
+
+
+@pytest.mark.parametrize("engine", ("implicit_gemm", "tma", "hopper"))
+@pytest.mark.parametrize("channels, step", ((64, 64), (96, 32), (160, 32), (192, 64), (288, 64), (1000, 64)))
+def test_large_tiles_take_steps_that_walk_few_channels_beyond_the_last(channels: int, step: int, engine: str) -> None:
+    """The engines whose copies are of bricks also offer the long step, which copies whole lines of memory."""
+    problem = large("forward", "float16", "ieee", 512).replace(in_channels=channels)
+    offers = [config for config in engines.get(engine).configs(problem) if config.block_n >= 128]
+    steps = {config.block_k for config in offers if config.num_warps == 8 and config.block_k < 128}
+    assert steps == ({step} if engine == "implicit_gemm" else {step, 64})
 
 
 def test_wgrad_chain_longer_than_one_accumulator() -> None:

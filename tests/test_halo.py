@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 
 import pytest
@@ -39,10 +40,9 @@ GEOMETRIES = {
 def tiles() -> list:
     """(dtype, precision, config) of every tile; forward and dgrad share them."""
     found = {}
-    for dtype, precision in KINDS:
-        for channels in (64, 32, 16):
-            for config in ENGINE.configs(LARGE.replace(dtype=dtype, precision=precision, out_channels=channels)):
-                found[dtype, precision, config] = None
+    for (dtype, precision), out, into in itertools.product(KINDS, (64, 32, 16), (64, 48)):  # the last with short steps
+        for config in ENGINE.configs(LARGE.replace(dtype=dtype, precision=precision, in_channels=into, out_channels=out)):
+            found[dtype, precision, config] = None
     return [pytest.param(*key, id="-".join((*key[:2], "x".join(map(str, vars(key[2]).values()))))) for key in found]
 
 
@@ -93,6 +93,30 @@ def test_strides_of_h_and_w(name: str, pass_: str) -> None:
     run(case.replace(exact=False, layouts=("cropped", "contiguous")), ENGINE, config)
 
 
+@pytest.mark.parametrize("pass_, inner, outer", (("forward", 67, 130), ("dgrad", 130, 80), ("wgrad", 131, 70)))
+def test_several_tiles_side_by_side(pass_: str, inner: int, outer: int) -> None:
+    """Of layers wider than a tile, and steps that walk 80 channels in fives."""
+    narrow = dict(input_size=(3, 3, 2), kernel_size=(3, 1, 2), padding=(1, 1, 0, 0, 1, 0), dtype="float16")
+    case = Case(pass_, in_channels=inner, out_channels=outer, bias=pass_ == "forward", **narrow)
+    large = case.geometry().replace(device="NVIDIA H200", arch="sm_90", input_size=(64, 64, 64))
+    for config in dict.fromkeys(config.whole() for config in ENGINE.configs(large)):
+        run(case, ENGINE, config)
+
+
+@pytest.mark.parametrize("filters, tiles", ((64, 1), (96, None), (160, 3), (192, 3), (256, None), (320, 5), (384, None)))
+def test_it_computes_what_would_leave_wider_tiles_half_empty(filters: int, tiles: int | None) -> None:
+    layer = LARGE.replace(in_channels=512, out_channels=filters)
+    assert (ENGINE.supports(layer) is None) == (tiles is not None)
+    columns = {-(-filters // config.block_n) for config in ENGINE.configs(layer)[:-1]}
+    assert tiles is None or columns == {tiles}
+
+
+@pytest.mark.parametrize("channels, step", ((16, 16), (24, 32), (48, 16), (64, 32), (80, 16), (96, 32), (200, 32)))
+def test_steps_walk_few_channels_beyond_the_last(channels: int, step: int) -> None:
+    layer = LARGE.replace(in_channels=channels)
+    assert {config.block_k for config in ENGINE.configs(layer)[:-1]} == {step}
+
+
 @pytest.mark.parametrize("pass_", GATHER)
 def test_more_taps_than_32_bits_hold(pass_: str) -> None:
     run(Case(pass_, in_channels=9, out_channels=10, input_size=(3, 1, 31), kernel_size=(2, 1, 30), dtype="float16"), ENGINE)
@@ -139,8 +163,10 @@ def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
 
 @pytest.mark.parametrize("changes, reason", [
     (dict(arch="sm_75"), "sm_75"),
-    (dict(in_channels=65), "65 channels to sum over and 64"),
-    (dict(out_channels=72), "and 72 to compute"),
+    (dict(out_channels=96), "96 channels to compute fill tiles of 128"),
+    (dict(out_channels=448), "64 and 448 channels in a group: 7 tiles of 64"),
+    (dict(pass_="dgrad", in_channels=65), "65 channels to compute"),
+    (dict(pass_="wgrad", in_channels=320, out_channels=256), "20 tiles of 64"),
     (dict(in_channels=8), "8 channels in a group leave products empty: less than 9"),
     (dict(groups=8), "8 channels in a group leave products empty: less than 16"),
     (dict(kernel_size=(1, 3, 3)), "kernel depth 1"),

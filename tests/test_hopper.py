@@ -135,7 +135,7 @@ def test_splits(pass_: str, splits: int, few_programs) -> None:
 def test_every_tile(pass_: str, few_programs) -> None:
     """Each that is offered to some large problem, in a small one: ragged against all of them."""
     large = Problem(pass_, 4, 512, 512, (16, 64, 64), (3, 3, 3), dtype="float16", arch="sm_90")
-    problems = (large, large.replace(in_channels=64, out_channels=64), large.replace(in_channels=32, out_channels=32))
+    problems = [large.replace(in_channels=channels, out_channels=channels) for channels in (512, 96, 64, 32)]
     offers = [config for problem in problems for config in ENGINE.configs(problem) if hasattr(config, "splits")]
     offers = [dataclasses.replace(config, splits=1) for config in offers]
     tiles = {tuple(vars(config).values())[4:]: config for config in offers}

@@ -63,8 +63,8 @@ def test_geometries(name: str, pass_: str) -> None:
 def tiles(pass_: str) -> list:
     """One config for every tile that is offered to some large problem."""
     problem = Problem(pass_, 4, 512, 512, (16, 64, 64), (3, 3, 3), dtype="float16", arch="sm_90")
-    narrow = problem.replace(in_channels=32, out_channels=32)
-    offers = [dataclasses.replace(c, splits=1) for p in (problem, narrow) for c in ENGINE.configs(p)]
+    layers = [problem.replace(in_channels=channels, out_channels=channels) for channels in (512, 96, 32)]
+    offers = [dataclasses.replace(c, splits=1) for p in layers for c in ENGINE.configs(p)]
     tile = {(*vars(c).values(),)[4:] + (c.brick.count(1) == 3,): c for c in reversed(offers)}
     return [pytest.param(pass_, c, id=f"{pass_}-" + "x".join(map(str, vars(c).values()))) for c in tile.values()]
 

@@ -19,7 +19,7 @@ from ..problem import Problem
 from .search import Ranked
 
 MOST = 16  # of an engine, a pass and the bytes of an element
-_LOSS = 1.25  # times what all variants take: what it costs to compile one more for an unusual layer is paid back
+LOSS = 1.25  # times what all variants take: what it costs to compile one more for an unusual layer is paid back
 FILE = Path(__file__).with_name("variants.json")
 
 
@@ -49,7 +49,7 @@ def kept(problem: Problem, ranked: Sequence[Ranked]) -> list[Ranked]:
         allowed = lists.get(kind(name, problem))
         if allowed is not None:
             best = min((seconds for seconds, _, config in of if spelled(config) in allowed), default=math.inf)
-            if best > _LOSS * of[0][0] and of[0][0] <= _LOSS * ranked[0][0]:
+            if best > LOSS * of[0][0] and of[0][0] <= LOSS * ranked[0][0]:
                 allowed = allowed | {spelled(of[0][2])}
             of = [item for item in of if spelled(item[2]) in allowed]
         found += of

@@ -1,17 +1,20 @@
-"""halo: implicit GEMM for narrow layers, that reads a plane of the input once for all planes of the output it meets.
+"""halo: implicit GEMM that reads a plane of the input once for all planes of the output it meets.
 
     y[j, q] = sum over taps t and channels r of  x[j * scale + start + t * step, r] * w[q, r, t]
 
-forward as it stands; dgrad with the gradient as x, flipped taps and the channels' roles exchanged. With few channels an
-implicit GEMM is bound by its stream through L2: it reads every pixel once for each tap. Here a program owns P planes of
-the result, one behind the other along D, and a step, of one tap of H and W, loads the P + kd - 1 planes that they meet
-and the kd weights, each once, and multiplies all P * kd pairs. Operands whose channels are not dense and last are copied;
-the result is written in the format that torch returns. One sum for each element, in one order: equal inputs give equal bits.
+forward as it stands; dgrad with the gradient as x, flipped taps and the channels' roles exchanged. An implicit GEMM that
+computes few channels is bound by its stream through L2: it reads every pixel once for each tap. Here a program owns P
+planes of the result, one behind the other along D, and a step, of one tap of H and W, loads the P + kd - 1 planes that they
+meet and the kd weights, each once, and multiplies all P * kd pairs. Its tiles are at most 64 channels wide: for layers that
+compute so many, whatever they sum over, and for those of which wider tiles would compute half of the last one for nothing
+(160, 192, 320). Operands whose channels are not dense and last are copied; the result is written in the format that torch
+returns. One sum for each element, in one order: equal inputs give equal bits.
 
     dw[q, r, t] = sum over output pixels j of  x[j * stride - pad + t * dilation, r] * grad[j, q]
 
 wgrad likewise: a program holds the sums of all taps along D, and of all along H where they fit into registers, loads P
-planes of the gradient and the P + kd - 1 of the input that they meet, and multiplies each pair. Pixels are shared out
+planes of the gradient and the P + kd - 1 of the input that they meet, and multiplies each pair; of wide layers, of 64
+filters and 32 or 64 channels, where others fill 128 x 128 or leave a part of it empty. Pixels are shared out
 among splits, and among launches, so that an accumulator never adds up more than CHAIN products; float32 partial sums are
 added in a fixed order. Where P does not divide the depth, planes of zeros are multiplied with what lies there: an infinity
 or NaN of the input then also is NaN in other taps of its channel.
@@ -36,14 +39,26 @@ from ..base import Memory, Order, Work, aligned, format_strides, refused_by_kern
 from ..implicit_gemm import channels_last, copied_bytes, dense, in_units, pixel_strides, reduce, unit
 from ..implicit_gemm.configs import channels
 from ..launching import launch_kernel
-from .configs import HaloConfig, HaloWgradConfig, configs, rows, shared_bytes, step_bytes, wgrad_launches, wgrad_tiles
+from .configs import (
+    MOST_TILES,
+    WIDEST,
+    HaloConfig,
+    HaloWgradConfig,
+    configs,
+    register_limit,
+    rows,
+    shared_bytes,
+    side_by_side,
+    step_bytes,
+    wgrad_launches,
+    wgrad_tiles,
+)
 from .kernels import halo_gemm, halo_wgrad
 
 __all__ = ["NAME", "HaloConfig", "HaloWgradConfig", "configs", "launch", "memory", "supports", "work"]
 
 NAME = "halo"
 MEASURED = ()  # architectures; it has not run on a GPU yet
-_MOST_CHANNELS = 64  # wider layers multiply long enough to hide their loads
 _DEPTHS = range(2, 6)  # of a kernel: with one plane nothing is shared, and each depth is a kernel to compile
 _LEAST_CHANNELS, _LEAST_OF_GROUP = 9, 16  # below, half of the smallest product of tensor cores is empty; of groups any part
 _LOAD, _PRODUCT = 12.0, 14.0  # instructions of a warp for each load and for each product of two tiles: SASS, sm_80 and sm_90
@@ -62,8 +77,10 @@ def supports(problem: Problem) -> str | None:
     if problem.dtype == "float32" and problem.precision != "tf32":
         return f"float32 as {problem.precision}: its products take longer than the loads that planes save, and spill"
     produced, reduced = channels(problem)
-    if max(produced, reduced) > _MOST_CHANNELS:
-        return f"{reduced} channels to sum over and {produced} to compute in a group: one is more than {_MOST_CHANNELS}"
+    if (tiles := side_by_side(problem)) > MOST_TILES[problem.pass_ == "wgrad"]:
+        return f"{reduced} and {produced} channels in a group: {tiles} tiles of {WIDEST} of them would read the same"
+    if problem.pass_ != "wgrad" and tiles % 2 == 0:
+        return f"{produced} channels to compute fill tiles of {2 * WIDEST}, which multiply long enough to hide their loads"
     least = _LEAST_CHANNELS if problem.groups == 1 else _LEAST_OF_GROUP
     if min(produced, reduced) < least:
         return f"{min(produced, reduced)} channels in a group leave products empty: less than {least}"
@@ -251,6 +268,7 @@ def _launch(
         ACTIVATION=problem.activation,
         EVEN=reduced <= config.block_k or reduced % config.block_k == 0,
         BITS=tl.int32 if _bits(problem, config.planes) < 32 else tl.int64,
+        **register_limit(problem),
         **_options(problem, config),
     )
     return (tiles_m * -(-produced // config.block_n) * problem.groups, 1), arguments, options

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...problem import VECTOR_BYTES, Problem
 from ..base import Config
-from ..implicit_gemm.configs import CHAIN, channels, gelu_spills, shared_limit, split_counts
+from ..implicit_gemm.configs import CHAIN, channels, gelu_spills, shared_limit, split_counts, walks_less
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ _WGRAD_16 = (
 _WGRAD_32 = (
     (64, 64, 16, 2, 4, 3, False),
     (32, 32, 16, 2, 2, 3, False),
-    (16, 16, 16, 2, 1, 3, True),
+    (16, 16, 16, 2, 1, 3, False),
     (16, 16, 16, 2, 1, 2, False),
 )
 
@@ -82,10 +82,20 @@ _WGRAD_32 = (
 # others but these) the last one is there; on sm_100 Triton 3.6 keeps what is multiplied once more.
 _MORE_STAGES = {"sm_90": 0, "sm_100": 1, "interpreter": 0}
 _LEAST_STAGES = 2
+_LONG_STEP, _SHORT_STEP = 32, 16  # channels of 16-bit types
+WIDEST = 64  # columns of a tile, and rows of one of wgrad
+MOST_TILES = {False: 5, True: 18}  # that read the same, side by side; True: of wgrad
 _MOST_SUMS = 64  # of a thread, but on sm_90: with 128 sm_80 spills for kernels deeper than 3, and on sm_100 Triton 3.6 fails
 _MOST_WGRAD_SUMS = (96, 144)  # of a thread: 9 taps of 32 x 32 in two warps spill on sm_100, or where loads are not of 16 bytes
 _MOST_TAPS = 9  # that a program of wgrad holds where it holds more than one along H: of 12 and 15 some tiles spill
 _TCGEN05 = "sm_10"  # of these architectures Triton 3.6 makes an empty kernel of several products of 64 filters
+
+
+def side_by_side(problem: Problem) -> int:
+    """Tiles of the widest kind that read the same pixels for other channels."""
+    produced, reduced = channels(problem)
+    tiles = math.ceil(produced / WIDEST)
+    return tiles * math.ceil(reduced / WIDEST) if problem.pass_ == "wgrad" else tiles
 
 
 def rows(problem: Problem, planes: int) -> int:
@@ -119,15 +129,22 @@ def four_planes_spill(problem: Problem, planes: int) -> bool:
     return planes >= 4 and problem.kernel_size[0] == 2 and problem.arch.startswith("sm_") and problem.arch != "sm_90"
 
 
+def register_limit(problem: Problem) -> dict[str, int]:
+    """Launch option of NVIDIA's compiler, which left alone spills two registers of forward and dgrad to fit a program more."""
+    return {"maxnreg": 128} if problem.arch.startswith(_TCGEN05) else {}
+
+
 def configs(problem: Problem) -> tuple[HaloConfig, ...]:
-    """The tiles that hold all channels and are not more than twice as large as the result, with as many stages as there is
-    room for; and the smallest."""
+    """The tiles that hold all channels, or the widest, and are not more than twice as large as the result, with as many
+    stages as there is room for; and the smallest."""
     if problem.pass_ == "wgrad":
         return _wgrad_configs(problem)
     *tiles, smallest = (HaloConfig(*tile) for tile in (_TILES_32 if problem.dtype == "float32" else _TILES_16))
-    produced, depth, found = channels(problem)[0], problem.result_shape[2], []
+    (produced, reduced), depth, found = channels(problem), problem.result_shape[2], []
     for tile in tiles:
-        fits = produced <= tile.block_n < 2 * max(produced, 16)  # with fewer, the input would be read again for the others
+        if tile.block_k == _LONG_STEP and walks_less(reduced, _SHORT_STEP, _LONG_STEP):
+            tile = tile.replace(block_k=_SHORT_STEP, num_stages=2 * tile.num_stages)
+        fits = min(produced, WIDEST) <= tile.block_n < 2 * max(produced, 16)  # narrower ones would read the input again
         fits = fits and tile.planes < 2 * depth and tile.block_m < 2 * rows(problem, tile.planes)
         more = _more_stages(problem, tile)
         wanted = max(tile.num_stages, _LEAST_STAGES - more)
@@ -141,15 +158,19 @@ def configs(problem: Problem) -> tuple[HaloConfig, ...]:
 
 
 def _wgrad_configs(problem: Problem) -> tuple[HaloWgradConfig, ...]:
-    """The tiles of which two at most cover filters and channels, and that are not more than twice as large as either."""
+    """The tiles of which few cover filters and channels, and that are not more than twice as large as either; of wide layers
+    the largest alone."""
     *tiles, smallest = _WGRAD_32 if problem.dtype == "float32" else _WGRAD_16
     (filters, reduced), (depth, height, _) = channels(problem), problem.kernel_size
     vectors = math.gcd(problem.alignment, filters * problem.itemsize, reduced * problem.itemsize) == VECTOR_BYTES
+    wide = max(filters, reduced) > WIDEST
     most, found = _MOST_WGRAD_SUMS[vectors and not problem.arch.startswith(_TCGEN05)], []
     for *knobs, whole in tiles:
         tile = HaloWgradConfig(*knobs, taps_h=height if whole and depth * height <= _MOST_TAPS else 1)
         m, n = tile.block_m, tile.block_n
-        fits = m < 2 * max(filters, 16) and n < 2 * max(reduced, 16) and math.ceil(filters / m) * math.ceil(reduced / n) <= 2
+        fits = m < 2 * max(filters, 16) and n < 2 * max(reduced, 16)
+        fits = fits and math.ceil(filters / m) * math.ceil(reduced / n) <= (MOST_TILES[True] if wide else 2)
+        fits = fits and not (wide and (m < min(filters, WIDEST) or n < min(reduced, WIDEST // 2)))
         fits = fits and tile.planes < 2 * problem.output_size[0] and tile.block_k < 2 * rows(problem, tile.planes)
         fits = fits and shared_bytes(problem, tile) <= shared_limit(problem)
         sums = depth * tile.taps_h * m * n / (32 * tile.num_warps)

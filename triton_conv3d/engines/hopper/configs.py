@@ -11,7 +11,7 @@ from ...problem import Problem, live_depth
 from .. import tma
 from ..base import Config, Order, Work
 from ..implicit_gemm.configs import CHAIN, split_counts
-from ..tma.configs import SHARED_BYTES, BrickConfig, _fits, extent, produced, reduced
+from ..tma.configs import SHARED_BYTES, BrickConfig, _fits, best_steps, extent, produced, reduced
 from ..tma.geometry import MOST_VIEWS, Brick, best_first, bricks, counts, covered, pixels, views_along
 
 __all__ = ["BrickConfig", "Im2colConfig", "LineConfig", "configs", "corners", "im2col_tiles", "one_chain", "spacing"]
@@ -24,6 +24,7 @@ _MOST_SPLITS = 2  # of each of them: the whole, and the fewest parts that fill a
 # stages of the ring: up to 8, as many as fit into shared memory beside what turns the results round.
 _GATHER = (
     (256, 128, 64, _WARPS, 4),
+    (256, 128, 32, _WARPS, 8),
     (128, 256, 64, _WARPS, 4),
     (128, 128, 64, _WARPS, 6),
     (256, 64, 64, _WARPS, 4),
@@ -48,6 +49,7 @@ _SHARED = {
     128: ((1, 4, 4, 8), (1, 1, 8, 16), (2, 4, 4, 4)),
     256: ((1, 4, 8, 8), (1, 1, 16, 16), (4, 4, 4, 4)),
 }
+_FLAT, _SHORT_STEP = _SHARED[256][1], 32
 _WASTE = 1.1  # times the pixels of the best brick
 _WALKED = 0.95  # times the pixels and taps that bricks walk, at most, where im2col copies are offered
 # Of a descriptor of five dimensions in im2col mode (cuTensorMapEncodeIm2col; PTX ISA, "im2col mode"):
@@ -268,16 +270,19 @@ def line_work(problem: Problem, config: LineConfig) -> Work:
     )
 
 
-def _brick(problem: Problem, size: int) -> Brick:
+def _brick(problem: Problem, size: int, block_k: int) -> Brick:
     """The best brick of so many pixels, or of those that layers share if it covers hardly more.
+
+    The large tile with short steps, which few layers take, is flat wherever that covers hardly more.
 
     In forward it may not need more views either: what finds the places of eight of them spills, with Triton 3.6.0, in some
     bricks of 128 pixels.
     """
     best = bricks(problem, size)[0]
     most, views = _WASTE * covered(problem, best), MOST_VIEWS if problem.pass_ == "wgrad" else _views(problem, best)
-    shared = (b for b in best_first(problem, _SHARED[size]) if covered(problem, b) <= most and _views(problem, b) <= views)
-    return next(shared, best)
+    flat_first = [_FLAT] if (size, block_k) == (math.prod(_FLAT), _SHORT_STEP) else []
+    shared = (*best_first(problem, flat_first), *best_first(problem, _SHARED[size]))
+    return next((b for b in shared if covered(problem, b) <= most and _views(problem, b) <= views), best)
 
 
 def _views(problem: Problem, brick: Brick) -> int:
@@ -287,10 +292,11 @@ def _views(problem: Problem, brick: Brick) -> int:
 def configs(problem: Problem) -> tuple[BrickConfig | Im2colConfig | LineConfig, ...]:
     """Every configuration that this problem can take, lines first, the smallest last."""
     base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
-    tiles = [tile for tile in base if _fits(problem, tile)][:_MOST_TILES]
+    tiles = [tile for tile in base if _fits(problem, tile)]
+    tiles = (tiles if problem.pass_ == "wgrad" else best_steps(problem, tiles))[:_MOST_TILES]
     offers = []
     for size, *tile in tiles:
-        whole = BrickConfig(*_brick(problem, size), *tile)
+        whole = BrickConfig(*_brick(problem, size, tile[1]), *tile)
         split = (whole.replace(splits=splits) for splits in split_counts(problem, *extent(problem, whole)))
         offers += [config for config in split if _holds(problem, config)][:_MOST_SPLITS]
     offers += _im2col_configs(problem, tiles)

@@ -56,6 +56,10 @@ _GATHER_16 = _tiles(
     (256, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
     (128, 128, 64, 4, 3),
+    (128, 256, 32, 8, 6),
+    (256, 128, 32, 8, 6),
+    (128, 128, 32, 8, 5),
+    (128, 128, 32, 4, 5),
     (256, 64, 64, 8, 4),
     (128, 64, 64, 4, 4),
     (64, 128, 64, 4, 4),
@@ -133,6 +137,8 @@ _SPILLING_SPLIT = {
     ("sm_100", "rounded forward"): ((64, 64, 4),),
 }
 _LARGEST_ELSEWHERE = 128 * 128
+_LONG_STEP, _LARGE = 128, 128 * 128  # bytes of a row; tiles so large take steps of half as many where these walk clearly less
+_CLEARLY = 0.88
 _FEW_TILES = 4  # of a plane: where it has fewer, many tiles end in the next one
 _ERF_SUMS = 64  # of a thread, that leave registers for gelu: with 128 it spills on sm_80 and sm_90, others do not
 
@@ -232,6 +238,11 @@ def packed_groups(problem: Problem, tile: GemmConfig) -> int:
     return max(1, held - held % step if held > step else held)
 
 
+def walks_less(channels: int, step: int, longer: int) -> bool:
+    """Whether steps of so many channels walk clearly fewer than longer ones, the last of each filled up with zeros."""
+    return math.ceil(channels / step) * step <= _CLEARLY * math.ceil(channels / longer) * longer
+
+
 def _extent(problem: Problem, together: int) -> tuple[int, int, int]:
     """(rows, columns, reduction) of the matrix product of so many groups, of the largest parity class."""
     (produced, reduced), (pixels, taps) = sides(problem), _largest_class(problem)
@@ -280,17 +291,20 @@ def shared_limit(problem: Problem) -> int:
 
 def _fits(problem: Problem, tile: GemmConfig) -> bool:
     """The tile's stages fit into shared memory, it is not more than twice what a side of the product needs, and where the
-    layer is wide enough, it takes at least 64 bytes a step, or of wgrad has 32 rows."""
+    layer is wide enough, it takes at least 64 bytes a step, or of wgrad has 32 rows; a large tile 128 unless it walks less."""
     together = packed_groups(problem, tile)
     rows, columns, _ = _extent(problem, together)
-    step = min(together * sides(problem)[1], 64 // problem.itemsize)
-    narrow = tile.block_m < min(rows, 32) if problem.pass_ == "wgrad" else tile.block_k < step
+    reduced, long = together * sides(problem)[1], _LONG_STEP // problem.itemsize
+    narrow = tile.block_m < min(rows, 32) if problem.pass_ == "wgrad" else tile.block_k < min(reduced, long // 2)
+    large = problem.itemsize == 2 and problem.pass_ != "wgrad" and tile.block_m * tile.block_n >= _LARGE
+    other_step = large and (tile.block_k < long) != walks_less(reduced, long // 2, long)
     stages = problem.itemsize * (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
     return (
         stages <= shared_limit(problem)
         and tile.block_m < 2 * max(rows, 16)
         and tile.block_n < 2 * max(columns, 16)
         and not narrow
+        and not other_step
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...problem import VIEW, Problem
 from ..base import Config
-from ..implicit_gemm.configs import gelu_spills, split_counts
+from ..implicit_gemm.configs import gelu_spills, split_counts, walks_less
 from .geometry import Brick, best_first, bricks, counts, covered, flat, pixels
 
 _ROWS = 64  # of one matrix instruction, of the left operand
@@ -47,7 +47,9 @@ class BrickConfig(Config):
 _GATHER = (
     (256, 128, 128, 8, 2),
     (256, 128, 64, 8, 4),
+    (256, 128, 32, 8, 8),
     (128, 128, 64, 4, 3),
+    (128, 128, 32, 4, 6),
     (256, 64, 64, 4, 4),
     (256, 64, 32, 4, 4),
     (64, 64, 64, 4, 5),
@@ -59,7 +61,7 @@ _WGRAD = (
 )
 # (block_n, block_k, num_warps, num_stages) that with partial sums needs more registers than a thread has, from Triton 3.9.0
 # on; and whose products wait for one another, with Triton 3.6.0 (C7515 of ptxas).
-_POOR_SPLIT = {"sm_100": ((128, 64, 4, 3),), "sm_90": ((128, 64, 8, 4),)}
+_POOR_SPLIT = {"sm_100": ((128, 64, 4, 3),), "sm_90": ((128, 64, 8, 4), (128, 32, 8, 8))}
 
 # Which brick a tile has is no choice of the tuner's, for every shape is a kernel to compile. These few cover all layers of
 # perf/workloads and what is drawn at random by some 10 % more pixels than the best of all shapes would.
@@ -98,18 +100,27 @@ def _fits(problem: Problem, tile: tuple[int, ...]) -> bool:
 def _tiles(problem: Problem) -> list[tuple[int, ...]]:
     """Those that fit, or the smallest.
 
-    Of those that differ in the length of a step, none that is shorter than one without a rest, and of the smallest tile
-    only the longest, for its steps take more time than its products.
+    Of those that differ in the length of a step, a shorter one only where it walks clearly fewer channels, and of the
+    smallest tile only the longest, for its steps take more time than its products.
     """
     if problem.pass_ == "wgrad":
         return [tile for tile in _WGRAD if _fits(problem, tile)] or [_WGRAD[-1]]
-    found, longest = [], set()
-    for tile in _GATHER:
+    return best_steps(problem, [tile for tile in _GATHER if _fits(problem, tile)], _GATHER[-1][0])
+
+
+def best_steps(problem: Problem, tiles: list[tuple[int, ...]], smallest: int = 0) -> list[tuple[int, ...]]:
+    """Of tiles that differ in nothing but steps and stages, a shorter step only where it walks clearly fewer channels.
+
+    Args:
+        smallest: of tiles of so many pixels, only the longest step.
+    """
+    found, before = [], {}
+    for tile in tiles:
         size, block_n, block_k, warps, _ = tile
-        if (size, block_n, warps) not in longest and _fits(problem, tile):
+        longer = before.get((size, block_n, warps))
+        if longer is None or size != smallest and walks_less(reduced(problem), block_k, longer):
             found.append(tile)
-            if reduced(problem) % block_k == 0 or size == _GATHER[-1][0]:
-                longest.add((size, block_n, warps))
+            before[size, block_n, warps] = block_k
     return found
 
 
