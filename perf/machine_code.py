@@ -94,6 +94,7 @@ LAYERS = (
     Layer("halo", 32, 32),
     Layer("halo", 48, 48),  # short steps
     Layer("halo", 16, 16),
+    Layer("halo", 96, 96, size=4),  # wgrad of few planes
     Layer("halo", 20, 20),
     Layer("kn2row", 96, 3, size=128),  # lines as long as its tiles
     Layer("kn2row", 20, 8, size=128),

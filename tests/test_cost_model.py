@@ -103,6 +103,17 @@ def test_copies_and_other_layouts_are_paid_by_torchs_own():
     assert cost_model.predict(contiguous, aten, copied) < cost_model.predict(contiguous, aten, plain)
 
 
+@pytest.mark.parametrize("pass_", ("forward", "dgrad", "wgrad"))
+@pytest.mark.parametrize("kernel, dilation", ((5, 1), (7, 1), (7, 3)))
+def test_large_depthwise_kernels_are_not_left_to_torch(kernel, dilation, pass_):
+    """Unmeasured: its threads take as long as they have taps, whatever the roofline of tensor cores."""
+    layer = PROBLEM.replace(pass_=pass_, groups=64, kernel_size=(kernel,) * 3, padding=(kernel // 2 * dilation,) * 6)
+    layer = layer.replace(input_size=(14, 14, 14), dilation=(dilation,) * 3)
+    small = layer.replace(kernel_size=(3, 3, 3), padding=(dilation,) * 6)
+    large, little = (cost_model.predict(p, aten, aten.AtenConfig()) for p in (layer, small))
+    assert ranking(layer)[0][1] is not aten and large > 1.8 * little
+
+
 def test_the_interpreter_wants_few_programs():
     here = PROBLEM.replace(arch="interpreter", device="cpu")
     assert seconds(here, programs=2) < seconds(here, programs=3)

@@ -59,11 +59,11 @@ def test_every_config_is_exact(dtype: str, precision: str, config, pass_: str) -
 def wgrad_tiles() -> list:
     """(dtype, precision, config) of every tile of wgrad."""
     found = {}
-    for dtype, precision in KINDS:
-        for filters, channels in ((64, 64), (64, 32), (32, 32), (16, 32), (16, 16)):
-            layer = LARGE.replace(pass_="wgrad", dtype=dtype, precision=precision, in_channels=channels, out_channels=filters)
-            for config in ENGINE.configs(layer.replace(arch="interpreter")):
-                found[dtype, precision, dataclasses.replace(config, splits=2)] = None
+    sizes = ((64, 64), (64, 32), (32, 32), (16, 32), (16, 16))
+    for (dtype, precision), (filters, channels), depth in itertools.product(KINDS, sizes, (64, 3)):
+        layer = LARGE.replace(pass_="wgrad", dtype=dtype, precision=precision, in_channels=channels, out_channels=filters)
+        for config in ENGINE.configs(layer.replace(arch="interpreter", input_size=(depth, 64, 64))):
+            found[dtype, precision, dataclasses.replace(config, splits=2)] = None
     return [pytest.param(*key, id="-".join((*key[:2], "x".join(map(str, vars(key[2]).values()))))) for key in found]
 
 
@@ -109,6 +109,14 @@ def test_it_computes_what_would_leave_wider_tiles_half_empty(filters: int, tiles
     assert (ENGINE.supports(layer) is None) == (tiles is not None)
     columns = {-(-filters // config.block_n) for config in ENGINE.configs(layer)[:-1]}
     assert tiles is None or columns == {tiles}
+
+
+@pytest.mark.parametrize("depth, planes", ((3, 4), (4, 4), (5, 8), (32, 8)))
+def test_wgrad_has_as_many_planes_as_the_depth_fills(depth: int, planes: int) -> None:
+    layer = LARGE.replace(pass_="wgrad", input_size=(depth, 64, 64), in_channels=192, out_channels=192)
+    found = {(c.block_m, c.block_n): c.planes for c in ENGINE.configs(layer)[:-1]}
+    assert found == {(64, 64): planes, (64, 32): 4}
+    assert len({(*vars(c).values(),)[:-1] for c in ENGINE.configs(layer)}) == 3
 
 
 @pytest.mark.parametrize("channels, step", ((16, 16), (24, 32), (48, 16), (64, 32), (80, 16), (96, 32), (200, 32)))

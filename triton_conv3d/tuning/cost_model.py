@@ -36,7 +36,7 @@ class Rates:
         launch: seconds of a launch on a busy stream.
         prologue: seconds before a program's first loads, and for its end. latency: of a load from L2 or memory.
         aten_part: of the roofline, that torch's own convolution reaches; aten_grouped_part: with groups;
-            aten_other_layout: of that, on contiguous volumes; aten_benchmark: what cuDNN's own search gains;
+            aten_depthwise_part: of ``fma``, where every channel is a group; aten_other_layout: of these, on contiguous volumes; aten_benchmark: what cuDNN's own search gains;
             matmul_part: of the roofline, that the vendor's GEMM reaches.
     """
 
@@ -59,6 +59,7 @@ class Rates:
     latency: float = 0.7e-6  # 1,000 to 1,300 cycles from address to shared memory, under load
     aten_part: float = 0.3  # cuDNN, channels last: 290 of 989 TFLOP/s have been reported on an H200
     aten_grouped_part: float = 0.03
+    aten_depthwise_part: float = 0.01  # a thread for each output: 2.8 GFLOP in 14.9 ms (pytorch#51027), GPU not named
     aten_other_layout: float = 0.5
     aten_benchmark: float = 1.05
     matmul_part: float = 0.8
@@ -272,9 +273,11 @@ def _guess(shared: _Shared, engine: ModuleType, config: Config) -> float:
     copies += gpu.launch * (problem.residual + (problem.activation != NO_ACTIVATION))
     if engine.NAME == "matmul":
         return gpu.launch + copies + shared.roofline / gpu.matmul_part
-    part = gpu.aten_part if problem.groups == 1 else gpu.aten_grouped_part
+    seconds = shared.roofline / (gpu.aten_part if problem.groups == 1 else gpu.aten_grouped_part)
+    if problem.groups == problem.in_channels > 1:
+        seconds = max(seconds, problem.flops / (gpu.aten_depthwise_part * gpu.fma))
     if any(layout != CHANNELS_LAST for layout in problem.layouts) and not getattr(config, "channels_last", False):
-        part *= gpu.aten_other_layout
+        seconds /= gpu.aten_other_layout
     if getattr(config, "benchmark", False):
-        part *= gpu.aten_benchmark
-    return 2 * gpu.launch + copies + shared.roofline / part
+        seconds /= gpu.aten_benchmark
+    return 2 * gpu.launch + copies + seconds

@@ -61,6 +61,7 @@ _TILES_32 = (
 # has several products, Triton hands out warps along the longer side alone: each gets 16 rows or a part of the columns.
 _WGRAD_16 = (
     (64, 64, 16, 8, 4, 3, False),
+    (64, 64, 16, 4, 4, 4, False),
     (64, 32, 16, 4, 4, 3, True),
     (32, 64, 16, 8, 4, 3, False),
     (32, 32, 16, 4, 2, 3, True),
@@ -159,12 +160,13 @@ def configs(problem: Problem) -> tuple[HaloConfig, ...]:
 
 def _wgrad_configs(problem: Problem) -> tuple[HaloWgradConfig, ...]:
     """The tiles of which few cover filters and channels, and that are not more than twice as large as either; of wide layers
-    the largest alone."""
+    the largest alone, and of those that differ in planes the deepest."""
     *tiles, smallest = _WGRAD_32 if problem.dtype == "float32" else _WGRAD_16
     (filters, reduced), (depth, height, _) = channels(problem), problem.kernel_size
     vectors = math.gcd(problem.alignment, filters * problem.itemsize, reduced * problem.itemsize) == VECTOR_BYTES
     wide = max(filters, reduced) > WIDEST
-    most, found = _MOST_WGRAD_SUMS[vectors and not problem.arch.startswith(_TCGEN05)], []
+    deepest: dict[tuple[int, int, int], HaloWgradConfig] = {}
+    most = _MOST_WGRAD_SUMS[vectors and not problem.arch.startswith(_TCGEN05)]
     for *knobs, whole in tiles:
         tile = HaloWgradConfig(*knobs, taps_h=height if whole and depth * height <= _MOST_TAPS else 1)
         m, n = tile.block_m, tile.block_n
@@ -176,7 +178,8 @@ def _wgrad_configs(problem: Problem) -> tuple[HaloWgradConfig, ...]:
         sums = depth * tile.taps_h * m * n / (32 * tile.num_warps)
         spills = sums > most or (m >= 64 and problem.arch.startswith(_TCGEN05))
         if fits and not spills:
-            found += [tile.replace(splits=splits) for splits in _splits(problem, tile)]
+            deepest.setdefault((m, n, tile.taps_h), tile)
+    found = (tile.replace(splits=splits) for tile in deepest.values() for splits in _splits(problem, tile))
     return (*found, HaloWgradConfig(*smallest[:-1]))
 
 
