@@ -36,7 +36,8 @@ DENSE = [
     dict(in_channels=64, out_channels=64, input_size=(3, 21, 21), padding=SAME, dtype="bfloat16"),
     dict(in_channels=64, out_channels=128, input_size=(3, 15, 15), stride=(1, 2, 2), padding=SAME, dtype="bfloat16"),
     dict(in_channels=96, out_channels=160, input_size=(4, 9, 9), padding=SAME, dtype="bfloat16"),  # short steps
-    dict(in_channels=48, out_channels=64, input_size=(5, 9, 9), kernel_size=(3, 1, 2), padding=(1, 1, 0, 0, 0, 0), dtype="bfloat16"),
+    dict(in_channels=48, out_channels=64, input_size=(5, 9, 9), kernel_size=(3, 1, 2), padding=(1, 1, 0, 0, 0, 0),
+         dtype="bfloat16"),
 ]  # fmt: skip
 TF32 = [
     dict(in_channels=64, out_channels=128, input_size=(3, 5, 7), padding=SAME, precision="tf32"),

@@ -13,6 +13,7 @@ _USUAL = {"N": 1, "C": 64, "K": 64, "size": 64, "kernel": 3, "stride": 1, "paddi
 # What is varied, its values, and how each value changes the usual layer.
 _SWEEPS: dict[str, tuple[tuple[int, ...], Callable[[int], dict]]] = {
     "channels": ((8, 16, 32, 64, 128, 256, 512), lambda v: {"C": v, "K": v}),
+    "channels_between": ((24, 48, 80, 96, 160, 192, 320, 384), lambda v: {"C": v, "K": v}),  # that leave tiles half empty
     "few_channels": ((1, 2, 3, 4, 8, 16), lambda v: {"C": v, "K": v, "size": 128}),  # on both sides
     "odd_channels": ((12, 20, 45, 54, 115, 230, 461), lambda v: {"C": v, "K": v}),  # that fill no vectors of 16 bytes
     "size": ((8, 16, 32, 64, 128, 256), lambda v: {"C": 32, "K": 32, "size": v}),  # fewer channels, for 256^3

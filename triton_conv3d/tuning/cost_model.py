@@ -36,8 +36,8 @@ class Rates:
         launch: seconds of a launch on a busy stream.
         prologue: seconds before a program's first loads, and for its end. latency: of a load from L2 or memory.
         aten_part: of the roofline, that torch's own convolution reaches; aten_grouped_part: with groups;
-            aten_depthwise_part: of ``fma``, where every channel is a group; aten_other_layout: of these, on contiguous volumes; aten_benchmark: what cuDNN's own search gains;
-            matmul_part: of the roofline, that the vendor's GEMM reaches.
+            aten_depthwise_part: of ``fma``, where every channel is a group; aten_other_layout: of these, on contiguous
+            volumes; aten_benchmark: what cuDNN's own search gains; matmul_part: of the roofline, that a vendor's GEMM reaches.
     """
 
     units: int
