@@ -61,7 +61,7 @@ _WGRAD = (
 )
 # (block_n, block_k, num_warps, num_stages) that with partial sums needs more registers than a thread has, from Triton 3.9.0
 # on; and whose products wait for one another, with Triton 3.6.0 (C7515 of ptxas).
-_POOR_SPLIT = {"sm_100": ((128, 64, 4, 3),), "sm_90": ((128, 64, 8, 4), (128, 32, 8, 8))}
+_POOR_SPLIT = {"sm_100": ((128, 64, 4, 3), (128, 32, 4, 6)), "sm_90": ((128, 64, 8, 4), (128, 32, 8, 8))}
 
 # Which brick a tile has is no choice of the tuner's, for every shape is a kernel to compile. These few cover all layers of
 # perf/workloads and what is drawn at random by some 10 % more pixels than the best of all shapes would.
