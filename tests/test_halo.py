@@ -96,7 +96,7 @@ def test_strides_of_h_and_w(name: str, pass_: str) -> None:
 @pytest.mark.parametrize("pass_, inner, outer", (("forward", 67, 130), ("dgrad", 130, 80), ("wgrad", 131, 70)))
 def test_several_tiles_side_by_side(pass_: str, inner: int, outer: int) -> None:
     """Of layers wider than a tile, and steps that walk 80 channels in fives."""
-    narrow = dict(input_size=(3, 3, 2), kernel_size=(3, 1, 2), padding=(1, 1, 0, 0, 1, 0), dtype="float16")
+    narrow = dict(input_size=(3, 3, 4), kernel_size=(3, 1, 2), padding=(1, 1, 0, 0, 1, 0), dtype="float16")
     case = Case(pass_, in_channels=inner, out_channels=outer, bias=pass_ == "forward", **narrow)
     large = case.geometry().replace(device="NVIDIA H200", arch="sm_90", input_size=(64, 64, 64))
     for config in dict.fromkeys(config.whole() for config in ENGINE.configs(large)):
@@ -175,6 +175,7 @@ def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
     (dict(out_channels=448), "64 and 448 channels in a group: 7 tiles of 64"),
     (dict(pass_="dgrad", in_channels=65), "65 channels to compute"),
     (dict(pass_="wgrad", in_channels=320, out_channels=256), "20 tiles of 64"),
+    (dict(pass_="wgrad", in_channels=128, arch="sm_100"), "no large tile on sm_100"),
     (dict(in_channels=8), "8 channels in a group leave products empty: less than 9"),
     (dict(groups=8), "8 channels in a group leave products empty: less than 16"),
     (dict(kernel_size=(1, 3, 3)), "kernel depth 1"),
@@ -235,3 +236,5 @@ def test_more_than_the_smallest_tile_has_room(depth: int, arch: str) -> None:
         narrow = LARGE.replace(pass_="wgrad", kernel_size=(depth, 3, 3), arch=arch, dtype=dtype, precision=precision)
         offers = ENGINE.configs(narrow.replace(in_channels=32, out_channels=32))
         assert 1 < len(offers) <= 30 and len(set(offers)) == len(offers)
+        for layer in (narrow.replace(in_channels=192, out_channels=192), narrow.replace(in_channels=20, out_channels=131)):
+            assert ENGINE.supports(layer) or len(ENGINE.configs(layer)) > 1

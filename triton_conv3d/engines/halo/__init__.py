@@ -92,6 +92,8 @@ def supports(problem: Problem) -> str | None:
         return f"dgrad of stride {problem.stride}: it would need parity classes"
     if (problem.input_size if problem.pass_ == "dgrad" else problem.output_size)[0] < 2:
         return "one plane of the result shares its input with no other"
+    if problem.pass_ == "wgrad" and tiles > 1 and len(configs(problem)) == 1:
+        return f"{produced} filters and {reduced} channels in a group, {problem.pixels} pixels: no large tile on {problem.arch}"
     if problem.pass_ != "wgrad" and _bits(problem, max(config.planes for config in configs(problem))) > _MOST_BITS:
         return f"kernel {problem.kernel_size} needs more than {_MOST_BITS} bits for what lies outside"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -135,6 +136,7 @@ def register_limit(problem: Problem) -> dict[str, int]:
     return {"maxnreg": 128} if problem.arch.startswith(_TCGEN05) else {}
 
 
+@functools.lru_cache(maxsize=4096)
 def configs(problem: Problem) -> tuple[HaloConfig, ...]:
     """The tiles that hold all channels, or the widest, and are not more than twice as large as the result, with as many
     stages as there is room for; and the smallest."""
