@@ -136,8 +136,8 @@ _SPILLING_SPLIT = {
     ("sm_100", "packed dgrad"): ((128, 32, 4), (256, 16, 4)),
     ("sm_100", "rounded forward"): ((64, 64, 4),),
 }
-_LARGEST_ELSEWHERE = 128 * 128
-_LONG_STEP, _LARGE = 128, 128 * 128  # bytes of a row; tiles so large take steps of half as many where these walk clearly less
+_LARGE = 128 * 128
+_LONG_STEP = 128  # bytes of a row: large tiles take steps of half as many where these walk clearly less
 _CLEARLY = 0.88
 _FEW_TILES = 4  # of a plane: where it has fewer, many tiles end in the next one
 _ERF_SUMS = 64  # of a thread, that leave registers for gelu: with 128 it spills on sm_80 and sm_90, others do not
@@ -151,7 +151,7 @@ def gelu_spills(problem: Problem, sums: float, splits: int) -> bool:
 def spills(problem: Problem, config: GemmConfig) -> bool:
     """Whether the config is known to keep registers in memory, and so is not offered."""
     sums = config.block_m * config.block_n
-    if sums > _LARGEST_ELSEWHERE and problem.arch not in ("sm_90", "interpreter"):
+    if sums > _LARGE and problem.arch not in ("sm_90", "interpreter"):
         return True
     if gelu_spills(problem, sums / (32 * config.num_warps), config.splits):
         return True
