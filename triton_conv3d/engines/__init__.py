@@ -10,7 +10,7 @@ from types import ModuleType
 # Triton exists for Linux only; engines without kernels of their own are plain torch.
 _NEED_TRITON = (
     "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "subpixel", "rounded",
-    "space_to_depth", "block_diagonal",
+    "space_to_depth", "block_diagonal", "toeplitz",
 )  # fmt: skip
 _MODULES = ("matmul", *_NEED_TRITON, "aten")
 

@@ -35,7 +35,7 @@ import torch
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
 from . import halo, implicit_gemm, kn2row, matmul, tma
 from .base import MOST_COPIED, Memory, Work, aligned, in_format, refused_by_kernels
-from .through import ThroughConfig, offers_through
+from .through import Float32Sums, ThroughConfig, offers_through
 
 NAME = "space_to_depth"
 MEASURED = ()  # architectures; it has not run on a GPU yet
@@ -59,13 +59,6 @@ class SpaceToDepthConfig(ThroughConfig):
 
     def to_dict(self) -> dict:
         return {"pixels": self.pixels, **super().to_dict()}
-
-
-class _Sums(Problem):
-    """A wgrad whose result stays in float32: it is summed further."""
-
-    def empty_result(self, device: torch.device) -> torch.Tensor:
-        return torch.empty(self.result_shape, dtype=torch.float32, device=device, memory_format=self.memory_format)
 
 
 @dataclass(frozen=True)
@@ -164,7 +157,7 @@ def blocked(problem: Problem, pixels: int) -> Blocked:
     largest = max(map(math.prod, (values.input_shape, values.weight_shape, values.output_shape)))
     inner = values.replace(index64=problem.index64 or largest * item > INT32_BYTES)
     return Blocked(
-        problem=_Sums(*inner._values()) if problem.pass_ == "wgrad" else inner,
+        problem=Float32Sums(*inner._values()) if problem.pass_ == "wgrad" else inner,
         forward=forward,
         pixels=pixels,
         count=count,

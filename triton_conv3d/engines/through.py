@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
 from ..problem import Problem
 from .base import Config
 
@@ -32,6 +34,13 @@ class ThroughConfig(Config):
 
     def to_dict(self) -> dict:
         return {"engine": self.engine, **self.config.to_dict()}
+
+
+class Float32Sums(Problem):
+    """A wgrad whose result stays in float32: it is summed further."""
+
+    def empty_result(self, device: torch.device) -> torch.Tensor:
+        return torch.empty(self.result_shape, dtype=torch.float32, device=device, memory_format=self.memory_format)
 
 
 def offers_through(engines: Mapping[str, ModuleType], problem: Problem) -> tuple[ThroughConfig, ...]:

@@ -1,0 +1,292 @@
+"""toeplitz: large depthwise kernels as products of tensor cores, through blocks of pixels that are channels.
+
+    y[n, c, b * P + p] = sum over blocks e and pixels r of  x[n, c, (b + e) * P + r - pad] * v[c, p, e, r]
+                         v[c, p, e, r] = w[c, e * P + r - p], 0 where there is no such tap
+
+A depthwise convolution of many taps is bound by its products, which no tensor core can make: one channel in, one out. With
+blocks of P = Pd x Ph x Pw neighbouring pixels as one pixel, those of the input are channels to sum over and those of the
+output are channels to compute: a convolution of as many groups as there are channels, with few taps, whose weights are block
+Toeplitz matrices (Golub and Van Loan, Matrix Computations, 4.7). Another engine computes it. Of its weight, one part of
+ceil((P + k - 1) / P) * P / k is no zeros in each dimension: a quarter for 5x5x5 and P = 4x4x4; tensor cores make sixteen
+times the products that float32 arithmetic makes.
+
+    forward   as above
+    dgrad     the same of the gradient, with the taps turned round
+    wgrad     of the other convolution's gradient, kept in float32, the sums along its diagonals
+
+Pixels that a dilation keeps apart never meet: they are samples of their own (phases), and so a dilation costs nothing.
+An infinity or NaN also makes NaN of what its block meets through zeros: results up to a block away, in its own channel.
+
+Bytes by design: those of the other engine, and a copy of what is read and of what is computed, once in each direction.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ...problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, Operands, Problem, Triple
+from .. import halo, implicit_gemm, tma
+from ..base import MOST_COPIED, Memory, Work, aligned, format_strides, refused_by_kernels, upcast
+from ..launching import launch_kernel
+from ..through import Float32Sums, ThroughConfig, offers_through
+from .kernels import collect, expand, from_blocks, to_blocks
+
+NAME = "toeplitz"
+MEASURED = ()  # architectures; it has not run on a GPU yet
+_ENGINES = {engine.NAME: engine for engine in (halo, tma, implicit_gemm)}  # the one that takes everything last
+_LEAST_TAPS = 65  # up to 64, engine depthwise is bound by what it loads, not by its products
+_WIDTHS = (64, 32, 16)  # pixels of a block: the channels that others' tiles have room for
+_MOVED, _MOST_CHANNELS, _MOST_RUN = 4096, 32, 128  # elements of one program of a copy; of those, channels and pixels along W
+_NO_FRONT = (0, 0, 0)
+_COLLECTED = 1024  # elements that one program sums at once
+
+
+@dataclass(frozen=True)
+class ToeplitzConfig(ThroughConfig):
+    """
+    pixels: of a block (D, H, W).
+    """
+
+    pixels: Triple
+
+    def to_dict(self) -> dict:
+        return {"pixels": self.pixels, **super().to_dict()}
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """The convolution of blocks, and how they lie in volumes.
+
+    problem: the other engine's.
+    phases: of the pixels that a dilation keeps apart, which are samples.
+    read, made: blocks of what is summed over, of what is computed; wgrad reads both.
+    taps: blocks of the former that one of the latter meets.
+    front: pixels before those that are read where their blocks begin.
+    """
+
+    problem: Problem
+    phases: Triple
+    read: Triple
+    made: Triple
+    taps: Triple
+    front: Triple
+
+
+def supports(problem: Problem) -> str | None:
+    if reason := refused_by_kernels(problem):
+        return reason
+    if problem.groups != problem.in_channels or problem.groups != problem.out_channels:
+        return f"{problem.in_channels} -> {problem.out_channels} channels in {problem.groups} groups: it takes one to one"
+    if problem.dtype == "float32" and problem.precision == "ieee":
+        return "float32 as ieee: no product of tensor cores"
+    if problem.taps < _LEAST_TAPS:
+        return f"{problem.taps} taps: fewer than {_LEAST_TAPS}, which engine depthwise computes while it loads"
+    if problem.stride != (1, 1, 1):
+        return f"stride {problem.stride}: blocks would meet more pixels than they have taps for"
+    if (copied := _moved(problem, _sizes(problem)[-1])[0]) > MOST_COPIED:
+        return f"copies of {copied} bytes: more than {MOST_COPIED}"
+    return implicit_gemm.supports(blocked(problem, _sizes(problem)[-1]).problem)
+
+
+def _geometry(problem: Problem) -> tuple[Triple, Triple]:
+    """(pixels that are computed, or of wgrad those of the gradient; zeros before what is read)."""
+    before = problem.padding[::2]
+    if problem.pass_ != "dgrad":
+        return problem.output_size, before
+    reach = ((taps - 1) * dilation for taps, dilation in zip(problem.kernel_size, problem.dilation, strict=True))
+    return problem.input_size, tuple(far - pad for far, pad in zip(reach, before, strict=True))
+
+
+def _parts(problem: Problem, pixels: Triple) -> tuple[Triple, Triple, Triple]:
+    """(phases, blocks of what is computed, blocks that one of them meets) in each dimension."""
+    made, _ = _geometry(problem)
+    phases = tuple(map(min, problem.dilation, made))
+    apart = (-(-size // dilation) for size, dilation in zip(made, problem.dilation, strict=True))
+    blocks = tuple(-(-size // count) for size, count in zip(apart, pixels, strict=True))
+    taps = tuple(-(-(count + taps - 1) // count) for count, taps in zip(pixels, problem.kernel_size, strict=True))
+    return phases, blocks, taps
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(problem: Problem) -> tuple[Triple, ...]:
+    """Of each width the block with which the fewest products are made, zeros included; the widest first."""
+
+    def products(pixels: Triple) -> tuple[int, int]:
+        phases, blocks, taps = _parts(problem, pixels)
+        return math.prod(phases) * math.prod(blocks) * math.prod(taps) * math.prod(pixels) ** 2, -pixels[2]
+
+    def splits(width: int) -> list[Triple]:
+        powers = [2**i for i in range(width.bit_length())]
+        return [(d, h, width // (d * h)) for d in powers for h in powers if d * h <= width]
+
+    return tuple(min(splits(width), key=products) for width in _WIDTHS)
+
+
+@functools.lru_cache(maxsize=4096)
+def blocked(problem: Problem, pixels: Triple) -> Blocked:
+    phases, made, taps = _parts(problem, pixels)
+    read = tuple(blocks + met - 1 for blocks, met in zip(made, taps, strict=True))
+    wide, item, wgrad = problem.groups * math.prod(pixels), problem.itemsize, problem.pass_ == "wgrad"
+    inner = problem.replace(
+        pass_="wgrad" if wgrad else "forward",
+        batch=problem.batch * math.prod(phases),
+        in_channels=wide,
+        out_channels=wide,
+        input_size=read,
+        kernel_size=taps,
+        padding=(0,) * 6,
+        dilation=(1, 1, 1),
+        layouts=(CHANNELS_LAST,) * 3,
+        alignment=VECTOR_BYTES,
+    )
+    largest = max(map(math.prod, (inner.input_shape, inner.weight_shape)))
+    inner = inner.replace(index64=problem.index64 or largest * item > INT32_BYTES)
+    return Blocked(
+        problem=Float32Sums(*inner._values()) if wgrad else inner,
+        phases=phases,
+        read=read,
+        made=made,
+        taps=taps,
+        front=_geometry(problem)[1],
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def configs(problem: Problem) -> tuple[ToeplitzConfig, ...]:
+    return tuple(
+        ToeplitzConfig(offer.engine, offer.config, pixels)
+        for pixels in _sizes(problem)
+        if _moved(problem, pixels)[0] <= MOST_COPIED
+        for offer in offers_through(_ENGINES, blocked(problem, pixels).problem)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _moved(problem: Problem, pixels: Triple) -> tuple[int, int, int]:
+    """(bytes of the copies, bytes that making them moves, launches that it takes)."""
+    inner, item, wgrad = blocked(problem, pixels).problem, problem.itemsize, problem.pass_ == "wgrad"
+    volumes = item * (math.prod(inner.input_shape) + math.prod(inner.output_shape))
+    given = item * (math.prod(problem.input_shape) + math.prod(problem.output_shape))
+    if problem.residual:
+        volumes += item * math.prod(inner.output_shape)
+        given += item * math.prod(problem.output_shape)
+    weight = math.prod(inner.weight_shape) * (4 if wgrad else item)
+    return volumes + weight, volumes + given + weight, 3 + inner.bias + inner.residual
+
+
+def memory(problem: Problem, config: ToeplitzConfig) -> Memory:
+    other = _ENGINES[config.engine].memory(blocked(problem, config.pixels).problem, config.config)
+    return Memory(other.workspace, other.copies + _moved(problem, config.pixels)[0])
+
+
+def work(problem: Problem, config: ToeplitzConfig) -> Work:
+    """The launches as the cost model sees them."""
+    work = _ENGINES[config.engine].work(blocked(problem, config.pixels).problem, config.config)
+    _, moved, launches = _moved(problem, config.pixels)
+    work.extra_bytes += moved
+    work.launches += launches
+    return work
+
+
+def launch(problem: Problem, operands: Operands, config: ToeplitzConfig) -> torch.Tensor:
+    of, other, pixels = blocked(problem, config.pixels), _ENGINES[config.engine], config.pixels
+    if problem.pass_ == "wgrad":
+        read = _to_blocks(problem, of, pixels, operands.input, of.read, of.front)
+        made = _to_blocks(problem, of, pixels, operands.grad, of.made, _NO_FRONT)
+        return _collect(problem, of, pixels, other.launch(of.problem, Operands(input=read, grad=made), config.config))
+    tensor = operands.grad if problem.pass_ == "dgrad" else operands.input
+    bias, residual = operands.bias, operands.residual
+    inner = Operands(
+        input=_to_blocks(problem, of, pixels, tensor, of.read, of.front),
+        weight=_expand(problem, of, pixels, operands.weight),
+        bias=None if bias is None else bias.repeat_interleave(math.prod(pixels)),
+        residual=None if residual is None else _to_blocks(problem, of, pixels, residual, of.made, _NO_FRONT),
+        negative_slope=operands.negative_slope,
+    )
+    return _from_blocks(problem, of, pixels, other.launch(of.problem, inner, config.config))
+
+
+def _moving(
+    problem: Problem, of: Blocked, pixels: Triple, blocks: Triple, shape: tuple[int, ...], strides: tuple[int, ...], even: bool
+) -> tuple[int, tuple, tuple, dict]:
+    """(programs, arguments before ``front`` and behind it, options) for a volume of this shape and these strides.
+
+    ``even``: its address is a multiple of 16.
+    """
+    steps = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
+    last = steps[1] == 1
+    vector = VECTOR_BYTES // problem.itemsize
+    rest = [*steps[:1], *steps[2:]] if last else steps[:4]
+    unit = math.gcd(vector, *rest) if even else 1
+    steps = [step if i == (1 if last else 4) else step // unit for i, step in enumerate(steps)]
+    room = max(1, _MOVED // math.prod(pixels))  # channels x blocks of a tile
+    run = max(1, min(triton.next_power_of_2(blocks[2]), _MOST_RUN // pixels[2]))
+    across = min(triton.next_power_of_2(problem.groups), _MOST_CHANNELS)
+    if last:
+        across = min(across, room)
+        run = min(run, room // across)
+    else:
+        run = min(run, room)
+        across = min(across, room // run)
+    tiles_c, tiles_w = -(-problem.groups // across), -(-blocks[2] // run)
+    programs = of.problem.batch * blocks[0] * blocks[1] * tiles_c * tiles_w
+    options = dict(
+        P=pixels, LAST=last, UNIT=unit, CHANNELS=across, BLOCKS=run, INDEX=_index(of), num_warps=4
+    )  # fmt: skip
+    return programs, (shape[2:], tuple(steps), problem.groups), (problem.dilation, of.phases, blocks, tiles_c, tiles_w), options
+
+
+def _index(of: Blocked) -> tl.dtype:
+    return tl.int64 if of.problem.index64 else tl.int32
+
+
+def _blocks(of: Blocked, pixels: Triple, blocks: Triple, like: torch.Tensor) -> torch.Tensor:
+    """Memory for blocks (samples, channels x pixels, D, H, W), channels last."""
+    shape = (of.problem.batch, *blocks, of.problem.in_channels)
+    return torch.empty(shape, dtype=like.dtype, device=like.device).permute(0, 4, 1, 2, 3)
+
+
+def _to_blocks(
+    problem: Problem, of: Blocked, pixels: Triple, tensor: torch.Tensor, blocks: Triple, front: Triple
+) -> torch.Tensor:
+    programs, before, behind, options = _moving(
+        problem, of, pixels, blocks, tuple(tensor.shape), tensor.stride(), aligned(tensor)
+    )
+    copy = _blocks(of, pixels, blocks, tensor)
+    launch_kernel(to_blocks, (programs, 1), (tensor, copy, *before, front, *behind), options)
+    return copy
+
+
+def _from_blocks(problem: Problem, of: Blocked, pixels: Triple, blocks: torch.Tensor) -> torch.Tensor:
+    y = problem.empty_result(blocks.device)
+    strides = format_strides(problem.result_shape, problem.memory_format)
+    programs, before, behind, options = _moving(problem, of, pixels, of.made, problem.result_shape, strides, True)
+    launch_kernel(from_blocks, (programs, 1), (blocks, y, *before, _NO_FRONT, *behind), options)
+    return y
+
+
+def _expand(problem: Problem, of: Blocked, pixels: Triple, weight: torch.Tensor) -> torch.Tensor:
+    """The other convolution's weight, channels last."""
+    channels, _, *kernel = weight.shape
+    count, taps = math.prod(pixels), math.prod(of.taps)
+    matrix = torch.empty((channels * count, *of.taps, count), dtype=weight.dtype, device=weight.device)
+    arguments = (tuple(kernel), (weight.stride(0), *weight.stride()[2:]), of.taps)
+    options = dict(P=pixels, FLIP=problem.pass_ == "dgrad", INDEX=_index(of), num_warps=4)
+    launch_kernel(expand, (channels * taps, 1), (weight, matrix, *arguments), options)
+    return matrix.permute(0, 4, 1, 2, 3)
+
+
+def _collect(problem: Problem, of: Blocked, pixels: Triple, matrix: torch.Tensor) -> torch.Tensor:
+    """The gradient of the weight, of that of the other convolution's."""
+    dw, taps = problem.empty_result(matrix.device), _COLLECTED // math.prod(pixels)
+    strides = (dw.stride(0), *dw.stride()[2:])
+    options = dict(P=pixels, TAPS=taps, INDEX=_index(of), UPCAST=upcast(problem), num_warps=4)
+    grid = (problem.groups * -(-problem.taps // taps), 1)
+    launch_kernel(collect, grid, (matrix, dw, problem.kernel_size, strides, of.taps), options)
+    return dw
