@@ -23,7 +23,7 @@ from triton_conv3d.problem import Problem
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = r"\b(HGMMA|UTC\w*MMA|HMMA|IGMMA|QGMMA)|v_mfma_\w+"
 _FROM_SHARED = r"\bHGMMA\S* R\d+, gdesc|\bUTC\w*MMA\S* gdesc\[\w+\], gdesc"  # both operands
-_AROUND = ("reduce_", "rounded_copy")  # kernels without products begin so
+AROUND = ("reduce_", "rounded_copy", "to_blocks", "from_blocks", "expand", "collect")  # kernels without products begin so
 # Engines whose threads copy into shared memory, kernels whose blocks the copy engine does, and engines written so that
 # products of sm_90 and sm_100 read shared memory.
 _COPIED_BY_THREADS = ("implicit_gemm", "halo", "kn2row", "rounded")
@@ -181,7 +181,7 @@ class Report:
 def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel, layer: object = "") -> Report:
     """Read one compiled kernel's resources and instructions."""
     arch = problem.arch
-    main = not name.startswith(_AROUND)
+    main = not name.startswith(AROUND)
     together = packed_groups(problem, config) if engine.NAME == "implicit_gemm" else 1
     filled = math.gcd(together * problem.group_in, together * problem.group_out) % 8 == 0
     if engine.NAME == "kn2row":  # of what it produces it loads nothing
@@ -196,7 +196,7 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
         narrow = len(re.findall(r"LDGSTS", text)) - wide
     loop, loop_matrix = main_loop(text)
     kind = "strided dgrad" if problem.pass_ == "dgrad" and problem.stride != (1, 1, 1) else ""
-    if arch == "sm_90" and name == "wgrad_bricks" and not left_is_shared(problem, config.brick):
+    if arch == "sm_90" and name == "wgrad_bricks" and not left_is_shared(problem, getattr(config, "config", config).brick):
         kind = "by registers"
     ptx, dimensions = kernel.asm.get("ptx", ""), "2" if engine.NAME == "rounded" else "[35]"
     return Report(

@@ -36,7 +36,7 @@ from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, Operands, Problem, 
 from triton_conv3d.tuning import storage
 from triton_conv3d.workload import LAYOUTS
 
-from .disassembly import Report, read
+from .disassembly import AROUND, Report, read
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"))
@@ -50,6 +50,8 @@ BESIDES = {
     "into_contiguous": _INTO_CONTIGUOUS,
     "index64": {"index64": True},
     "ragged": {"input_size": (5, 21, 21)},  # which bricks fit badly
+    "k5": {"kernel_size": (5, 5, 5), "padding": (2,) * 6},
+    "k7": {"kernel_size": (7, 7, 7), "padding": (3,) * 6},
 }
 _SPLITS_EVERY_TILE = ("implicit_gemm", "folded", "halo", "tma")
 
@@ -101,6 +103,8 @@ LAYERS = (
     Layer("kn2row", 1, 64, size=128),  # its dgrad
     Layer("depthwise", 64, 64, groups=64),
     Layer("depthwise", 64, 64, groups=64, channels_last=False),
+    Layer("toeplitz", 64, 64, groups=64, besides="k5"),
+    Layer("toeplitz", 48, 48, groups=48, channels_last=False, besides="k7"),
     *(Layer("tma", c, c, stride) for c, stride in ((256, 1), (128, 2), (192, 1), (96, 1), (48, 1), (24, 1))),  # every tile
     *(Layer("hopper", c, c, stride) for c, stride in ((256, 1), (128, 2), (96, 1), (96, 2), (48, 1), (24, 1))),
     *(Layer("hopper", c, c, besides=words) for c in (256, 48, 32) for words in _OF_HOPPER),
@@ -222,13 +226,21 @@ def _by_registers(config: Config) -> Config:
 
 
 def reports(arch: str, dtype: str, precision: str, layer: Layer, chosen: Callable = configs) -> Iterator[Report]:
-    """One report for every kernel that the passes of a layer start with the configs that ``chosen(problem, engine)`` gives."""
+    """One report for every kernel that the passes of a layer start with the configs that ``chosen(problem, engine)`` gives.
+
+    What engine ``toeplitz`` starts around the products of others once for every block, not with each of their configs.
+    """
     engine = engines.get(layer.engine)
     for problem, operands in problems(arch, dtype, precision, layer):
+        around = set()
         for config in chosen(problem, engine):
             kernels = {launch[0]: launch for launch in reversed(launches(problem, operands, engine, config))}  # each once
             with compiling_for(arch):
                 for name, kernel in map(compiled, reversed(kernels.values())):
+                    if engine.NAME == "toeplitz" and name.startswith(AROUND):
+                        if kernel.hash in around:
+                            continue
+                        around.add(kernel.hash)
                     yield read(problem, engine, config, name, kernel, layer)
 
 

@@ -23,6 +23,7 @@ _SWEEPS: dict[str, tuple[tuple[int, ...], Callable[[int], dict]]] = {
     "dilation": ((1, 2, 3, 4, 6), lambda v: {"dilation": v, "padding": v}),
     "groups": ((1, 2, 4, 8, 16, 32, 64), lambda v: {"groups": v}),
     "depthwise": ((8, 16, 32, 64, 128, 256, 512), lambda v: {"C": v, "K": v, "groups": v}),
+    "depthwise_kernel": ((3, 5, 7, 9, 13), lambda v: {"groups": 64, "kernel": v, "padding": v // 2}),
 }
 
 NAMES = tuple(f"sweep.{name}" for name in _SWEEPS)

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, Operands, Problem, Triple
+from ...problem import CHANNELS_LAST, VECTOR_BYTES, Operands, Problem, Triple
 from .. import halo, implicit_gemm, tma
 from ..base import MOST_COPIED, Memory, Work, aligned, format_strides, refused_by_kernels, upcast
 from ..launching import launch_kernel
@@ -43,20 +43,26 @@ _ENGINES = {engine.NAME: engine for engine in (halo, tma, implicit_gemm)}  # the
 _LEAST_TAPS = 65  # up to 64, engine depthwise is bound by what it loads, not by its products
 _WIDTHS = (64, 32, 16)  # pixels of a block: the channels that others' tiles have room for
 _MOVED, _MOST_CHANNELS, _MOST_RUN = 4096, 32, 128  # elements of one program of a copy; of those, channels and pixels along W
-_NO_FRONT = (0, 0, 0)
 _COLLECTED = 1024  # elements that one program sums at once
+_NO_FRONT = (0, 0, 0)
 
 
 @dataclass(frozen=True)
 class ToeplitzConfig(ThroughConfig):
     """
-    pixels: of a block (D, H, W).
+    block_d, block_h, block_w: pixels of a block.
     """
 
-    pixels: Triple
+    block_d: int
+    block_h: int
+    block_w: int
+
+    @property
+    def block(self) -> Triple:
+        return (self.block_d, self.block_h, self.block_w)
 
     def to_dict(self) -> dict:
-        return {"pixels": self.pixels, **super().to_dict()}
+        return {"block_d": self.block_d, "block_h": self.block_h, "block_w": self.block_w, **super().to_dict()}
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def _sizes(problem: Problem) -> tuple[Triple, ...]:
 def blocked(problem: Problem, pixels: Triple) -> Blocked:
     phases, made, taps = _parts(problem, pixels)
     read = tuple(blocks + met - 1 for blocks, met in zip(made, taps, strict=True))
-    wide, item, wgrad = problem.groups * math.prod(pixels), problem.itemsize, problem.pass_ == "wgrad"
+    wide, wgrad = problem.groups * math.prod(pixels), problem.pass_ == "wgrad"
     inner = problem.replace(
         pass_="wgrad" if wgrad else "forward",
         batch=problem.batch * math.prod(phases),
@@ -145,8 +151,6 @@ def blocked(problem: Problem, pixels: Triple) -> Blocked:
         layouts=(CHANNELS_LAST,) * 3,
         alignment=VECTOR_BYTES,
     )
-    largest = max(map(math.prod, (inner.input_shape, inner.weight_shape)))
-    inner = inner.replace(index64=problem.index64 or largest * item > INT32_BYTES)
     return Blocked(
         problem=Float32Sums(*inner._values()) if wgrad else inner,
         phases=phases,
@@ -160,7 +164,7 @@ def blocked(problem: Problem, pixels: Triple) -> Blocked:
 @functools.lru_cache(maxsize=4096)
 def configs(problem: Problem) -> tuple[ToeplitzConfig, ...]:
     return tuple(
-        ToeplitzConfig(offer.engine, offer.config, pixels)
+        ToeplitzConfig(offer.engine, offer.config, *pixels)
         for pixels in _sizes(problem)
         if _moved(problem, pixels)[0] <= MOST_COPIED
         for offer in offers_through(_ENGINES, blocked(problem, pixels).problem)
@@ -181,21 +185,21 @@ def _moved(problem: Problem, pixels: Triple) -> tuple[int, int, int]:
 
 
 def memory(problem: Problem, config: ToeplitzConfig) -> Memory:
-    other = _ENGINES[config.engine].memory(blocked(problem, config.pixels).problem, config.config)
-    return Memory(other.workspace, other.copies + _moved(problem, config.pixels)[0])
+    other = _ENGINES[config.engine].memory(blocked(problem, config.block).problem, config.config)
+    return Memory(other.workspace, other.copies + _moved(problem, config.block)[0])
 
 
 def work(problem: Problem, config: ToeplitzConfig) -> Work:
     """The launches as the cost model sees them."""
-    work = _ENGINES[config.engine].work(blocked(problem, config.pixels).problem, config.config)
-    _, moved, launches = _moved(problem, config.pixels)
+    work = _ENGINES[config.engine].work(blocked(problem, config.block).problem, config.config)
+    _, moved, launches = _moved(problem, config.block)
     work.extra_bytes += moved
     work.launches += launches
     return work
 
 
 def launch(problem: Problem, operands: Operands, config: ToeplitzConfig) -> torch.Tensor:
-    of, other, pixels = blocked(problem, config.pixels), _ENGINES[config.engine], config.pixels
+    of, other, pixels = blocked(problem, config.block), _ENGINES[config.engine], config.block
     if problem.pass_ == "wgrad":
         read = _to_blocks(problem, of, pixels, operands.input, of.read, of.front)
         made = _to_blocks(problem, of, pixels, operands.grad, of.made, _NO_FRONT)
