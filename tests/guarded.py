@@ -124,19 +124,23 @@ def small_cases() -> list:
 CROSSINGS = ("batch", "depth", "height", "width")
 
 
-def large_case(pass_: str, crossing: str, depthwise: bool = False, contiguous: bool = False) -> tuple:
-    """(problem, operands) of a tiny case over views whose offsets pass 2^31 along one dimension: channels last, or in rows."""
+def large_case(pass_: str, crossing: str, depthwise: bool = False, contiguous: bool = False, taps: int | None = None) -> tuple:
+    """(problem, operands) of a tiny case over views whose offsets pass 2^31 along one dimension: channels last, or in rows.
+
+    ``taps``: in each dimension, with as much padding; None: two along that dimension.
+    """
     import torch
     from cases import Case, make, pose
 
     from triton_conv3d.problem import Operands
 
     size = {"batch": 2, "channels": 3, "depth": 1, "height": 1, "width": 1, crossing: 4}
-    kernel = tuple(1 + (crossing == name) for name in ("depth", "height", "width"))
+    kernel = tuple(taps or 1 + (crossing == name) for name in ("depth", "height", "width"))
+    padding = ((taps or 1) // 2,) * 6
     batch, channels, *pixels = size.values()
     case = Case(
         pass_, batch=batch, in_channels=channels, out_channels=channels, groups=channels if depthwise else 1,
-        input_size=tuple(pixels), kernel_size=kernel, dtype="float16",
+        input_size=tuple(pixels), kernel_size=kernel, padding=padding, dtype="float16",
         layouts=("contiguous" if contiguous else "channels_last",) * 2,
     )  # fmt: skip
     _, operands = make(case)
@@ -158,11 +162,12 @@ def run_large(engine, pass_: str, crossing: str, contiguous: bool = False) -> No
     """Exact over a view whose offsets need 64 bits."""
     import tolerances
 
-    depthwise = engine.NAME == "depthwise"
-    problem, operands = large_case(pass_, crossing, depthwise, contiguous)
+    large_kernels = engine.NAME == "toeplitz"
+    depthwise = large_kernels or engine.NAME == "depthwise"
+    problem, operands = large_case(pass_, crossing, depthwise, contiguous, 5 if large_kernels else None)
     assert problem.index64
     offers = engine.configs(problem)
-    for config in {offers[0], offers[-1]} if depthwise else offers[-1:]:  # of its kernels the two kinds
+    for config in {offers[0], offers[-1]} if engine.NAME == "depthwise" else offers[-1:]:  # of its kernels the two kinds
         tolerances.check_exact(engine.launch(problem, operands, config), problem, operands)
 
 

@@ -383,7 +383,7 @@ def test_threads_take_turns_with_torchs_switches() -> None:
 
 def test_engine_names() -> None:
     names = "matmul depthwise folded implicit_gemm halo kn2row tma hopper padded subpixel rounded".split()
-    assert list(engines.available()) == [*names, "space_to_depth", "block_diagonal", "aten"]
+    assert list(engines.available()) == [*names, "space_to_depth", "block_diagonal", "toeplitz", "aten"]
     for name, engine in engines.available().items():
         assert engine.NAME == name
     with pytest.raises(ValueError, match=r"no engine named 'cudnn': the engines are .*implicit_gemm"):

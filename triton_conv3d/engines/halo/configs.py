@@ -89,6 +89,7 @@ WIDEST = 64  # columns of a tile, and rows of one of wgrad
 MOST_TILES = {False: 5, True: 18}  # that read the same, side by side; True: of wgrad
 _MOST_SUMS = 64  # of a thread, but on sm_90: with 128 sm_80 spills for kernels deeper than 3, and on sm_100 Triton 3.6 fails
 _MOST_WGRAD_SUMS = (96, 144)  # of a thread: 9 taps of 32 x 32 in two warps spill on sm_100, or where loads are not of 16 bytes
+_MOST_ALONG_D = 3 * 64 * 64  # sums of all threads for one tap of H: 4 taps of 64 x 64 spill on sm_80 in 16-bit types
 _MOST_TAPS = 9  # that a program of wgrad holds where it holds more than one along H: of 12 and 15 some tiles spill
 _TCGEN05 = "sm_10"  # of these architectures Triton 3.6 makes an empty kernel of several products of 64 filters
 
@@ -179,6 +180,7 @@ def _wgrad_configs(problem: Problem) -> tuple[HaloWgradConfig, ...]:
         fits = fits and shared_bytes(problem, tile) <= shared_limit(problem)
         sums = depth * tile.taps_h * m * n / (32 * tile.num_warps)
         spills = sums > most or (m >= 64 and problem.arch.startswith(_TCGEN05))
+        spills |= m * n * depth > _MOST_ALONG_D and problem.itemsize == 2 and problem.arch not in ("sm_90", "interpreter")
         if fits and not spills:
             deepest.setdefault((m, n, tile.taps_h), tile)
     found = (tile.replace(splits=splits) for tile in deepest.values() for splits in _splits(problem, tile))

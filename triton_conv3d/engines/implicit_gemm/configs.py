@@ -134,6 +134,7 @@ _SPILLING_SPLIT = {
     ("sm_80", "packed forward"): ((128, 64, 4),),
     ("sm_80", "packed dgrad"): ((64, 64, 4),),
     ("sm_100", "packed dgrad"): ((128, 32, 4), (256, 16, 4)),
+    ("sm_100", "packed wgrad"): ((64, 64, 4),),
     ("sm_100", "rounded forward"): ((64, 64, 4),),
 }
 _LARGE = 128 * 128
