@@ -232,7 +232,8 @@ def test_wgrad_reads_a_part_of_what_the_implicit_gemm_reads(channels: int, part:
 def test_more_than_the_smallest_tile_has_room(depth: int, arch: str) -> None:
     for dtype, precision in KINDS:
         offers = ENGINE.configs(LARGE.replace(kernel_size=(depth, 3, 3), arch=arch, dtype=dtype, precision=precision))
-        assert 1 < len(offers) <= 6 and len(set(offers)) == len(offers)
+        no_columns = arch == "sm_100" and depth == 5  # of tensor memory, for ten products of 64
+        assert 2 - no_columns <= len(offers) <= 6 and len(set(offers)) == len(offers)
         narrow = LARGE.replace(pass_="wgrad", kernel_size=(depth, 3, 3), arch=arch, dtype=dtype, precision=precision)
         offers = ENGINE.configs(narrow.replace(in_channels=32, out_channels=32))
         assert 1 < len(offers) <= 30 and len(set(offers)) == len(offers)

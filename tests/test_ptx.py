@@ -56,6 +56,8 @@ GROUPS = [
     dict(in_channels=64, out_channels=64, groups=64, input_size=(3, 6, 9), padding=SAME, dtype="bfloat16"),
     dict(in_channels=24, out_channels=48, groups=24, input_size=(3, 6, 9), kernel_size=(3, 3, 5), stride=TWOS,
          padding=(1, 1, 1, 1, 2, 2)),
+    dict(in_channels=10, out_channels=10, groups=10, input_size=(6, 5, 11), kernel_size=(5, 5, 5), dilation=(1, 2, 1),
+         padding=(2, 2, 4, 3, 2, 1), dtype="bfloat16"),
 ]  # fmt: skip
 ODD = [dict(in_channels=20, out_channels=45, input_size=(3, 5, 9), padding=SAME, dtype="bfloat16")]
 CASES = [

@@ -92,6 +92,7 @@ _MOST_WGRAD_SUMS = (96, 144)  # of a thread: 9 taps of 32 x 32 in two warps spil
 _MOST_ALONG_D = 3 * 64 * 64  # sums of all threads for one tap of H: 4 taps of 64 x 64 spill on sm_80 in 16-bit types
 _MOST_TAPS = 9  # that a program of wgrad holds where it holds more than one along H: of 12 and 15 some tiles spill
 _TCGEN05 = "sm_10"  # of these architectures Triton 3.6 makes an empty kernel of several products of 64 filters
+_MOST_COLUMNS = 384  # of tensor memory, which has 512: for each product its own. With all of them the kernel is empty, too
 
 
 def side_by_side(problem: Problem) -> int:
@@ -128,8 +129,10 @@ def _more_stages(problem: Problem, config: HaloConfig) -> int:
 
 
 def four_planes_spill(problem: Problem, planes: int) -> bool:
-    """Of kernels of depth 2 they do on sm_80 and sm_100, as perf/machine_code.py finds."""
-    return planes >= 4 and problem.kernel_size[0] == 2 and problem.arch.startswith("sm_") and problem.arch != "sm_90"
+    """Of kernels of depth 2 they do on sm_80 and sm_100, of 4 and 5 in tf32 on sm_100, as perf/machine_code.py finds."""
+    depth, tensor_memory = problem.kernel_size[0], problem.arch.startswith(_TCGEN05)
+    deep = depth > 3 and tensor_memory and problem.dtype == "float32"
+    return planes >= 4 and (depth == 2 or deep) and problem.arch.startswith("sm_") and problem.arch != "sm_90"
 
 
 def register_limit(problem: Problem) -> dict[str, int]:
@@ -156,6 +159,7 @@ def configs(problem: Problem) -> tuple[HaloConfig, ...]:
         sums = tile.planes * tile.block_m * tile.block_n / (32 * tile.num_warps)
         spills = gelu_spills(problem, sums, splits=1) or (sums > _MOST_SUMS and problem.arch not in ("sm_90", "interpreter"))
         spills |= four_planes_spill(problem, tile.planes)
+        spills |= problem.arch.startswith(_TCGEN05) and tile.planes * problem.kernel_size[0] * tile.block_n > _MOST_COLUMNS
         if fits and not spills and stages >= _LEAST_STAGES:
             found.append(tile.replace(num_stages=stages))
     return (*found, smallest)

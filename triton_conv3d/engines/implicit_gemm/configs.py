@@ -116,6 +116,8 @@ _SPILLING = {
     ("sm_100", "dgrad"): ((128, 128, 4),),
     ("sm_100", "wgrad"): ((64, 128, 8),),
     ("sm_80", "packed dgrad"): ((256, 32, 4),),
+    ("sm_100", "grouped forward"): ((64, 64, 4),),
+    ("sm_100", "packed forward"): ((128, 64, 4),),
     ("sm_80", "rounded strided dgrad"): ((128, 128, 8),),
     ("sm_90", "rounded strided dgrad"): ((128, 256, 8), (128, 128, 8)),
     ("sm_100", "rounded strided dgrad"): ((128, 128, 8),),
@@ -135,6 +137,7 @@ _SPILLING_SPLIT = {
     ("sm_80", "packed dgrad"): ((64, 64, 4),),
     ("sm_100", "packed dgrad"): ((128, 32, 4), (256, 16, 4)),
     ("sm_100", "packed wgrad"): ((64, 64, 4),),
+    ("sm_100", "grouped wgrad"): ((16, 64, 4),),
     ("sm_100", "rounded forward"): ((64, 64, 4),),
 }
 _LARGE = 128 * 128
@@ -159,6 +162,8 @@ def spills(problem: Problem, config: GemmConfig) -> bool:
     strided = problem.pass_ == "dgrad" and problem.stride != (1, 1, 1)
     kind = "strided dgrad" if strided else problem.pass_
     spilling = _spilling(problem.arch, kind, config.splits > 1)
+    if problem.groups > 1:
+        spilling += _spilling(problem.arch, f"grouped {kind}", config.splits > 1)
     if packed_groups(problem, config) > 1:
         spilling += _spilling(problem.arch, f"packed {kind}", config.splits > 1)
     if problem.precision == "rounded":
