@@ -226,14 +226,14 @@ def test_what_is_not_exact_is_seen(monkeypatch):
     assert "1 elements are not exact" in repeated().reason
 
 
-def test_repeats_are_of_eight_real_layers_a_pass(monkeypatch):
-    """Every engine with kernels of its own is among what they run."""
+def test_repeats_are_of_eight_real_layers_a_pass_and_what_reaches_every_engine(monkeypatch):
     names = [step.name for step in repeats.steps(Setting(None))]
-    assert [name.split("/")[1] for name in names].count("wgrad") == 8
-    layers = [workload for workload in real() if workload.id in repeats.LAYERS]
+    assert [name.split("/")[1] for name in names].count("wgrad") == 12
+    assert len(repeats.LAYERS) == 8 and set(repeats.LAYERS) <= {workload.id for workload in real()}
+    layers = repeats.workloads(*repeats.LAYERS, *repeats.BESIDE)
     problems = [p for case in cases(layers, PASSES, ("bf16", "fp32")) for p in case.problems("NVIDIA H200", "sm_90")]
     run = {name for name, engine in engines.available().items() if any(engine.supports(p) is None for p in problems)}
-    assert run >= {"implicit_gemm", "folded", "halo", "kn2row", "depthwise", "tma", "rounded"}
+    assert run == set(engines.available())
     asked = []
     monkeypatch.setattr(repeats, "check", lambda cases, device, runs, trial: asked.append((cases, runs)))
     for name in names:

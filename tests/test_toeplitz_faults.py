@@ -37,7 +37,7 @@ FAULTS = {
     "wgrad_diagonal": (KERNELS, "x_w = w[:, None] + p % P[2]", "x_w = w[:, None] - p % P[2] + P[2] - 1"),
     "wgrad_row": (KERNELS, "* taps[2] + x_w // P[2]", "* taps[1] + x_w // P[2]"),
     "wgrad_last_taps": (HOST, "-(-problem.taps // taps)", "(problem.taps // taps)"),
-    "bias_by_channel": (HOST, "bias.repeat_interleave(math.prod(pixels))", "bias.repeat(math.prod(pixels))"),
+    "bias_by_channel": (HOST, "bias.repeat_interleave(", "bias.repeat("),
     "offsets_in_32_bits": (HOST, "tl.int64 if of.problem.index64 else tl.int32", "tl.int32"),
 }  # fmt: skip
 GEOMETRIES = (

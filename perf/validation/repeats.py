@@ -1,4 +1,4 @@
-"""correctness.repeats: real layers, exact once and then the same bits in every run: what a race would change."""
+"""correctness.repeats: layers, exact once and then the same bits in every run: what a race would change."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from triton_conv3d.tuning.faults import is_illegal_access, is_out_of_resources
 
 from ..results import OK, WRONG
 from ..tensors import Tensors
-from ..workloads import Case, cases, real
+from ..workloads import Case, Workload, cases, real, suite
 from . import Outcome, Setting, Step, child, exact
 
 NAME = "correctness.repeats"
-WHAT = "8 real layers a pass: exact, then 100 runs of equal bits"
+WHAT = "12 layers a pass: exact, then 100 runs of equal bits"
 WORKERS = 4  # most of the time goes into compiling
 LAYERS = (
     "nnunet3d.c128_k128_3x3x3_32x32x32",
@@ -30,6 +30,10 @@ LAYERS = (
     "x3d_m.c216_k96_1x1x1_16x14x14",
     "x3d_m.c216_k216_3x3x3_16x14x14_g216",
 )
+# For the engines that none of them reaches.
+BESIDE = (
+    "monai_unet.Tc32_k2_3x3x3_s222_48x48x48", "sweep.odd_channels.45", "sweep.groups.16", "sweep.depthwise_kernel.5"
+)  # fmt: skip
 RUNS = 100
 _DTYPES = ("fp16", "bf16", "fp32")
 _CONFIGS = 6  # of an engine, beside its smallest
@@ -37,14 +41,20 @@ _SECONDS = 60.0  # a step, compiling included; an estimate
 
 
 def steps(setting: Setting) -> list[Step]:
-    names = exact.steps(f"{layer}/{pass_}" for layer in LAYERS for pass_ in PASSES)
+    names = exact.steps(f"{layer}/{pass_}" for layer in (*LAYERS, *BESIDE) for pass_ in PASSES)
     return [Step(name, _SECONDS, functools.partial(child.step, __name__, name)) for name in names]
 
 
 def compute(name: str) -> Outcome:
     case, trial = exact.parted(name)
     layer, pass_ = case.split("/")
-    return check(cases([w for w in real() if w.id == layer], (pass_,), _DTYPES), torch.device("cuda"), RUNS, trial)
+    return check(cases(workloads(layer), (pass_,), _DTYPES), torch.device("cuda"), RUNS, trial)
+
+
+def workloads(*layers: str) -> list[Workload]:
+    """The layers of these names."""
+    sweeps = dict.fromkeys(name.rpartition(".")[0] for name in BESIDE if name.startswith("sweep."))
+    return [workload for workload in (*real(), *suite(",".join(sweeps))) if workload.id in layers]
 
 
 def check(asked: Sequence[Case], device: torch.device, runs: int, trial: bool = False) -> Outcome:

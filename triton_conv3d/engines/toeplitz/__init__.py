@@ -14,7 +14,7 @@ times the products that float32 arithmetic makes.
     dgrad     the same of the gradient, with the taps turned round
     wgrad     of the other convolution's gradient, kept in float32, the sums along its diagonals
 
-Pixels that a dilation keeps apart never meet: they are samples of their own (phases), and so a dilation costs nothing.
+Pixels that a dilation keeps apart never meet: they are samples of their own (phases), and the kernel that they meet is dense.
 An infinity or NaN also makes NaN of what its block meets through zeros: results up to a block away, in its own channel.
 
 Bytes by design: those of the other engine, and a copy of what is read and of what is computed, once in each direction.
@@ -42,7 +42,7 @@ MEASURED = ()  # architectures; it has not run on a GPU yet
 _ENGINES = {engine.NAME: engine for engine in (halo, tma, implicit_gemm)}  # the one that takes everything last
 _LEAST_TAPS = 65  # up to 64, engine depthwise is bound by what it loads, not by its products
 _WIDTHS = (64, 32, 16)  # pixels of a block: the channels that others' tiles have room for
-_MOVED, _MOST_CHANNELS, _MOST_RUN = 4096, 32, 128  # elements of one program of a copy; of those, channels and pixels along W
+_MOVED, _MOST_CHANNELS, _MOST_RUN = 4096, 32, 128  # elements of one program of a copy; of these, channels and pixels along W
 _COLLECTED = 1024  # elements that one program sums at once
 _NO_FRONT = (0, 0, 0)
 
@@ -70,6 +70,7 @@ class Blocked:
     """The convolution of blocks, and how they lie in volumes.
 
     problem: the other engine's.
+    pixels: of a block. dilation: from one to the next.
     phases: of the pixels that a dilation keeps apart, which are samples.
     read, made: blocks of what is summed over, of what is computed; wgrad reads both.
     taps: blocks of the former that one of the latter meets.
@@ -77,6 +78,8 @@ class Blocked:
     """
 
     problem: Problem
+    pixels: Triple
+    dilation: Triple
     phases: Triple
     read: Triple
     made: Triple
@@ -153,6 +156,8 @@ def blocked(problem: Problem, pixels: Triple) -> Blocked:
     )
     return Blocked(
         problem=Float32Sums(*inner._values()) if wgrad else inner,
+        pixels=pixels,
+        dilation=problem.dilation,
         phases=phases,
         read=read,
         made=made,
@@ -199,98 +204,86 @@ def work(problem: Problem, config: ToeplitzConfig) -> Work:
 
 
 def launch(problem: Problem, operands: Operands, config: ToeplitzConfig) -> torch.Tensor:
-    of, other, pixels = blocked(problem, config.block), _ENGINES[config.engine], config.block
+    of, other = blocked(problem, config.block), _ENGINES[config.engine]
     if problem.pass_ == "wgrad":
-        read = _to_blocks(problem, of, pixels, operands.input, of.read, of.front)
-        made = _to_blocks(problem, of, pixels, operands.grad, of.made, _NO_FRONT)
-        return _collect(problem, of, pixels, other.launch(of.problem, Operands(input=read, grad=made), config.config))
-    tensor = operands.grad if problem.pass_ == "dgrad" else operands.input
+        inner = Operands(
+            input=_to_blocks(of, operands.input, of.read, of.front), grad=_to_blocks(of, operands.grad, of.made, _NO_FRONT)
+        )
+        return _collect(problem, of, other.launch(of.problem, inner, config.config))
     bias, residual = operands.bias, operands.residual
     inner = Operands(
-        input=_to_blocks(problem, of, pixels, tensor, of.read, of.front),
-        weight=_expand(problem, of, pixels, operands.weight),
-        bias=None if bias is None else bias.repeat_interleave(math.prod(pixels)),
-        residual=None if residual is None else _to_blocks(problem, of, pixels, residual, of.made, _NO_FRONT),
+        input=_to_blocks(of, operands.grad if problem.pass_ == "dgrad" else operands.input, of.read, of.front),
+        weight=_expand(of, operands.weight, flip=problem.pass_ == "dgrad"),
+        bias=None if bias is None else bias.repeat_interleave(math.prod(of.pixels)),
+        residual=None if residual is None else _to_blocks(of, residual, of.made, _NO_FRONT),
         negative_slope=operands.negative_slope,
     )
-    return _from_blocks(problem, of, pixels, other.launch(of.problem, inner, config.config))
+    return _from_blocks(problem, of, other.launch(of.problem, inner, config.config))
 
 
+def _to_blocks(of: Blocked, tensor: torch.Tensor, blocks: Triple, front: Triple) -> torch.Tensor:
+    """(samples, channels x pixels of a block, D, H, W), channels last."""
+    shape = (of.problem.batch, *blocks, of.problem.in_channels)
+    copy = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    programs, before, behind, options = _moving(of, blocks, tuple(tensor.shape), tensor.stride(), aligned(tensor))
+    launch_kernel(to_blocks, (programs, 1), (tensor, copy, *before, front, *behind), options)
+    return copy.permute(0, 4, 1, 2, 3)
+
+
+def _from_blocks(problem: Problem, of: Blocked, blocks: torch.Tensor) -> torch.Tensor:
+    y = problem.empty_result(blocks.device)
+    strides = format_strides(problem.result_shape, problem.memory_format)
+    programs, before, behind, options = _moving(of, of.made, problem.result_shape, strides, True)
+    launch_kernel(from_blocks, (programs, 1), (blocks, y, *before, _NO_FRONT, *behind), options)
+    return y
+
+
+@functools.lru_cache(maxsize=4096)
 def _moving(
-    problem: Problem, of: Blocked, pixels: Triple, blocks: Triple, shape: tuple[int, ...], strides: tuple[int, ...], even: bool
+    of: Blocked, blocks: Triple, shape: tuple[int, ...], strides: tuple[int, ...], even: bool
 ) -> tuple[int, tuple, tuple, dict]:
     """(programs, arguments before ``front`` and behind it, options) for a volume of this shape and these strides.
 
-    ``even``: its address is a multiple of 16.
+    ``even``: its address allows vectors. A tile is wide where the volume is dense: in channels, or else along W.
     """
-    steps = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
+    channels, steps = shape[1], [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
     last = steps[1] == 1
-    vector = VECTOR_BYTES // problem.itemsize
-    rest = [*steps[:1], *steps[2:]] if last else steps[:4]
-    unit = math.gcd(vector, *rest) if even else 1
-    steps = [step if i == (1 if last else 4) else step // unit for i, step in enumerate(steps)]
-    room = max(1, _MOVED // math.prod(pixels))  # channels x blocks of a tile
-    run = max(1, min(triton.next_power_of_2(blocks[2]), _MOST_RUN // pixels[2]))
-    across = min(triton.next_power_of_2(problem.groups), _MOST_CHANNELS)
+    dense = 1 if last else 4
+    unit = math.gcd(VECTOR_BYTES // of.problem.itemsize, *steps[:dense], *steps[dense + 1 :]) if even else 1
+    steps = tuple(step if dim == dense else step // unit for dim, step in enumerate(steps))
+    room, most, length = _MOVED // math.prod(of.pixels), *map(triton.next_power_of_2, (channels, blocks[2]))
     if last:
-        across = min(across, room)
-        run = min(run, room // across)
+        across = min(most, _MOST_CHANNELS, room)
+        run = min(length, room // across)
     else:
-        run = min(run, room)
-        across = min(across, room // run)
-    tiles_c, tiles_w = -(-problem.groups // across), -(-blocks[2] // run)
+        run = min(length, _MOST_RUN // of.pixels[2], room)
+        across = min(most, room // run)
+    tiles_c, tiles_w = -(-channels // across), -(-blocks[2] // run)
     programs = of.problem.batch * blocks[0] * blocks[1] * tiles_c * tiles_w
-    options = dict(
-        P=pixels, LAST=last, UNIT=unit, CHANNELS=across, BLOCKS=run, INDEX=_index(of), num_warps=4
-    )  # fmt: skip
-    return programs, (shape[2:], tuple(steps), problem.groups), (problem.dilation, of.phases, blocks, tiles_c, tiles_w), options
+    options = dict(P=of.pixels, LAST=last, UNIT=unit, CHANNELS=across, BLOCKS=run, INDEX=_index(of), num_warps=4)
+    return programs, (shape[2:], steps, channels), (of.dilation, of.phases, blocks, tiles_c, tiles_w), options
 
 
 def _index(of: Blocked) -> tl.dtype:
     return tl.int64 if of.problem.index64 else tl.int32
 
 
-def _blocks(of: Blocked, pixels: Triple, blocks: Triple, like: torch.Tensor) -> torch.Tensor:
-    """Memory for blocks (samples, channels x pixels, D, H, W), channels last."""
-    shape = (of.problem.batch, *blocks, of.problem.in_channels)
-    return torch.empty(shape, dtype=like.dtype, device=like.device).permute(0, 4, 1, 2, 3)
-
-
-def _to_blocks(
-    problem: Problem, of: Blocked, pixels: Triple, tensor: torch.Tensor, blocks: Triple, front: Triple
-) -> torch.Tensor:
-    programs, before, behind, options = _moving(
-        problem, of, pixels, blocks, tuple(tensor.shape), tensor.stride(), aligned(tensor)
-    )
-    copy = _blocks(of, pixels, blocks, tensor)
-    launch_kernel(to_blocks, (programs, 1), (tensor, copy, *before, front, *behind), options)
-    return copy
-
-
-def _from_blocks(problem: Problem, of: Blocked, pixels: Triple, blocks: torch.Tensor) -> torch.Tensor:
-    y = problem.empty_result(blocks.device)
-    strides = format_strides(problem.result_shape, problem.memory_format)
-    programs, before, behind, options = _moving(problem, of, pixels, of.made, problem.result_shape, strides, True)
-    launch_kernel(from_blocks, (programs, 1), (blocks, y, *before, _NO_FRONT, *behind), options)
-    return y
-
-
-def _expand(problem: Problem, of: Blocked, pixels: Triple, weight: torch.Tensor) -> torch.Tensor:
+def _expand(of: Blocked, weight: torch.Tensor, flip: bool) -> torch.Tensor:
     """The other convolution's weight, channels last."""
     channels, _, *kernel = weight.shape
-    count, taps = math.prod(pixels), math.prod(of.taps)
-    matrix = torch.empty((channels * count, *of.taps, count), dtype=weight.dtype, device=weight.device)
+    pixels = math.prod(of.pixels)
+    matrix = torch.empty((channels * pixels, *of.taps, pixels), dtype=weight.dtype, device=weight.device)
     arguments = (tuple(kernel), (weight.stride(0), *weight.stride()[2:]), of.taps)
-    options = dict(P=pixels, FLIP=problem.pass_ == "dgrad", INDEX=_index(of), num_warps=4)
-    launch_kernel(expand, (channels * taps, 1), (weight, matrix, *arguments), options)
+    options = dict(P=of.pixels, FLIP=flip, INDEX=_index(of), num_warps=4)
+    launch_kernel(expand, (channels * math.prod(of.taps), 1), (weight, matrix, *arguments), options)
     return matrix.permute(0, 4, 1, 2, 3)
 
 
-def _collect(problem: Problem, of: Blocked, pixels: Triple, matrix: torch.Tensor) -> torch.Tensor:
+def _collect(problem: Problem, of: Blocked, matrix: torch.Tensor) -> torch.Tensor:
     """The gradient of the weight, of that of the other convolution's."""
-    dw, taps = problem.empty_result(matrix.device), _COLLECTED // math.prod(pixels)
+    dw, taps = problem.empty_result(matrix.device), _COLLECTED // math.prod(of.pixels)
     strides = (dw.stride(0), *dw.stride()[2:])
-    options = dict(P=pixels, TAPS=taps, INDEX=_index(of), UPCAST=upcast(problem), num_warps=4)
+    options = dict(P=of.pixels, TAPS=taps, INDEX=_index(of), UPCAST=upcast(problem), num_warps=4)
     grid = (problem.groups * -(-problem.taps // taps), 1)
     launch_kernel(collect, grid, (matrix, dw, problem.kernel_size, strides, of.taps), options)
     return dw
