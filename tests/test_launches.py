@@ -54,7 +54,7 @@ KERNELS = {
     "tma": {"gather_bricks", "wgrad_bricks"},
     "hopper": {"gather_ring", "wgrad_ring", "line_ring"},
     "rounded": {"rounded_copy", "rounded_wgrad"},
-    "toeplitz": {"to_blocks", "from_blocks", "expand", "collect"},
+    "toeplitz": {"move_blocks", "expand", "collect"},
 }
 # Of a descriptor of (5, 4, 64) 16-bit elements that is sound, what the driver does not take.
 UNSOUND = {

@@ -17,12 +17,12 @@ from triton_conv3d.problem import PASSES
 
 KERNELS, HOST = "kernels.py", "__init__.py"
 FAULTS = {
-    "channels_off": (KERNELS, "mask = (c < channels)[:, None, None]", "mask = (c >= 0)[:, None, None]"),
+    "channels_off": (KERNELS, "in_x = (c < channels)[:, None, None]", "in_x = (c >= 0)[:, None, None]"),
     "before_the_line": (KERNELS, "in_run = (w >= 0) & (w < size[2])", "in_run = w < size[2]"),
     "behind_the_line": (KERNELS, "in_run = (w >= 0) & (w < size[2])", "in_run = w >= 0"),
     "above": (KERNELS, "in_line = (d >= 0) & (d < size[0]) & (h >= 0)", "in_line = (d >= 0) & (d < size[0])"),
     "behind_the_planes": (KERNELS, "in_line = (d >= 0) & (d < size[0])", "in_line = (d >= 0)"),
-    "blocks_off": (KERNELS, "mask_inside = (b < blocks[2])[:, None]", "mask_inside = (b >= 0)[:, None]"),
+    "blocks_off": (KERNELS, "in_blocks = (b < blocks[2])[:, None]", "in_blocks = (b >= 0)[:, None]"),
     "phase_of_w": (KERNELS, "phase % phases[2] - front[2]", "phase % phases[1] - front[2]"),
     "phase_of_h": (KERNELS, "phase // phases[2] % phases[1] - front[1]", "phase // phases[2] - front[1]"),
     "samples": (KERNELS, "n = batch // (phases[0] * phases[1] * phases[2])", "n = batch // phases[2]"),

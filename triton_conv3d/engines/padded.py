@@ -22,7 +22,7 @@ import torch
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
 from . import folded, halo, implicit_gemm, tma
 from .base import READ, Memory, Work, aligned, in_format, refused_by_kernels
-from .through import ThroughConfig, offers_through
+from .through import Moved, ThroughConfig, memory_through, offers_through, work_through
 
 NAME = "padded"
 _ENGINES = {engine.NAME: engine for engine in (tma, halo, implicit_gemm)}  # the one that takes everything last
@@ -89,30 +89,24 @@ def configs(problem: Problem) -> tuple[ThroughConfig, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _moved(problem: Problem) -> tuple[int, int, int]:
-    """(bytes of the copies, bytes that making them moves, launches that it takes)."""
+def _moved(problem: Problem) -> Moved:
     wide, item = widened(problem), problem.itemsize
     small, large = (tuple(map(math.prod, _shapes(p))) for p in (problem, wide))
     copied, cut = _copied(problem, wide), _cut(problem, wide)
     copies = item * sum(large[role] for role in (*copied, *cut))
     moved = item * (sum(small[role] + large[role] for role in copied) + sum(2 * small[role] for role in cut))
     sides = sum(a != b for role in copied for a, b in zip(_shapes(problem)[role], _shapes(wide)[role], strict=True))
-    return copies, moved, len(copied) + sides + len(cut)  # each side with something new is filled by itself
+    return Moved(copies, moved, len(copied) + sides + len(cut))  # each side with something new is filled by itself
 
 
 def memory(problem: Problem, config: ThroughConfig) -> Memory:
     """A dense operand that needs no new channels is copied too where its address is no multiple of 16: not counted."""
-    other = _ENGINES[config.engine].memory(widened(problem), config.config)
-    return Memory(other.workspace, other.copies + _moved(problem)[0])
+    return memory_through(_ENGINES, widened(problem), config, _moved(problem))
 
 
 def work(problem: Problem, config: ThroughConfig) -> Work:
     """The launches as the cost model sees them."""
-    work = _ENGINES[config.engine].work(widened(problem), config.config)
-    _, moved, launches = _moved(problem)
-    work.extra_bytes += moved
-    work.launches += launches
-    return work
+    return work_through(_ENGINES, widened(problem), config, _moved(problem))
 
 
 def launch(problem: Problem, operands: Operands, config: ThroughConfig) -> torch.Tensor:

@@ -35,7 +35,7 @@ import torch
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
 from . import halo, implicit_gemm, kn2row, matmul, tma
 from .base import MOST_COPIED, Memory, Work, aligned, in_format, refused_by_kernels
-from .through import Float32Sums, ThroughConfig, offers_through
+from .through import Float32Sums, Moved, ThroughConfig, memory_through, offers_through, work_through
 
 NAME = "space_to_depth"
 MEASURED = ()  # architectures; it has not run on a GPU yet
@@ -102,7 +102,7 @@ def supports(problem: Problem) -> str | None:
             f"no block of pixels saves anything of {problem.kernel_size[2]} taps along W, divides {_line(problem)} pixels as "
             f"a residual needs, and is divided by the stride {problem.stride[2]} of a dgrad"
         )
-    copied = max(_moved(problem, pixels)[0] for pixels in _sizes(problem))
+    copied = max(_moved(problem, pixels).copies for pixels in _sizes(problem))
     if copied > MOST_COPIED:
         return f"copies of {copied} bytes: more than {MOST_COPIED}"
     return implicit_gemm.supports(blocked(problem, _sizes(problem)[-1]).problem)
@@ -194,8 +194,7 @@ def configs(problem: Problem) -> tuple[SpaceToDepthConfig, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _moved(problem: Problem, pixels: int) -> tuple[int, int, int]:
-    """(bytes of the copies, bytes that making them moves, launches that it takes)."""
+def _moved(problem: Problem, pixels: int) -> Moved:
     of, item, wgrad = blocked(problem, pixels), problem.itemsize, problem.pass_ == "wgrad"
     inner, copies, moved, launches = of.problem, 0, 0, 0
     read, made = (problem.input_shape, problem.output_shape)[:: 1 if of.forward else -1]
@@ -209,22 +208,17 @@ def _moved(problem: Problem, pixels: int) -> tuple[int, int, int]:
     if not whole or problem.layouts[role] != CHANNELS_LAST:  # of the result, or of what wgrad reads by blocks
         blocks = item * math.prod((*made[:4], _multiple(of.count, pixels)))
         copies, moved, launches = copies + blocks, moved + blocks + item * math.prod(made), launches + 1 + (wgrad and not whole)
-    return copies, moved, launches
+    return Moved(copies, moved, launches)
 
 
 def memory(problem: Problem, config: SpaceToDepthConfig) -> Memory:
     """An operand that is read as it is is copied too where its address is no multiple of 16: not counted."""
-    other = _ENGINES[config.engine].memory(blocked(problem, config.pixels).problem, config.config)
-    return Memory(other.workspace, other.copies + _moved(problem, config.pixels)[0])
+    return memory_through(_ENGINES, blocked(problem, config.pixels).problem, config, _moved(problem, config.pixels))
 
 
 def work(problem: Problem, config: SpaceToDepthConfig) -> Work:
     """The launches as the cost model sees them."""
-    work = _ENGINES[config.engine].work(blocked(problem, config.pixels).problem, config.config)
-    _, moved, launches = _moved(problem, config.pixels)
-    work.extra_bytes += moved
-    work.launches += launches
-    return work
+    return work_through(_ENGINES, blocked(problem, config.pixels).problem, config, _moved(problem, config.pixels))
 
 
 def launch(problem: Problem, operands: Operands, config: SpaceToDepthConfig) -> torch.Tensor:

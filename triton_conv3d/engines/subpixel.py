@@ -27,7 +27,7 @@ from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, 
 from . import folded, halo, implicit_gemm, kn2row, matmul, tma
 from .base import Memory, Work, aligned, refused_by_kernels
 from .blocks import blocks_of, columns, unblocked
-from .through import ThroughConfig, offers_through
+from .through import Moved, ThroughConfig, memory_through, offers_through, work_through
 
 NAME = "subpixel"
 MEASURED = ()  # architectures; it has not run on a GPU yet
@@ -103,8 +103,7 @@ def configs(problem: Problem) -> tuple[ThroughConfig, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _moved(problem: Problem) -> tuple[int, int, int]:
-    """(bytes of the copies, bytes that making them moves, launches that it takes)."""
+def _moved(problem: Problem) -> Moved:
     of, item = blocked(problem), problem.itemsize
     weight, blocks, result = (
         item * math.prod(shape) for shape in (of.problem.weight_shape, of.problem.input_shape, problem.result_shape)
@@ -112,7 +111,7 @@ def _moved(problem: Problem) -> tuple[int, int, int]:
     cut, filled = not _fits(problem), any(of.front)
     copies = weight * (1 + filled) + blocks * (1 + cut)
     moved = weight * (2 + 2 * filled) + blocks + (blocks + 2 * result if cut else result)
-    return copies, moved, 2 + 2 * filled + cut + (of.covered != problem.input_size)
+    return Moved(copies, moved, 2 + 2 * filled + cut + (of.covered != problem.input_size))
 
 
 def _fits(problem: Problem) -> bool:
@@ -123,17 +122,12 @@ def _fits(problem: Problem) -> bool:
 
 def memory(problem: Problem, config: ThroughConfig) -> Memory:
     """A gradient whose channels fill vectors is copied too where its address is no multiple of 16: not counted."""
-    other = _ENGINES[config.engine].memory(blocked(problem).problem, config.config)
-    return Memory(other.workspace, other.copies + _moved(problem)[0])
+    return memory_through(_ENGINES, blocked(problem).problem, config, _moved(problem))
 
 
 def work(problem: Problem, config: ThroughConfig) -> Work:
     """The launches as the cost model sees them."""
-    work = _ENGINES[config.engine].work(blocked(problem).problem, config.config)
-    _, moved, launches = _moved(problem)
-    work.extra_bytes += moved
-    work.launches += launches
-    return work
+    return work_through(_ENGINES, blocked(problem).problem, config, _moved(problem))
 
 
 def launch(problem: Problem, operands: Operands, config: ThroughConfig) -> torch.Tensor:

@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from ..problem import Problem
-from .base import Config
+from .base import Config, Memory, Work
 
 _MOST_TILES = 3  # of each engine, and its smallest
 
@@ -34,6 +35,28 @@ class ThroughConfig(Config):
 
     def to_dict(self) -> dict:
         return {"engine": self.engine, **self.config.to_dict()}
+
+
+class Moved(NamedTuple):
+    """What rewriting a problem takes: bytes of the copies, bytes that making them moves, launches."""
+
+    copies: int
+    moved: int
+    launches: int
+
+
+def memory_through(engines: Mapping[str, ModuleType], problem: Problem, config: ThroughConfig, moved: Moved) -> Memory:
+    """Of the rewritten problem, and what rewriting takes."""
+    other = engines[config.engine].memory(problem, config.config)
+    return Memory(other.workspace, other.copies + moved.copies)
+
+
+def work_through(engines: Mapping[str, ModuleType], problem: Problem, config: ThroughConfig, moved: Moved) -> Work:
+    """The launches of the rewritten problem, and those that rewriting takes, as the cost model sees them."""
+    work = engines[config.engine].work(problem, config.config)
+    work.extra_bytes += moved.moved
+    work.launches += moved.launches
+    return work
 
 
 class Float32Sums(Problem):

@@ -34,8 +34,8 @@ from ...problem import CHANNELS_LAST, VECTOR_BYTES, Operands, Problem, Triple
 from .. import halo, implicit_gemm, tma
 from ..base import MOST_COPIED, Memory, Work, aligned, format_strides, refused_by_kernels, upcast
 from ..launching import launch_kernel
-from ..through import Float32Sums, ThroughConfig, offers_through
-from .kernels import collect, expand, from_blocks, to_blocks
+from ..through import Float32Sums, Moved, ThroughConfig, memory_through, offers_through, work_through
+from .kernels import collect, expand, move_blocks
 
 NAME = "toeplitz"
 MEASURED = ()  # architectures; it has not run on a GPU yet
@@ -98,7 +98,7 @@ def supports(problem: Problem) -> str | None:
         return f"{problem.taps} taps: fewer than {_LEAST_TAPS}, which engine depthwise computes while it loads"
     if problem.stride != (1, 1, 1):
         return f"stride {problem.stride}: blocks would meet more pixels than they have taps for"
-    if (copied := _moved(problem, _sizes(problem)[-1])[0]) > MOST_COPIED:
+    if (copied := _moved(problem, _sizes(problem)[-1]).copies) > MOST_COPIED:
         return f"copies of {copied} bytes: more than {MOST_COPIED}"
     return implicit_gemm.supports(blocked(problem, _sizes(problem)[-1]).problem)
 
@@ -171,14 +171,13 @@ def configs(problem: Problem) -> tuple[ToeplitzConfig, ...]:
     return tuple(
         ToeplitzConfig(offer.engine, offer.config, *pixels)
         for pixels in _sizes(problem)
-        if _moved(problem, pixels)[0] <= MOST_COPIED
+        if _moved(problem, pixels).copies <= MOST_COPIED
         for offer in offers_through(_ENGINES, blocked(problem, pixels).problem)
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _moved(problem: Problem, pixels: Triple) -> tuple[int, int, int]:
-    """(bytes of the copies, bytes that making them moves, launches that it takes)."""
+def _moved(problem: Problem, pixels: Triple) -> Moved:
     inner, item, wgrad = blocked(problem, pixels).problem, problem.itemsize, problem.pass_ == "wgrad"
     volumes = item * (math.prod(inner.input_shape) + math.prod(inner.output_shape))
     given = item * (math.prod(problem.input_shape) + math.prod(problem.output_shape))
@@ -186,21 +185,16 @@ def _moved(problem: Problem, pixels: Triple) -> tuple[int, int, int]:
         volumes += item * math.prod(inner.output_shape)
         given += item * math.prod(problem.output_shape)
     weight = math.prod(inner.weight_shape) * (4 if wgrad else item)
-    return volumes + weight, volumes + given + weight, 3 + inner.bias + inner.residual
+    return Moved(volumes + weight, volumes + given + weight, 3 + inner.bias + inner.residual)
 
 
 def memory(problem: Problem, config: ToeplitzConfig) -> Memory:
-    other = _ENGINES[config.engine].memory(blocked(problem, config.block).problem, config.config)
-    return Memory(other.workspace, other.copies + _moved(problem, config.block)[0])
+    return memory_through(_ENGINES, blocked(problem, config.block).problem, config, _moved(problem, config.block))
 
 
 def work(problem: Problem, config: ToeplitzConfig) -> Work:
     """The launches as the cost model sees them."""
-    work = _ENGINES[config.engine].work(blocked(problem, config.block).problem, config.config)
-    _, moved, launches = _moved(problem, config.block)
-    work.extra_bytes += moved
-    work.launches += launches
-    return work
+    return work_through(_ENGINES, blocked(problem, config.block).problem, config, _moved(problem, config.block))
 
 
 def launch(problem: Problem, operands: Operands, config: ToeplitzConfig) -> torch.Tensor:
@@ -226,7 +220,7 @@ def _to_blocks(of: Blocked, tensor: torch.Tensor, blocks: Triple, front: Triple)
     shape = (of.problem.batch, *blocks, of.problem.in_channels)
     copy = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     programs, before, behind, options = _moving(of, blocks, tuple(tensor.shape), tensor.stride(), aligned(tensor))
-    launch_kernel(to_blocks, (programs, 1), (tensor, copy, *before, front, *behind), options)
+    launch_kernel(move_blocks, (programs, 1), (tensor, copy, *before, front, *behind), {**options, "BACK": False})
     return copy.permute(0, 4, 1, 2, 3)
 
 
@@ -234,7 +228,7 @@ def _from_blocks(problem: Problem, of: Blocked, blocks: torch.Tensor) -> torch.T
     y = problem.empty_result(blocks.device)
     strides = format_strides(problem.result_shape, problem.memory_format)
     programs, before, behind, options = _moving(of, of.made, problem.result_shape, strides, True)
-    launch_kernel(from_blocks, (programs, 1), (blocks, y, *before, _NO_FRONT, *behind), options)
+    launch_kernel(move_blocks, (programs, 1), (y, blocks, *before, _NO_FRONT, *behind), {**options, "BACK": True})
     return y
 
 

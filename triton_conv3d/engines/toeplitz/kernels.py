@@ -1,12 +1,11 @@
 """The kernels of engine "toeplitz", which move and sum; the products are another engine's.
 
-    to_blocks     x, as blocks of pixels that are channels: (n, phase, block, c, pixel of the block), zeros outside
-    from_blocks   back again
+    move_blocks   x, as blocks of pixels that are channels: (n, phase, block, c, pixel of the block), zeros outside; or back
     expand        the weight, as the Toeplitz matrices of blocks
     collect       dw[c, t] = the sums along the diagonals of such matrices
 
 Pixel p of block b lies at (b * P + p) * dilation + phase - front in each dimension. A tile is moved as lines along W on the
-side of x and y, and as whole blocks on the other, so that both are read and written as they lie in memory.
+side of x, and as whole blocks on the other, so that both are read and written as they lie in memory.
 """
 
 import triton
@@ -16,9 +15,11 @@ from ..implicit_gemm.kernels import rounded
 
 
 @triton.jit
-def _tile(
-    size,  # (d, h, w) of x or y, as every triple
-    strides,  # (n, c, d, h, w), in UNIT; that of c where it is LAST, else that of w, in elements
+def move_blocks(
+    x_ptr,
+    blocks_ptr,  # dense
+    size,  # (d, h, w) of x, as every triple
+    strides,  # (n, c, d, h, w) of x, in UNIT; that of c where it is LAST, else that of w, in elements
     channels,
     front,
     dilation,
@@ -26,14 +27,15 @@ def _tile(
     blocks,
     tiles_c,
     tiles_w,
-    P: tl.constexpr,
+    P: tl.constexpr,  # pixels of a block
+    BACK: tl.constexpr,  # from blocks to x
     LAST: tl.constexpr,
     UNIT: tl.constexpr,
     CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # along W
     INDEX: tl.constexpr,
 ):
-    """(offsets, mask) of x or y as (CHANNELS, lines of a block, BLOCKS * pixels of one), of blocks as (BLOCKS, the rest)."""
+    """A tile is (CHANNELS, lines of a block, pixels along W) on the side of x, (BLOCKS, all of one) on the other."""
     LINES: tl.constexpr = P[0] * P[1]
     PIXELS: tl.constexpr = LINES * P[2]
     program = tl.program_id(0)
@@ -48,82 +50,31 @@ def _tile(
 
     c = first_c + tl.arange(0, CHANNELS)
     line = tl.arange(0, LINES)
-    run = tl.arange(0, BLOCKS * P[2])
     d = (block_d * P[0] + line // P[1]) * dilation[0] + phase // (phases[1] * phases[2]) - front[0]
     h = (block_h * P[1] + line % P[1]) * dilation[1] + phase // phases[2] % phases[1] - front[1]
-    w = (first_w * P[2] + run) * dilation[2] + phase % phases[2] - front[2]
+    w = (first_w * P[2] + tl.arange(0, BLOCKS * P[2])) * dilation[2] + phase % phases[2] - front[2]
     in_line = (d >= 0) & (d < size[0]) & (h >= 0) & (h < size[1])
-    in_run = (w >= 0) & (w < size[2])  # blocks beyond the last are outside of y, and of x they are not stored
+    in_run = (w >= 0) & (w < size[2])  # blocks beyond the last: on the way back outside of x, else not stored
+    in_x = (c < channels)[:, None, None] & in_line[None, :, None] & in_run[None, None, :]
     lines = (d.to(INDEX) * strides[2] + h.to(INDEX) * strides[3]) * UNIT
     columns = c.to(INDEX) * (strides[1] if LAST else strides[1] * UNIT)
     pixels = w.to(INDEX) * (strides[4] * UNIT if LAST else strides[4])
-    outside = n.to(INDEX) * strides[0] * UNIT + columns[:, None, None] + lines[None, :, None] + pixels[None, None, :]
-    mask = (c < channels)[:, None, None] & in_line[None, :, None] & in_run[None, None, :]
+    x_tile = n.to(INDEX) * strides[0] * UNIT + columns[:, None, None] + lines[None, :, None] + pixels[None, None, :]
 
     b = first_w + tl.arange(0, BLOCKS)
-    rest_of = tl.arange(0, CHANNELS * PIXELS)
+    column = first_c * PIXELS + tl.arange(0, CHANNELS * PIXELS)
     row = ((batch.to(INDEX) * blocks[0] + block_d) * blocks[1] + block_h) * blocks[2] + b
-    inside = row[:, None] * (channels * PIXELS) + (first_c * PIXELS + rest_of)[None, :]
-    mask_inside = (b < blocks[2])[:, None] & (first_c * PIXELS + rest_of < channels * PIXELS)[None, :]
-    return outside, mask, inside, mask_inside
+    in_blocks = (b < blocks[2])[:, None] & (column < channels * PIXELS)[None, :]
+    blocks_tile = row[:, None] * (channels * PIXELS) + column[None, :]
 
-
-@triton.jit
-def to_blocks(
-    x_ptr,
-    blocks_ptr,
-    size,
-    strides,
-    channels,
-    front,
-    dilation,
-    phases,
-    blocks,
-    tiles_c,
-    tiles_w,
-    P: tl.constexpr,
-    LAST: tl.constexpr,
-    UNIT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    outside, mask, inside, mask_inside = _tile(
-        size, strides, channels, front, dilation, phases, blocks, tiles_c, tiles_w, P, LAST, UNIT, CHANNELS, BLOCKS, INDEX
-    )
-    LINES: tl.constexpr = P[0] * P[1]
-    value = tl.load(x_ptr + outside, mask=mask, other=0.0)
-    value = value.reshape(CHANNELS, LINES, BLOCKS, P[2]).permute(2, 0, 1, 3).reshape(BLOCKS, CHANNELS * LINES * P[2])
-    tl.store(blocks_ptr + inside, value, mask=mask_inside)
-
-
-@triton.jit
-def from_blocks(
-    blocks_ptr,
-    y_ptr,
-    size,
-    strides,
-    channels,
-    front,
-    dilation,
-    phases,
-    blocks,
-    tiles_c,
-    tiles_w,
-    P: tl.constexpr,
-    LAST: tl.constexpr,
-    UNIT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    outside, mask, inside, mask_inside = _tile(
-        size, strides, channels, front, dilation, phases, blocks, tiles_c, tiles_w, P, LAST, UNIT, CHANNELS, BLOCKS, INDEX
-    )
-    LINES: tl.constexpr = P[0] * P[1]
-    value = tl.load(blocks_ptr + inside, mask=mask_inside, other=0.0)
-    value = value.reshape(BLOCKS, CHANNELS, LINES, P[2]).permute(1, 2, 0, 3).reshape(CHANNELS, LINES, BLOCKS * P[2])
-    tl.store(y_ptr + outside, value, mask=mask)
+    if BACK:
+        value = tl.load(blocks_ptr + blocks_tile, mask=in_blocks, other=0.0)
+        value = value.reshape(BLOCKS, CHANNELS, LINES, P[2]).permute(1, 2, 0, 3).reshape(CHANNELS, LINES, BLOCKS * P[2])
+        tl.store(x_ptr + x_tile, value, mask=in_x)
+    else:
+        value = tl.load(x_ptr + x_tile, mask=in_x, other=0.0)
+        value = value.reshape(CHANNELS, LINES, BLOCKS, P[2]).permute(2, 0, 1, 3).reshape(BLOCKS, CHANNELS * PIXELS)
+        tl.store(blocks_ptr + blocks_tile, value, mask=in_blocks)
 
 
 @triton.jit
