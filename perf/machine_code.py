@@ -228,7 +228,7 @@ def _by_registers(config: Config) -> Config:
 def reports(arch: str, dtype: str, precision: str, layer: Layer, chosen: Callable = configs) -> Iterator[Report]:
     """One report for every kernel that the passes of a layer start with the configs that ``chosen(problem, engine)`` gives.
 
-    What engine ``toeplitz`` starts around the products of others once for every block, not with each of their configs.
+    What several configs start around their products, all the same, is reported with the first.
     """
     engine = engines.get(layer.engine)
     for problem, operands in problems(arch, dtype, precision, layer):
@@ -237,9 +237,9 @@ def reports(arch: str, dtype: str, precision: str, layer: Layer, chosen: Callabl
             kernels = {launch[0]: launch for launch in reversed(launches(problem, operands, engine, config))}  # each once
             with compiling_for(arch):
                 for name, kernel in map(compiled, reversed(kernels.values())):
-                    if engine.NAME == "toeplitz" and name.startswith(AROUND):
-                        if kernel.hash in around:
-                            continue
+                    if kernel.hash in around:
+                        continue
+                    if name.startswith(AROUND):
                         around.add(kernel.hash)
                     yield read(problem, engine, config, name, kernel, layer)
 
