@@ -88,6 +88,47 @@ def test_rates_by_name(device, known):
     assert cost_model.rates(PROBLEM.replace(device="something new")).units > 0
 
 
+class TestInstructions:
+    """What tensor cores multiply at a time, and what it reads of shared memory."""
+
+    FLOPS = 2.0 * 128 * 2**20
+
+    @pytest.mark.parametrize(
+        "arch, product, num_warps, expected",
+        [
+            ("sm_90", (128, 256), 8, (64, 256, True)), ("sm_90", (64, 128), 8, (64, 64, True)),
+            ("sm_90", (64, 512), 4, (64, 256, True)), ("sm_90", (64, 64), 2, (32, 64, False)),
+            ("sm_90", (32, 128), 4, (32, 32, False)), ("sm_100", (64, 64), 4, (64, 64, True)),
+            ("sm_100", (256, 256), 8, (128, 256, True)), ("sm_80", (128, 128), 8, (32, 64, False)),
+            ("gfx942", (256, 32), 4, (64, 32, False)),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_of_an_architecture(self, arch, product, num_warps, expected):
+        assert cost_model.instruction(arch, *product, num_warps) == expected
+
+    @staticmethod
+    def seconds(product, arch="sm_90", device="NVIDIA H200", **changes):
+        """Of products that nothing else than tensor cores and shared memory binds."""
+        problem = PROBLEM.replace(arch=arch, device=device)
+        return seconds(problem, product=product, bytes_read=1e3, flops=TestInstructions.FLOPS, **changes)
+
+    @pytest.mark.parametrize("device, arch", [("NVIDIA H200", "sm_90"), ("NVIDIA B200", "sm_100")])
+    def test_narrow_products_wait_for_shared_memory(self, device, arch):
+        wide, *narrow = (self.seconds((128, n), arch, device) for n in (256, 32, 16, 8))
+        assert wide == self.seconds((0, 0), arch, device) and wide < 0.9 * narrow[0] < 0.81 * narrow[1] < 0.73 * narrow[2]
+
+    def test_warps_that_multiply_alone_are_slower_on_hopper_only(self):
+        warps = [self.seconds((32, 256), arch, device) for device, arch in GPUS[:2]]
+        groups = [self.seconds((64, 256), arch, device) for device, arch in GPUS[:2]]
+        assert warps[0] > 1.4 * groups[0] and warps[1] == groups[1]
+
+    def test_a_tile_that_several_products_share_is_read_once(self):
+        problem = PROBLEM.replace(arch="sm_80", device="NVIDIA A100")
+        columns, rows = (seconds(problem, product=(128, 16), flops=1.0, bytes_read=1e6, tiles=t) for t in ((1, 9), (9, 1)))
+        assert columns > 1.4 * rows  # each of the eight warps has rows of its own, and reads all the columns
+
+
 @pytest.mark.parametrize("slower, faster", [("ieee", "tf32x3"), ("tf32x3", "tf32")])
 def test_precisions(slower, faster):
     big = PROBLEM.replace(dtype="float32", input_size=(64, 64, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -19,6 +20,7 @@ from perf.machine_code import ARCHITECTURES, KEPT, LAYERS, configs, problems
 from triton_conv3d import engines
 from triton_conv3d.engines.hopper import gluon
 from triton_conv3d.engines.implicit_gemm.configs import SHARED_BYTES
+from triton_conv3d.tuning import cost_model
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = sorted((ROOT / "perf" / "results" / "machine_code").glob("*.json"))
@@ -167,6 +169,33 @@ def test_the_kept_report_covers_every_config_of_today(path, monkeypatch):
             offers = configs(problem, engines.get(layer.engine))
             missing = [str(c) for c in offers if (*key, str(c)) not in reported]
             assert not missing, f"{key}: {missing}; again: python -m perf.machine_code --all --engine {layer.engine}"
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100"))
+def test_products_are_those_that_the_cost_model_counts(arch, monkeypatch):
+    """Their number in the main loop of a warp, or a warpgroup, or on sm_100 of a program, tells how large each one is."""
+    monkeypatch.setattr(gluon, "IM2COL", False)
+    counted = {}
+    for row in kept(REPORTS[0]):
+        if row.arch == arch and row.gemm and row.loop_matrix:
+            counted[row.dtype, row.precision, row.pass_, row.engine, row.layer, row.config] = row
+    seen = collections.Counter()
+    for (dtype, precision), layer in itertools.product(KEPT, LAYERS):
+        depth = 16 if dtype == "bfloat16" else 8
+        for problem, _ in problems(arch, dtype, precision, layer):
+            for config in configs(problem, engines.get(layer.engine)):
+                row = counted.get((dtype, precision, problem.pass_, layer.engine, str(layer), str(config)))
+                if row is None or (arch == "sm_100" and row.kernel == "halo_gemm"):  # whose main loop is not found
+                    continue
+                work = engines.get(layer.engine).work(problem, config)
+                rows, columns, asynchronous = cost_model.instruction(arch, *work.product, work.num_warps)
+                if not asynchronous:  # of 16 x 8, however many of them a warp has
+                    rows, columns, sharing = 16, 8, work.num_warps
+                else:
+                    sharing = 1 if arch == "sm_100" else work.num_warps // 4
+                assert row.loop_matrix == work.flops / (2 * rows * columns * depth * sharing), (row, work)
+                seen[layer.engine] += 1
+    assert len(seen) >= 4 and min(seen.values()) >= 10, seen
 
 
 def test_what_is_allowed_is_there():

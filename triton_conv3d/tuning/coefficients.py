@@ -25,8 +25,8 @@ _ANY = TypeVar("_ANY")
 
 # What a sweep can tell, and how far from the default it may be: beyond that a fit has gone wrong.
 FITTED = (
-    "tensor_part", "fma_part", "cache_part", "memory_part", "issue_part", "launch", "prologue", "latency",
-    "aten_part", "aten_grouped_part", "aten_depthwise_part", "aten_other_layout", "matmul_part",
+    "tensor_part", "warp_part", "shared_part", "fma_part", "cache_part", "memory_part", "issue_part", "launch",
+    "prologue", "latency", "aten_part", "aten_grouped_part", "aten_depthwise_part", "aten_other_layout", "matmul_part",
 )  # fmt: skip
 MOST_FACTOR = 20.0
 

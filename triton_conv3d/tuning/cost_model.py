@@ -1,7 +1,7 @@
 """An analytic model of a kernel's time: enough to rank candidates before anything is measured.
 
     time  = launches + copies + waves * (prologue + iterations * step) + writes, and not below the roofline
-    step  = the slowest of products, instructions, L2, memory and latency; see :func:`_wave`
+    step  = the slowest of products, instructions, shared memory, L2, memory and latency; see :func:`_wave`
     waves = programs / (multiprocessors * programs that one holds), each begun wave a whole one for its busiest member
 
 The geometry is the engine's (:class:`.engines.base.Work`), tiles at the edge counted as whole ones. What a GPU does is
@@ -32,6 +32,8 @@ class Rates:
         bandwidth: bytes/s of memory. cache: bytes of L2. cache_rate: bytes/s from it.
         shared: bytes of one multiprocessor. registers: of 32 bits, of one.
         tensor_part, fma_part, cache_part, memory_part: of these rates, that a kernel reaches.
+        warp_part: of ``tensor``, that instructions of single warps (mma.sync) can reach.
+        shared_part: of 128 bytes a cycle of a multiprocessor's shared memory, that copies and products reach together.
         issue_part: of 4 instructions of warps in a cycle, that a main loop reaches.
         launch: seconds of a launch on a busy stream.
         prologue: seconds before a program's first loads, and for its end. latency: of a load from L2 or memory.
@@ -53,6 +55,8 @@ class Rates:
     fma_part: float = 0.85
     cache_part: float = 0.6
     memory_part: float = 0.9  # of a copy kernel
+    warp_part: float = 1.0
+    shared_part: float = 0.9
     issue_part: float = 0.7
     launch: float = 4e-6
     prologue: float = 1.0e-6
@@ -66,15 +70,16 @@ class Rates:
 
 
 _MB, _KB = 2**20, 2**10
+_HOPPER_WARPS = 0.62  # Luo et al., 2024 (arXiv 2402.13499): mma on an H100; assumed for B200: as fast in a cycle
 
 # Data sheets and architecture white papers; an entry holds for every device whose name contains its key. From L2, each
 # NVIDIA multiprocessor takes 64 bytes a cycle (Jia et al., 2018, of Volta; later ones are the same); AMD gives the rate
 # and the size of its Infinity Cache.
 RATES = {
     "A100": Rates(108, 1.41e9, 312e12, 19.5e12, 1.6e12, 40 * _MB, 9.7e12, 164 * _KB),
-    "H100": Rates(132, 1.755e9, 989e12, 67e12, 3.35e12, 50 * _MB, 14.8e12, 228 * _KB),
-    "H200": Rates(132, 1.755e9, 989e12, 67e12, 4.8e12, 50 * _MB, 14.8e12, 228 * _KB),
-    "B200": Rates(148, 1.85e9, 2250e12, 80e12, 8.0e12, 126 * _MB, 17.5e12, 228 * _KB),
+    "H100": Rates(132, 1.755e9, 989e12, 67e12, 3.35e12, 50 * _MB, 14.8e12, 228 * _KB, warp_part=_HOPPER_WARPS),
+    "H200": Rates(132, 1.755e9, 989e12, 67e12, 4.8e12, 50 * _MB, 14.8e12, 228 * _KB, warp_part=_HOPPER_WARPS),
+    "B200": Rates(148, 1.85e9, 2250e12, 80e12, 8.0e12, 126 * _MB, 17.5e12, 228 * _KB, warp_part=_HOPPER_WARPS / 2),
     "MI300X": Rates(304, 2.1e9, 1307e12, 163e12, 5.3e12, 256 * _MB, 17.2e12, 64 * _KB, registers=131_072),
 }
 _UNKNOWN = RATES["A100"]  # any other GPU: the order of candidates depends on ratios, which are alike
@@ -83,6 +88,7 @@ _REGISTERS = 128  # of a thread, where an engine does not count its sums
 _MOST_REGISTERS = 255
 _MOST_WARPS = 64  # that a multiprocessor holds
 _ISSUED = 4  # warps' instructions that a multiprocessor starts in a cycle
+_BANKS = 128  # bytes that a multiprocessor's shared memory reads or writes in a cycle: 32 banks of 4 (CUDA programming guide)
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,8 @@ class _Shared:
         parts = ((False, gpu.fma_part), (True, gpu.tensor_part))
         self.products = tuple(part * _peak(problem, gpu, tensor) / gpu.units for tensor, part in parts)
         self.issue = _ISSUED * gpu.issue_part * gpu.clock
+        self.banks = _BANKS * gpu.shared_part * gpu.clock
+        self.instructions: dict[tuple, tuple[int, int, bool]] = {}  # see :func:`instruction`
         self.l2, self.memory = gpu.cache_part * gpu.cache_rate, gpu.memory_part * gpu.bandwidth
         self.added = math.prod(problem.output_shape) * problem.itemsize if problem.residual else 0
 
@@ -198,9 +206,9 @@ def _predicted(shared: _Shared, work: Work) -> float:
     gpu = shared.gpu
     slots = gpu.units * _resident(shared, work)
     waves, rest = divmod(work.programs, slots)
-    issued = work.num_warps * shared.code.instructions(work) / shared.issue
-    main = waves * _wave(shared, work, issued, slots) if waves else 0.0
-    main += _wave(shared, work, issued, rest) if rest else 0.0
+    one = max(work.num_warps * shared.code.instructions(work) / shared.issue, *_products(shared, work))
+    main = waves * _wave(shared, work, one, slots) if waves else 0.0
+    main += _wave(shared, work, one, rest) if rest else 0.0
     # Of a split reduction this holds the partial sums: written as float32 here, and read again (extra_bytes).
     writes = (work.extra_bytes + shared.added + work.programs * work.bytes_written) / shared.memory
     # Small programs without tensor cores write while others of their multiprocessor read.
@@ -210,28 +218,64 @@ def _predicted(shared: _Shared, work: Work) -> float:
 def _resident(shared: _Shared, work: Work) -> int:
     """Programs that a multiprocessor holds: by shared memory, registers and warps (CUDA's occupancy calculation)."""
     by_registers = shared.gpu.registers / (work.num_warps * shared.code.warp * shared.code.registers(work))
-    by_shared = shared.gpu.shared / max(work.shared_bytes, 1)
+    by_shared = shared.gpu.shared / (work.shared_bytes or 1)
     return max(1, int(min(by_registers, by_shared, _MOST_WARPS / work.num_warps)))
 
 
-def _wave(shared: _Shared, work: Work, issued: float, programs: int) -> float:
+def _products(shared: _Shared, work: Work) -> tuple[float, float]:
+    """Seconds of a multiprocessor for the products of a program's step, and for its shared memory to be written and read."""
+    seconds = work.flops / shared.products[work.tensor_cores]
+    if not work.tensor_cores or not work.product[0]:
+        return seconds, 0.0
+    key = work.product, work.num_warps
+    if key not in shared.instructions:
+        shared.instructions[key] = instruction(shared.problem.arch, *work.product, work.num_warps)
+    rows, columns, asynchronous = shared.instructions[key]
+    if asynchronous:  # each one reads both of its sides
+        read = shared.problem.itemsize * work.flops / 2 * (1 / rows + 1 / columns)
+    else:  # each warp reads once what it multiplies
+        (m, n), (of_rows, of_columns) = work.product, work.tiles
+        read = work.bytes_read * (of_rows / columns + of_columns / rows) / (of_rows / n + of_columns / m)
+        seconds /= shared.gpu.warp_part
+    return seconds, (work.bytes_read + read) / shared.banks
+
+
+def instruction(arch: str, rows: int, columns: int, num_warps: int) -> tuple[int, int, bool]:
+    """What tensor cores multiply at a time: (rows, columns, whether both sides come from shared memory).
+
+    wgmma and tcgen05 of 64 rows and more; else of one warp, by mma.sync, whatever it has of the product: Triton deals the
+    product out among warps along the side of which they have more left.
+    """
+    if arch == "sm_90" and rows >= 64 and num_warps % 4 == 0:
+        groups = num_warps // 4
+        down = min(groups, rows // 64)
+        return 64, min(256, columns * down // groups), True
+    if arch == "sm_100" and rows >= 64:
+        return min(128, rows), min(256, columns), True
+    for _ in range(num_warps.bit_length() - 1):
+        rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
+    return rows, columns, False
+
+
+def _wave(shared: _Shared, work: Work, one: float, programs: int) -> float:
     """Seconds of programs that run at once; the multiprocessor that holds the most of them is the last to end.
 
     A step takes as long as the slowest of
 
-    - products: those of the programs on one multiprocessor, at its share of the peak (roofline, Williams et al., 2009);
-    - instructions: their main loops' at its rate of issue, which addresses and masks take more of than products do;
+    - ``one``, for each program on one multiprocessor, the slowest of
+      - products, at its share of the peak (roofline, Williams et al., 2009);
+      - instructions of the main loop at its rate of issue, which addresses and masks take more of than products do;
+      - shared memory, which copies write and products read;
     - L2: every program's operands;
     - memory: of these, what no other program of the wave reads too, see :func:`_shared_reads`;
     - latency: of a load, shared out among the stages in flight (Little's law).
     """
     gpu, order = shared.gpu, work.order
-    held = math.ceil(programs / gpu.units)
-    products = held * work.flops / shared.products[work.tensor_cores]
+    held = -(-programs // gpu.units)
     l2 = programs * work.bytes_read / shared.l2
     memory = _shared_reads(order, work.iterations, programs, gpu.cache) / shared.memory if order is not None else 0.0
-    latency = gpu.latency / max(1, work.stages - 1)
-    return gpu.prologue + gpu.latency + work.iterations * max(products, held * issued, l2, memory, latency)
+    latency = gpu.latency / (work.stages - 1 or 1)
+    return gpu.prologue + gpu.latency + work.iterations * max(held * one, l2, memory, latency)
 
 
 def _shared_reads(order: Order, iterations: int, programs: int, cache: int) -> float:

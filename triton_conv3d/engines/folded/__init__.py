@@ -110,6 +110,7 @@ def work(problem: Problem, config: FoldedConfig) -> Work:
         shared_bytes=problem.itemsize * (m + n) * k * config.num_stages,
         tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
         sums=m * n,
+        product=(n, m),
         vector_bytes=problem.itemsize,
         stages=config.num_stages,
     )
@@ -130,6 +131,7 @@ def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
         launches=1 + split,
         tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
         sums=m * n,
+        product=(m, n),
         vector_bytes=item,
         stages=config.num_stages,
         instructions=step + load * m * k / (32 * config.num_warps),

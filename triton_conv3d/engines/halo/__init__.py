@@ -135,6 +135,8 @@ def work(problem: Problem, config: HaloConfig) -> Work:
         vector_bytes=vector,
         stages=config.num_stages,
         order=Order(down, across, 1, float(item * k * m * read), float(item * k * n * depth), met),
+        product=(m, n),
+        tiles=(read, depth),
         instructions=_LOAD * loads + _PRODUCT * products,
         operations=_INTERPRETED + _INTERPRETED_LOAD * (read + depth) + _INTERPRETED_PRODUCT * products,
     )
@@ -164,6 +166,8 @@ def _wgrad_work(problem: Problem, config: HaloWgradConfig) -> Work:
         vector_bytes=vector,
         stages=config.num_stages,
         order=Order(down, tiles // down, 1, float(item * k * m * planes), item * k * n * lines / met),
+        product=(m, n),
+        tiles=(planes, lines),
         instructions=fixed + each_load * loads + each_product * products * m * n * k * item / (4096 * config.num_warps),
         operations=_INTERPRETED + _INTERPRETED_LOAD * (planes + lines) + _INTERPRETED_PRODUCT * products,
     )

@@ -267,6 +267,7 @@ def line_work(problem: Problem, config: LineConfig) -> Work:
         stages=1 + config.num_stages - config.planes,
         # Every pixel comes from memory once, and from L2 for each tap along W, and with the halo of each tile.
         order=Order(tiles, 1, 1, read, float(filters), halo * taps[2] / rows),
+        product=(rows * LINE, config.block_n),
     )
 
 

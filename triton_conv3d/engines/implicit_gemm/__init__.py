@@ -144,6 +144,7 @@ def work(problem: Problem, config: GemmConfig) -> Work:
         vector_bytes=max(math.gcd(problem.alignment, together * reduced * item), item),
         stages=config.num_stages,
         order=order,
+        product=(m, n),
     )
 
 

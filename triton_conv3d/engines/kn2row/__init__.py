@@ -138,6 +138,8 @@ def work(problem: Problem, config: Kn2rowConfig) -> Work:
         vector_bytes=vector,
         stages=config.num_stages,
         order=Order(programs, 1, 1, row_bytes * fresh, column_bytes),
+        product=(config.block_w, columns),
+        tiles=(read, depth),
         instructions=_LOAD * loads + _PRODUCT * products + _LINE * line_ends,
         operations=_INTERPRETED + operations,
     )

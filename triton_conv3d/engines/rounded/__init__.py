@@ -140,6 +140,7 @@ def _wgrad_work(problem: Problem, config: GemmConfig, copies: float) -> Work:
         extra_bytes=copies + partials,
         launches=3 + (splits > 1),
         sums=m * n,
+        product=(m, n),
         stages=config.num_stages,
         order=Order(rows, columns, rows, 4.0 * m * k, 4.0 * n * k / max(1.0, problem.taps / math.prod(problem.stride))),
         instructions=_WGRAD_STEP,

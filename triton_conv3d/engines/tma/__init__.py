@@ -136,6 +136,7 @@ def work(problem: Problem, config: BrickConfig) -> Work:
         launches=split + (math.prod(views_along(problem, config.brick)) if problem.pass_ == "wgrad" else 1),
         stages=config.num_stages,
         order=order,
+        product=(m, n) if problem.pass_ == "wgrad" else (n, m),
         operations=_INTERPRETED_OPERATIONS,
     )
 
