@@ -196,7 +196,9 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
         narrow = len(re.findall(r"LDGSTS", text)) - wide
     loop, loop_matrix = main_loop(text)
     kind = "strided dgrad" if problem.pass_ == "dgrad" and problem.stride != (1, 1, 1) else ""
-    if arch == "sm_90" and name == "wgrad_bricks" and not left_is_shared(problem, getattr(config, "config", config).brick):
+    if name == "wgrad_bricks" and arch == "sm_90":
+        kind = "" if left_is_shared(problem, getattr(config, "config", config).brick) else "by registers"
+    elif name == "line_ring":
         kind = "by registers"
     ptx, dimensions = kernel.asm.get("ptx", ""), "2" if engine.NAME == "rounded" else "[35]"
     return Report(

@@ -106,8 +106,9 @@ LAYERS = (
     Layer("toeplitz", 64, 64, groups=64, besides="k5"),
     Layer("toeplitz", 48, 48, groups=48, channels_last=False, besides="k7"),
     *(Layer("tma", c, c, stride) for c, stride in ((256, 1), (128, 2), (192, 1), (96, 1), (48, 1), (24, 1))),  # every tile
-    *(Layer("hopper", c, c, stride) for c, stride in ((256, 1), (128, 2), (96, 1), (96, 2), (48, 1), (24, 1))),
-    *(Layer("hopper", c, c, besides=words) for c in (256, 48, 32) for words in _OF_HOPPER),
+    *(Layer("hopper", c, c, stride) for c, stride in ((256, 1), (128, 2), (96, 1), (96, 2), (64, 1), (48, 1), (24, 1))),
+    Layer("hopper", 128, 80),  # tiles of 80 filters by lines
+    *(Layer("hopper", c, c, besides=words) for c in (256, 96, 48, 32) for words in _OF_HOPPER),
     *(Layer("hopper", 128, 128, 2, besides=words) for words in ("ragged gelu", "ragged index64")),
     Layer("rounded", 256, 256, channels_last=False),
     Layer("rounded", 256, 256, channels_last=False, besides="gelu"),

@@ -38,6 +38,12 @@ def _number(x: object, numbers: dict[int, int]) -> object:
     return numbers.setdefault(id(x), len(numbers)) if isinstance(x, (Barrier, SimpleNamespace)) else x
 
 
+def _there(read: list[int], copies, buffers) -> None:
+    """These buffers, each with the number of its copy, have been filled, and are not being overwritten."""
+    there = all(buffers[buffer] == count for buffer, count in zip(read[::2], read[1::2], strict=True))
+    assert there and not set(read[::2]) & {started[0] for started in copies}, "a product of what is not there"
+
+
 def _following(steps, counts, at, copies, products, barriers, buffers):
     """All states that one more action can lead to."""
 
@@ -70,10 +76,11 @@ def _following(steps, counts, at, copies, products, barriers, buffers):
             started = tuple(sorted((*copies, tuple(what))))
             yield after, started, products, barriers, changed(buffers, buffer, count + 1)
         elif name == "multiply":
-            pair, arriving = (what[0], what[2]), [started[0] for started in copies]
-            there = all(buffers[buffer] == count for buffer, count in (what[:2], what[2:]))
-            assert there and not set(pair) & set(arriving), "a product of what is not there"
-            yield after, copies, changed(products, side, (*products[side], pair)), barriers, buffers
+            _there(what, copies, buffers)
+            yield after, copies, changed(products, side, (*products[side], tuple(what[::2]))), barriers, buffers
+        elif name == "read":
+            _there(what, copies, buffers)
+            yield after, copies, products, barriers, buffers
         else:
             left = products[side][max(0, len(products[side]) - what[0]) :]
             yield after, copies, changed(products, side, left), barriers, buffers

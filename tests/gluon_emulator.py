@@ -9,6 +9,7 @@ Layouts, registers and the limits of the hardware are not modelled; test_hopper_
 from __future__ import annotations
 
 import builtins
+import functools
 import math
 import random
 import threading
@@ -184,21 +185,28 @@ class Barrier:
             self.pending, self.phase = self.count, self.phase ^ 1
 
 
+class Registers(SimpleNamespace):
+    """What was read from a stage, for products to read: ``data``."""
+
+
 class Buffer:
     """A stage of a ring, or a turned view of it."""
 
-    def __init__(self, data: np.ndarray, state: SimpleNamespace | None = None):
-        self.data, self.state = data, state or SimpleNamespace(arriving=0, read=0, copies=0)
+    def __init__(self, program: Program, data: np.ndarray, state: SimpleNamespace | None = None):
+        self.program, self.data, self.state = program, data, state or SimpleNamespace(arriving=0, read=0, copies=0)
 
     def permute(self, order) -> Buffer:
-        return Buffer(self.data.transpose(order), self.state)
+        return Buffer(self.program, self.data.transpose(order), self.state)
+
+    def load(self, layout) -> Registers:
+        return self.program.read(self)
 
 
 class Memory:
-    def __init__(self, dtype, shape, layout):
+    def __init__(self, program: Program, dtype, shape, layout):
         barriers = dtype is tl.int64
         self.parts = [
-            Barrier() if barriers else Buffer(np.full(shape[1:], np.nan, np.float32)) for _ in range(shape[0])
+            Barrier() if barriers else Buffer(program, np.full(shape[1:], np.nan, np.float32)) for _ in range(shape[0])
         ]
 
     def index(self, i):
@@ -209,13 +217,16 @@ class Memory:
 class Product:
     """One that is not done until somebody waits for it."""
 
-    def __init__(self, a: Buffer, b: Buffer):
+    def __init__(self, a: Buffer | Registers, b: Buffer):
         self.a, self.b, self.result = a, b, None
+        self.buffers = [operand for operand in (a, b) if isinstance(operand, Buffer)]
+        for buffer in self.buffers:
+            buffer.state.read += 1
 
     def finish(self) -> None:
         self.result = self.a.data.astype(np.float64) @ self.b.data
-        self.a.state.read -= 1
-        self.b.state.read -= 1
+        for buffer in self.buffers:
+            buffer.state.read -= 1
 
 
 class Products:
@@ -333,17 +344,21 @@ class Program:
 
         self.copies.append(arrived)
 
+    def read(self, buffer: Buffer) -> Registers:
+        """By threads, at once."""
+        self.others()
+        self._note("read", buffer.state, buffer.state.copies)
+        return Registers(data=buffer.data.copy())
+
     def load_im2col(self, descriptor: Im2colDescriptor, at, h, w, barrier: Barrier, buffer: Buffer) -> None:
         self.load(descriptor, at, barrier, buffer, (0, int(h), int(w)))
 
-    def multiply(self, a: Buffer, b: Buffer, acc, is_async: bool) -> Products:
+    def multiply(self, a: Buffer | Registers, b: Buffer, acc, is_async: bool) -> Products:
         self.others()
-        self._note("multiply", a.state, a.state.copies, b.state, b.state.copies)
         assert is_async and a.data.shape[1] == b.data.shape[0]
-        a.state.read += 1
-        b.state.read += 1
         before = acc if isinstance(acc, Products) else Products(acc, [])
         product = Product(a, b)
+        self._note("multiply", *(what for buffer in product.buffers for what in (buffer.state, buffer.state.copies)))
         self.products[self.turn.number].append(product)
         return Products(before.sums, [*before.left, product])
 
@@ -351,8 +366,11 @@ class Program:
         self.others()
         self._note("waited", outstanding)
         mine = self.products[self.turn.number]
+        kept = {id(dep) for dep in deps}
         while len(mine) > outstanding:
-            mine.pop(0).finish()
+            product = mine.pop(0)
+            assert isinstance(product.a, Buffer) or id(product.a) in kept, "registers that nothing keeps for a product"
+            product.finish()
         found = tuple(acc.added() if isinstance(acc, Products) else acc for acc in deps)
         return found if len(found) > 1 else found[0]
 
@@ -373,7 +391,7 @@ def _namespace(program: Program) -> dict:
         reshape=lambda x, shape: x.reshape(shape), permute=lambda x, order: x.transpose(order),
         split=lambda x: (x[..., 0], x[..., 1]), static_assert=_static_assert,
         expand_dims=lambda x, axis: value(np.expand_dims(x, axis)), convert_layout=lambda x, layout: x,
-        allocate_shared_memory=Memory, warp_specialize=program.specialise,
+        allocate_shared_memory=functools.partial(Memory, program), warp_specialize=program.specialise,
         **{name: getattr(tl, name) for name in ("int32", "int64", "float32", "float16", "bfloat16", "constexpr")},
     )  # fmt: skip
     barrier = SimpleNamespace(

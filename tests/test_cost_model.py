@@ -123,6 +123,10 @@ class TestInstructions:
         groups = [self.seconds((64, 256), arch, device) for device, arch in GPUS[:2]]
         assert warps[0] > 1.4 * groups[0] and warps[1] == groups[1]
 
+    def test_rows_in_registers_are_read_once(self):
+        shared, registers = (self.seconds((256, 16), tiles=(1.5, 3), in_registers=where) for where in (False, True))
+        assert registers < 0.6 * shared
+
     def test_a_tile_that_several_products_share_is_read_once(self):
         problem = PROBLEM.replace(arch="sm_80", device="NVIDIA A100")
         columns, rows = (seconds(problem, product=(128, 16), flops=1.0, bytes_read=1e6, tiles=t) for t in ((1, 9), (9, 1)))

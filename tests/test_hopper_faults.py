@@ -52,14 +52,23 @@ FAULTS = {
     "wgrad_group_of_gradient": ("wgrad.py", "filters = group * group_out + tile_m * BLOCK_M", "filters = tile_m * BLOCK_M"),
     # lines
     "lines_freed_by_one_consumer": ("lines.py", "barriers(STAGES, _CONSUMERS)", "barriers(STAGES)"),
-    "lines_freed_before_the_products": ("lines.py", "sums = warpgroup_mma_wait(0, deps=sums)", "sums = warpgroup_mma_wait(2, deps=sums)"),
+    "lines_freed_before_the_products": ("lines.py", "sums = _waited(0, sums, read)", "sums = _waited(2, sums, read)"),
+    "lines_registers_not_kept": ("lines.py", "sums = _waited(_met(part, LINES, TAPS_H) * NS, started, read)", "sums = _waited(0, started, read)"),
+    "lines_tap_of_the_line_before": ("lines.py", "tap = h - line % LINES", "tap = line % LINES - h + TAPS_H - 1"),
+    "lines_of_the_first_channels": ("lines.py", "channel = step // kernel[2] * BLOCK_K", "channel = 0"),
+    "lines_parts_side_by_side": ("lines.py", "q = tile_n * BLOCK_N + _ahead_of(N_PARTS, i // len(K_PARTS))", "q = tile_n * BLOCK_N"),
+    "lines_part_of_channels": ("lines.py", "channel + _ahead_of(K_PARTS, k)]", "channel]"),
+    "lines_written_side_by_side": ("lines.py", "q = tile_n * BLOCK_N + _ahead_of(N_PARTS, i % NS)", "q = tile_n * BLOCK_N"),
+    "lines_taps_of_padding": ("lines.py", "x_d = first + start[0] + lo * dilation[0]", "x_d = first + start[0]"),
+    "lines_taps_from_the_first": ("lines.py", "tap = (td * TAPS_H + th) * kernel[2] + tw", "tap = ((td - lo) * TAPS_H + th) * kernel[2] + tw"),
+    "lines_wait_for_one_part": ("lines.py", "_met(part, LINES, TAPS_H) * NS, started, read", "_met(part, LINES, TAPS_H) * NS + 1, started, read"),
     "lines_last_planes_not_freed": ("lines.py", "for _last in gl.static_range(PLANES - 1)", "for _last in gl.static_range(PLANES - 2)"),
     "lines_plane_too_early": ("lines.py", "for _first in gl.static_range(PLANES - 1)", "for _first in gl.static_range(PLANES - 2)"),
     "lines_taps_not_waited_for": ("lines.py", "mbarrier.wait(w_full.index(w_stage), w_parity)", "pass"),
-    "lines_planes_of_the_other": ("lines.py", "at = stage + (WHICH * MINE + plane)", "at = stage + ((1 - WHICH) * MINE + plane)"),
-    "lines_beyond_the_ring": ("lines.py", "tl.where(at >= STAGES, at - STAGES, at)", "tl.where(at >= STAGES, 0, at)"),
+    "lines_planes_of_the_other": ("lines.py", "plane = stage + (WHICH * MINE + part // HALO % MINE)", "plane = stage + ((1 - WHICH) * MINE + part // HALO % MINE)"),
+    "lines_beyond_the_ring": ("lines.py", "tl.where(plane >= STAGES, plane - STAGES, plane)", "tl.where(plane >= STAGES, 0, plane)"),
     "lines_side_by_side": ("lines.py", "tile // dilation * (LINES * dilation) + tile % dilation", "tile * LINES"),
-    "lines_of_the_first_group": ("lines.py", "w_at = [tap, group * produced, 0]", "w_at = [tap, 0, 0]"),
+    "lines_of_the_first_group": ("lines.py", "w_at = [tap, group * produced + q, r]", "w_at = [tap, q, r]"),
     "lines_taps_not_turned": ("lines.py", "w_at = [taps - 1 - tap,", "w_at = [tap,"),
     "lines_start_of_dgrad": ("host.py", "p - (k - 1) * by", "p - (k - 1)"),
     # im2col copies
@@ -76,7 +85,7 @@ FAULTS = {
     "im2col_strides_of_samples": ("host.py", "[by_d, by_n, *by]", "[by_n, by_d, *by]"),
     # the host
     "wgrad_skipped_taps_not_zeroed": ("host.py", "target.zero_()", "pass"),
-    "dgrad_block_of_the_weight": ("host.py", 'return sides[::-1] if problem.pass_ == "dgrad" else sides', "return sides"),
+    "dgrad_block_of_the_weight": ("host.py", 'return (k, n) if problem.pass_ == "dgrad" else (n, k)', "return n, k"),
 }  # fmt: skip
 FAULTS = {name: fault for name, fault in FAULTS.items() if IM2COL or not name.startswith("im2col")}
 
@@ -147,9 +156,9 @@ def lines(engine: ModuleType, emulated: SimpleNamespace) -> None:
     from cases import Case, run
 
     for pass_ in ("forward", "dgrad"):
-        for dilation, groups in (((1, 1, 1), 2), ((2, 3, 1), 1)):
+        for dilation, groups, into, out in (((1, 1, 1), 2, 16, 16), ((2, 3, 1), 1, 16, 16), ((1, 1, 1), 1, 48, 96), ((1, 1, 1), 1, 72, 72)):
             case = Case(
-                pass_, in_channels=16 * groups, out_channels=16 * groups, groups=groups, input_size=(6, 7, 5),
+                pass_, in_channels=into * groups, out_channels=out * groups, groups=groups, input_size=(6, 7, 5),
                 kernel_size=(3, 2, 2), padding=(2, 1, 0, 2, 1, 0), dilation=dilation, dtype="float16",
             )  # fmt: skip
             offers = [config for config in engine.configs(case.geometry()) if isinstance(config, engine.LineConfig)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 from every_order import explore
 from gluon_emulator import emulating
 
+from triton_conv3d import reference
 from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import Problem
 
@@ -28,6 +30,13 @@ GEOMETRIES = {
     "taps_along_h": dict(kernel_size=(1, 3, 2), padding=(0, 0, 2, 0, 1, 0), input_size=(5, 9, 4)),
     "groups": dict(in_channels=32, out_channels=64, groups=2, batch=1, kernel_size=(2, 2, 2)),
     "widest": dict(in_channels=64, out_channels=64, batch=1, kernel_size=(2, 2, 2)),
+    "parts_of_channels": dict(in_channels=48, out_channels=48, batch=1, kernel_size=(2, 2, 1)),
+    "parts_of_filters": dict(in_channels=16, out_channels=80, batch=1, kernel_size=(1, 3, 2)),
+    "many_channels": dict(in_channels=88, out_channels=16, batch=1, kernel_size=(2, 1, 2)),
+    "many_filters": dict(in_channels=16, out_channels=184, batch=1, kernel_size=(2, 2, 1), input_size=(2, 3, 5)),
+    "groups_in_parts": dict(in_channels=96, out_channels=192, groups=2, batch=1, kernel_size=(1, 2, 1), input_size=(2, 3, 5)),
+    "deep_padding": dict(input_size=(2, 3, 5), padding=(3, 2, 1, 1, 0, 1), kernel_size=(4, 2, 2), batch=1),
+    "padding_alone": dict(input_size=(3, 2, 5), padding=(9, 7, 0, 1, 0, 0), kernel_size=(2, 2, 1), dilation=(3, 1, 1), batch=1),
     "dilation_without_taps": dict(dilation=(4, 3, 1), kernel_size=(1, 2, 2), padding=(0, 0, 2, 1, 1, 0)),
     "one_pixel": dict(in_channels=8, out_channels=8, input_size=(1, 1, 1)),
 }
@@ -77,10 +86,10 @@ def test_every_order_of_turns(kernel: tuple, few_programs) -> None:  # noqa: F81
 @pytest.mark.parametrize("changes, number", [
     ({}, 2), (dict(pass_="dgrad"), 2), (dict(groups=2), 2), (dict(in_channels=64, out_channels=64), 1),
     (dict(dilation=(1, 2, 3)), 2), (dict(kernel_size=(1, 7, 7)), 1), (dict(kernel_size=(1, 1, 3)), 0),
-    (dict(in_channels=72), 0), (dict(out_channels=128), 0), (dict(stride=(1, 1, 2)), 0), (dict(pass_="wgrad"), 0),
-    (dict(groups=2, in_channels=96), 0), (dict(activation="gelu"), 1),
-    (dict(activation="tanh", in_channels=64, out_channels=64), 0), (dict(dilation=(40, 1, 1), padding=(40, 40, 1, 1, 1, 1)), 0),
-    (dict(dilation=(18, 1, 1), kernel_size=(1, 3, 3)), 2),
+    (dict(in_channels=72), 2), (dict(out_channels=128), 0), (dict(stride=(1, 1, 2)), 0), (dict(pass_="wgrad"), 0),
+    (dict(groups=2, in_channels=96), 2), (dict(groups=2, in_channels=160), 0), (dict(activation="gelu"), 1),
+    (dict(activation="tanh", in_channels=64, out_channels=64), 1), (dict(dilation=(40, 1, 1), padding=(40, 40, 1, 1, 1, 1)), 0),
+    (dict(dilation=(18, 1, 1), kernel_size=(1, 3, 3)), 2), (dict(activation="gelu", out_channels=96), 0),
 ], ids=str)  # fmt: skip
 def test_who_is_offered_lines(changes: dict, number: int) -> None:
     base = dict(pass_="forward", batch=2, in_channels=32, out_channels=32, input_size=(32,) * 3, kernel_size=(3,) * 3)
@@ -90,6 +99,40 @@ def test_who_is_offered_lines(changes: dict, number: int) -> None:
         if problem.kernel_size[0] == 1:  # its lines need no taps between them
             assert config.tiles(problem)[1] == -(-problem.result_shape[2] // config.planes)
         assert config.num_stages > config.planes and ENGINE.work(problem, config).shared_bytes <= 232_448
+
+
+@needs_gluon
+@pytest.mark.parametrize("channels, computed, line", [
+    ((8, 8), 16, 16), ((24, 40), 48, 32), ((48, 48), 48, 48), ((64, 64), 64, 32), ((72, 72), 80, 32), ((96, 96), 96, 32),
+    ((128, 64), 64, 32), ((64, 160), 80, 32), ((192, 192), 96, 32), ((320, 320), 80, 32), ((32, 448), 64, 32),
+], ids=str)  # fmt: skip
+def test_channels_of_a_tile(channels: tuple, computed: int, line: int) -> None:
+    """Hardly more than there are, in at most two powers of two."""
+    into, out = channels
+    problem = Problem("forward", 1, into, out, (16,) * 3, (3,) * 3, padding=(1,) * 6, dtype="bfloat16", arch="sm_90")
+    for config in offered(problem):
+        assert (config.block_n, config.block_k) == (computed, line)
+        assert all(sum(parts) == of and len(parts) <= 2 for parts, of in zip(config.parts, (computed, line), strict=True))
+
+
+@RUNS
+@pytest.mark.parametrize("pass_", ["forward", "dgrad"])
+@pytest.mark.parametrize("size, padding", [(3, (2, 2)), (2, (3, 0)), (5, (0, 2))], ids=str)
+def test_a_tap_is_read_by_the_tiles_that_meet_it_alone(size: int, padding: tuple, pass_: str, few_programs) -> None:  # noqa: F811
+    """With NaN for the weights of one tap along depth all pixels of those tiles are NaN, and none of the others."""
+    case = Case(pass_, **{**NARROW, "input_size": (size, 3, 4), "padding": (*padding, 0, 1, 0, 0), "kernel_size": (3, 2, 1)})
+    problem, operands = make(case)
+    config = dataclasses.replace(offered(problem)[-1], planes=2, lines=2, num_stages=3)
+    read = "grad" if pass_ == "dgrad" else "input"
+    operands = operands._replace(**{read: torch.ones_like(getattr(operands, read))})
+    for tap in range(3):
+        weight = torch.zeros_like(operands.weight)
+        weight[:, :, tap] = 1
+        meets = reference.compute(problem, operands._replace(weight=weight)).amax((0, 1, 3, 4)) > 0
+        tiles = [bool(tile.any()) for tile in meets.split(2)]
+        weight[:, :, tap] = math.nan
+        found = engine("first").launch(problem, operands._replace(weight=weight), config).isnan()
+        assert [[bool(tile.any()), bool(tile.all())] for tile in found.split(2, 2)] == [[met, met] for met in tiles]
 
 
 @needs_gluon

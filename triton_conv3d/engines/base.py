@@ -100,7 +100,8 @@ class Work:
     order: Order | None = None  # None: what programs share is unknown, and taken to come from L2
     instructions: float = 0.0  # of one warp in one step; 0: as many as an implicit GEMM of so many loads has
     product: tuple[int, int] = (0, 0)  # rows and columns of one product of tensor cores; (0, 0): unknown
-    tiles: tuple[int, int] = (1, 1)  # of rows and of columns that a step loads for its products
+    tiles: tuple[float, float] = (1, 1)  # of rows and of columns that a step loads for its products
+    in_registers: bool = False  # rows go there first, once for all products of sm_90 that read them
     operations: float = 20.0  # on tiles, of one step; as counted in a step of an implicit GEMM
 
 

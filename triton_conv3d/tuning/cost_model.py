@@ -231,11 +231,13 @@ def _products(shared: _Shared, work: Work) -> tuple[float, float]:
     if key not in shared.instructions:
         shared.instructions[key] = instruction(shared.problem.arch, *work.product, work.num_warps)
     rows, columns, asynchronous = shared.instructions[key]
+    (m, n), (of_rows, of_columns) = work.product, work.tiles
+    once = work.bytes_read / (of_rows / n + of_columns / m)  # bytes of m x n products of one step, if each had one of both
     if asynchronous:  # each one reads both of its sides
-        read = shared.problem.itemsize * work.flops / 2 * (1 / rows + 1 / columns)
+        each = shared.problem.itemsize * work.flops / 2
+        read = each / rows + (once * of_rows if work.in_registers else each) / columns
     else:  # each warp reads once what it multiplies
-        (m, n), (of_rows, of_columns) = work.product, work.tiles
-        read = work.bytes_read * (of_rows / columns + of_columns / rows) / (of_rows / n + of_columns / m)
+        read = once * (of_rows / columns + of_columns / rows)
         seconds /= shared.gpu.warp_part
     return seconds, (work.bytes_read + read) / shared.banks
 

@@ -5,9 +5,9 @@ Written in Gluon, the layer below Triton's language, because there the warps of 
 while the last one is written. Geometry, views and descriptors are those of engines/tma, and so are the bytes by design;
 partial sums of split reductions are float32 and added in a fixed order, so equal inputs give equal bits.
 
-Narrow layers may go by lines of pixels instead of bricks (lines.py; configs.py has the rule), which are read again for the
-taps that they share. Bytes by design: from memory the minimum as ever; from L2, for every tile of planes x lines of the
-result, (planes + kd - 1) x (lines + kh - 1) x kw lines of 64 pixels, and the weight once.
+Layers that do not fill tiles of 128 channels may go by lines of pixels instead of bricks (lines.py; configs.py has the rule),
+which are read again for the taps that they share. Bytes by design: from memory the minimum as ever; from L2, for every tile of
+planes x lines of the result, (planes + kd - 1) x (lines + kh - 1) x kw lines of 64 pixels, and the weight once.
 
 Where bricks fit badly, and from Triton 3.8 on, tiles may be rows of pixels that im2col copies gather (gather.py; configs.py
 has the rule).

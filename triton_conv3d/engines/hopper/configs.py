@@ -51,6 +51,7 @@ _SHARED = {
 }
 _FLAT, _SHORT_STEP = _SHARED[256][1], 32
 _WASTE = 1.1  # times the pixels of the best brick
+_WASTE_SHORT = 1.4  # the same with the shortest steps, whose layers are bound by other things
 _WALKED = 0.95  # times the pixels and taps that bricks walk, at most, where im2col copies are offered
 # Of a descriptor of five dimensions in im2col mode (cuTensorMapEncodeIm2col; PTX ISA, "im2col mode"):
 _CORNERS = range(-16, 16)
@@ -58,8 +59,12 @@ _MOST_OFFSET = 31
 _MOST_STEP = 8  # from one element to the next
 _PIXELS = 2**31  # that a kernel counts
 LINE = 64  # pixels of a line
-_NARROW = 64  # channels
+_NARROW = 64  # channels that a tile by lines computes at once
+_CHANNELS, _CHUNK = 48, 32  # of a line: all of them up to so many, else so many at a time
 _LINES = ((4, 4), (2, 4))  # (planes, lines) of a tile, the fewest loads a line first
+_FEW_LINES = ((2, 2),)  # where none of these fits
+_TILES_N = (128, 96, 80, 64)  # channels of a tile by lines, of more than that
+MOST_PARTS = 2  # powers of two that channels of a tile are the sum of
 _SUMS = 512  # channels of all lines of a tile: each warpgroup has half of their sums, in 128 registers of a thread
 _LONG = ("gelu", "tanh")  # activations that have half the registers for sums, or Triton 3.9.0 spills
 W_STAGES = 2  # steps whose taps are there
@@ -93,7 +98,7 @@ class LineConfig(Config):
     """Of lines.py.
 
     planes, lines: of a tile, lines of :data:`LINE` pixels.
-    block_n, block_k: channels that are computed, and that are summed over, all of a group: powers of two.
+    block_n, block_k: channels that are computed, and of a line: sums of at most :data:`MOST_PARTS` powers of two.
     num_stages: planes of the ring, each with the lines above and below that the taps along H reach.
     """
 
@@ -102,6 +107,11 @@ class LineConfig(Config):
     block_n: int
     block_k: int
     num_stages: int
+
+    @property
+    def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of ``block_n`` and of ``block_k``, powers of two, the largest first."""
+        return _parts(self.block_n), _parts(self.block_k)
 
     @property
     def brick(self) -> BrickConfig:
@@ -118,6 +128,15 @@ class LineConfig(Config):
         by_d, by_h, _ = spacing(problem)
         d, h = by_d * -(-d // (by_d * self.planes)), by_h * -(-h // (by_h * self.lines))
         return n, d, h, -(-w // LINE)
+
+    def tiles_n(self, problem: Problem) -> int:
+        """Along the channels that are computed."""
+        return -(-produced(problem) // self.block_n)
+
+
+def _parts(channels: int) -> tuple[int, ...]:
+    """The powers of two that they are the sum of, the largest first."""
+    return tuple(1 << bit for bit in reversed(range(channels.bit_length())) if channels >> bit & 1)
 
 
 def spacing(problem: Problem) -> Brick:
@@ -211,33 +230,49 @@ def im2col_work(problem: Problem, config: Im2colConfig) -> Work:
     return work
 
 
-def _narrow(problem: Problem) -> bool:
-    """Whether to offer lines: few channels on both sides, and taps along D or H, without a stride, that share them."""
+def _line_channels(problem: Problem) -> tuple[int, int] | None:
+    """(computed by a tile, of a line); None where lines are not offered.
+
+    That is without taps along D or H that share them, with a stride, and where tiles of 128 channels are filled as well: then
+    bricks are bound by products too.
+    """
     if problem.pass_ == "wgrad" or problem.stride != (1, 1, 1) or problem.kernel_size[:2] == (1, 1):
-        return False
+        return None
     if any(by > size for by, size in zip(spacing(problem), pixels(problem)[1:], strict=True)):
-        return False  # no two lines would meet the same
-    whole = problem.groups == 1 or reduced(problem) == _power(reduced(problem))  # else it would read another group
-    return whole and max(reduced(problem), produced(problem)) <= _NARROW
+        return None  # no two lines would meet the same
+    n, k = _sixteens(produced(problem)), _sixteens(reduced(problem))
+    if n > _NARROW:
+        n = min(_TILES_N, key=lambda tile: -(-n // tile) * tile)
+    if k > _CHANNELS:
+        k = _CHUNK
+    whole = problem.groups == 1 or reduced(problem) % k == 0  # else it would read another group
+    return (n, k) if whole and n != _TILES_N[0] else None
 
 
-def _power(channels: int) -> int:
-    """Channels of a tile."""
-    return 1 << (max(channels, 16) - 1).bit_length()
+def _sixteens(channels: int) -> int:
+    """As many, or up to 15 more, so that they are a multiple of 16."""
+    return -(-channels // 16) * 16
 
 
 def _line_bytes(problem: Problem, config: LineConfig) -> tuple[int, int, int]:
     """Shared memory of a plane of the ring, of the taps of a step, and of what turns the sums of two lines round."""
     plane = config.halo(problem)[1] * LINE * config.block_k
     taps = problem.kernel_size[1] * config.block_n * config.block_k
-    return 2 * plane, 2 * W_STAGES * taps, 4 * 2 * LINE * config.block_n
+    return 2 * plane, 2 * W_STAGES * taps, 4 * 2 * LINE * config.parts[0][0]
 
 
 def _line_configs(problem: Problem) -> list[LineConfig]:
-    """Every tile whose sums fit into registers, and a plane more than a step needs into shared memory."""
+    channels = _line_channels(problem)
+    if channels is None:
+        return []
+    return _lines_that_fit(problem, _LINES, *channels) or _lines_that_fit(problem, _FEW_LINES, *channels)
+
+
+def _lines_that_fit(problem: Problem, tiles: tuple[tuple[int, int], ...], n: int, k: int) -> list[LineConfig]:
+    """Tiles whose sums fit into registers, and a plane more than a step needs into shared memory."""
     found = []
-    for planes, lines in _LINES if _narrow(problem) else ():
-        config = LineConfig(planes, lines, _power(produced(problem)), _power(reduced(problem)), 0)
+    for planes, lines in tiles:
+        config = LineConfig(planes, lines, n, k, 0)
         plane, taps, turned = _line_bytes(problem, config)
         stages = min((SHARED_BYTES - _BARRIERS - taps - turned) // plane, _MOST_PLANES)
         sums = planes * lines * config.block_n
@@ -254,10 +289,11 @@ def line_work(problem: Problem, config: LineConfig) -> Work:
     rows, halo = config.planes * config.lines, planes * lines
     read = item * halo * LINE * config.block_k / taps[0]
     filters = item * taps[1] * config.block_n * config.block_k
-    tiles = math.prod(config.tiles(problem)) * problem.groups
+    tiles, columns = math.prod(config.tiles(problem)) * problem.groups, config.tiles_n(problem)
+    live = live_depth(problem, config.planes) if problem.dilation[0] == 1 else 1.0
     return Work(
-        programs=tiles,
-        iterations=taps[0] * taps[2],
+        programs=tiles * columns,
+        iterations=math.ceil(-(-reduced(problem) // config.block_k) * taps[0] * taps[2] * live),
         flops=2.0 * rows * LINE * taps[1] * config.block_n * config.block_k,
         bytes_read=read + filters,
         bytes_written=float(item * rows * LINE * config.block_n),
@@ -266,8 +302,10 @@ def line_work(problem: Problem, config: LineConfig) -> Work:
         extra_bytes=2.0 * tma.memory(problem, config.brick).copies,
         stages=1 + config.num_stages - config.planes,
         # Every pixel comes from memory once, and from L2 for each tap along W, and with the halo of each tile.
-        order=Order(tiles, 1, 1, read, float(filters), halo * taps[2] / rows),
+        order=Order(tiles, columns, 1, read, float(filters), halo * taps[2] / rows),
         product=(rows * LINE, config.block_n),
+        tiles=(lines / config.lines, taps[1]),
+        in_registers=True,
     )
 
 
@@ -280,7 +318,8 @@ def _brick(problem: Problem, size: int, block_k: int) -> Brick:
     bricks of 128 pixels.
     """
     best = bricks(problem, size)[0]
-    most, views = _WASTE * covered(problem, best), MOST_VIEWS if problem.pass_ == "wgrad" else _views(problem, best)
+    waste, views = _WASTE_SHORT if block_k == 16 else _WASTE, MOST_VIEWS if problem.pass_ == "wgrad" else _views(problem, best)
+    most = waste * covered(problem, best)
     flat_first = [_FLAT] if (size, block_k) == (math.prod(_FLAT), _SHORT_STEP) else []
     shared = (*best_first(problem, flat_first), *best_first(problem, _SHARED[size]))
     return next((b for b in shared if covered(problem, b) <= most and _views(problem, b) <= views), best)

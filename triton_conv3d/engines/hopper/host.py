@@ -12,7 +12,7 @@ from ..implicit_gemm import dense
 from ..launching import GRID_LIMIT, launch_kernel
 from ..tma import _KNOWN_LAUNCHES, _descriptor, _gather_launch, _readable, _wgrad_launch
 from ..tma.geometry import MOST_VIEWS, View, Views, views
-from .configs import LINE, W_STAGES, BrickConfig, LineConfig, corners, im2col_tiles, one_chain, spacing
+from .configs import LINE, MOST_PARTS, W_STAGES, BrickConfig, LineConfig, corners, im2col_tiles, one_chain, spacing
 from .gather import gather_ring
 from .gluon import TensorDescriptor, TensorDescriptorIm2Col, gl
 from .lines import line_ring
@@ -41,7 +41,7 @@ def gather(
         xs = [_descriptor(x, _whole(x), (1, 1, 1), block)]
     xs = [_walked(problem, described) if im2col else _swizzled(described) for described in xs]
     xs += [None] * (MOST_VIEWS - len(xs))
-    w = _weight(problem, operands, config)
+    w = _weight(problem, operands, config.block_n, config.block_k)
     tiles, arguments, options = _gather_arguments(problem, config, im2col)
     launch_kernel(gather_ring, _grid(target, tiles), (target, operands.bias, w, *xs, *arguments, tiles, *end), options)
 
@@ -49,16 +49,16 @@ def gather(
 def lines(
     config: LineConfig, problem: Problem, operands: Operands, brick: BrickConfig, target: torch.Tensor, end
 ) -> None:
-    """forward and dgrad of narrow layers: a line is read once for every tap along it."""
+    """forward and dgrad: a line is read once for every tap along it."""
     x = _readable(operands.grad if problem.pass_ == "dgrad" else operands.input)
-    described = _swizzled(_descriptor(x, _whole(x), (1, 1, 1), (1, 1, 1, LINE, config.block_k)))
+    by_n, by_k = config.parts
+    xs = [_swizzled(_descriptor(x, _whole(x), (1, 1, 1), (1, 1, 1, LINE, k))) for k in by_k]
+    ws = [_weight(problem, operands, n, k) for n in by_n for k in by_k]
+    xs += [None] * (MOST_PARTS - len(xs))
+    ws += [None] * (MOST_PARTS**2 - len(ws))
     tiles, arguments, options = _line_arguments(problem, config)
-    launch_kernel(
-        line_ring,
-        _grid(target, tiles),
-        (target, operands.bias, _weight(problem, operands, brick), described, *arguments, tiles, *end),
-        options,
-    )
+    grid = _grid(target, tiles)
+    launch_kernel(line_ring, grid, (target, operands.bias, *ws, *xs, *arguments, tiles, *end), options)
 
 
 def wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor) -> None:
@@ -78,17 +78,16 @@ def _whole(tensor: torch.Tensor) -> View:
     return View((0, 0, 0), tensor.shape[2:], (), (), ())
 
 
-def _weight(problem: Problem, operands: Operands, config: BrickConfig) -> TensorDescriptor:
-    """Blocks of (tap, filter, channel)."""
+def _weight(problem: Problem, operands: Operands, n: int, k: int) -> TensorDescriptor:
+    """Blocks of (tap, filter, channel), of so many that are produced, and reduced."""
     taps, filters, channels = problem.taps, problem.out_channels, problem.group_in
-    block = (1, *_weight_block(problem, config))
+    block = (1, *_weight_block(problem, n, k))
     shape, strides = [taps, filters, channels], [channels, taps * channels, 1]
     return TensorDescriptor(dense(operands.weight), shape, strides, list(block), _shared(block))
 
 
-def _weight_block(problem: Problem, config: BrickConfig) -> tuple[int, int]:
-    sides = config.block_n, config.block_k
-    return sides[::-1] if problem.pass_ == "dgrad" else sides
+def _weight_block(problem: Problem, n: int, k: int) -> tuple[int, int]:
+    return (k, n) if problem.pass_ == "dgrad" else (n, k)
 
 
 @functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
@@ -104,7 +103,7 @@ def _gather_arguments(problem: Problem, config: BrickConfig, im2col: bool) -> tu
     last = config.splits > 1 or problem.result_layout == CHANNELS_LAST
     at_once = _AT_ONCE if last else _AT_ONCE // 2  # where every channel has an address of its own
     layouts = dict(
-        W_RING=_shared(_weight_block(problem, config)),
+        W_RING=_shared(_weight_block(problem, config.block_n, config.block_k)),
         X_RING=_shared((pixels, config.block_k)),
         SUMS=_sums(config.block_n, pixels),
         WRITTEN=_written(config.block_n, last, across=32 if im2col else 8),
@@ -128,16 +127,20 @@ def _line_arguments(problem: Problem, config: LineConfig) -> tuple[int, tuple, d
         start = tuple(-p for p in low)
     tiles_by = config.tiles(problem)
     last = problem.result_layout == CHANNELS_LAST
+    by_n, by_k = config.parts
+    sums = tuple(_sums(LINE, n, 1) for n in by_n)
     layouts = dict(
-        W_RING=_shared(_weight_block(problem, brick)),
-        X_RING=_shared((LINE, config.block_k)),
-        SUMS=_sums(LINE, config.block_n, 1),
-        WRITTEN=_written(config.block_n, last, 1),
+        W_RINGS=tuple(_shared(_weight_block(problem, n, k)) for n in by_n for k in by_k),
+        X_RINGS=tuple(_shared((LINE, k)) for k in by_k),
+        SUMS=sums,
+        PIXELS=tuple(gl.DotOperandLayout(0, layout, 2) for layout in sums),
+        WRITTEN=tuple(_written(n, last, 1) for n in by_n),
     )
-    sizes = dict(PLANES=config.planes, LINES=config.lines, TAPS_H=problem.kernel_size[1], W_STAGES=W_STAGES)
-    options = _ring(line_ring, options, brick) | sizes | layouts | {"num_warps": 4}
-    arguments = (start, kernel, y_size, tiles_by, dilation, y_strides, reduced, produced, problem.groups)
-    return math.prod(tiles_by) * problem.groups, arguments, options
+    sizes = dict(PLANES=config.planes, LINES=config.lines, TAPS_H=problem.kernel_size[1], N_PARTS=by_n, K_PARTS=by_k)
+    options = _ring(line_ring, options, brick) | sizes | layouts | {"num_warps": 4, "W_STAGES": W_STAGES}
+    x_depth = (problem.output_size if problem.pass_ == "dgrad" else problem.input_size)[0]
+    arguments = (x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced, produced, problem.groups)
+    return math.prod(tiles_by) * config.tiles_n(problem) * problem.groups, arguments, options
 
 
 @functools.lru_cache(maxsize=_KNOWN_LAUNCHES)

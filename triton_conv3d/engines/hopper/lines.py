@@ -1,19 +1,25 @@
-"""forward and dgrad of narrow layers by lines (ring.py): a line of pixels along W is loaded once for every tap along it.
+"""forward and dgrad by lines (ring.py): a line of pixels along W is loaded once for all taps along D and H that read it.
 
-    line_ring  y[d, h, w, q] = sum over tw, td, th and r of  x[d + td, h + th, w + tw, r] * w[q, r, (td, th, tw)]
+    line_ring  y[d, h, w, q] = sum over r, tw, td and th of  x[d + td, h + th, w + tw, r] * w[q, r, (td, th, tw)]
 
 in steps of the dilation, from a start before the padding. A tile is PLANES x LINES lines of y, those of a stride of the
 dilation, so that the taps of one are those of its neighbours. For each tap along W it needs (PLANES + kd - 1) x
 (LINES + kh - 1) lines of x, where bricks load kd x kh for every line of y. dgrad is a forward whose taps are turned round.
 
-The ring holds planes of x, each the lines that one tile needs of it. A step is a tap along W and one along D, and needs
-PLANES planes; the oldest of them is freed behind it. A second ring holds the taps along H of a step. The planes of a tile
-are halved between two consumers of one warpgroup each, which need not wait for each other.
+The ring holds planes of x, each the lines that one tile needs of it, of BLOCK_K channels. A step is a tap along W and one
+along D, and needs PLANES planes; the oldest of them is freed behind it. A second ring holds the taps along H of a step. The
+planes of a tile are halved between two consumers of one warpgroup each, which need not wait for each other. A consumer reads
+each line into registers, once for all taps along H: a product of 64 pixels and 32 filters that read both sides in shared
+memory would take 24 cycles for that, and 16 to multiply.
+
+Channels of a tile that are no power of two come in parts that are, N_PARTS and K_PARTS, the largest first, each with buffers
+and products of its own: 96 filters are 64 and 32, in place of 128.
 """
 
 import triton
 import triton.language as tl
 
+from ..implicit_gemm.taps import live_taps
 from .gather import _write, tile_at
 from .gluon import gl, gluon, load, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from .ring import PRODUCER_REGISTERS, barriers, next_stage
@@ -21,7 +27,6 @@ from .ring import PRODUCER_REGISTERS, barriers, next_stage
 LINE = gl.constexpr(64)  # pixels: the rows of one matrix instruction
 _CONSUMERS = gl.constexpr(2)
 _CONSUMER_REGISTERS = gl.constexpr(232)
-_PENDING = gl.constexpr(7)  # products that are not waited for, at most
 
 
 @triton.jit
@@ -30,20 +35,58 @@ def _first_line(tile, LINES: tl.constexpr, dilation):
     return tile // dilation * (LINES * dilation) + tile % dilation
 
 
+@triton.jit
+def _planes_of(tile, y_size, x_depth, start, kernel, dilation, PLANES: tl.constexpr):
+    """(first plane, lo, hi) of a tile: taps [lo, hi) along depth, without those that only read padding for all its planes."""
+    first = _first_line(tile, PLANES, dilation[0])
+    last = tl.minimum(first + (PLANES - 1) * dilation[0], y_size[1] - 1)
+    lo, hi = live_taps(first, last, 1, start[0], dilation[0], x_depth, kernel[0])
+    return first, lo, hi
+
+
+@triton.constexpr_function
+def _tap(at, line, LINES, TAPS_H):
+    """The tap along H through which a line of y reads this one of x, both counted plane by plane; None: through none."""
+    plane, h = divmod(at, LINES + TAPS_H - 1)
+    tap = h - line % LINES
+    return tap if line // LINES == plane and 0 <= tap < TAPS_H else None
+
+
+@triton.constexpr_function
+def _at(parts, i):
+    """One of a tuple, a constant as it is."""
+    return parts[i]
+
+
+@triton.constexpr_function
+def _ahead_of(parts, i):
+    """Channels of the parts before this one; None: of all."""
+    return sum(parts[:i])
+
+
+@triton.constexpr_function
+def _met(at, LINES, TAPS_H):
+    """By how many lines of y a line of x is read."""
+    h = at % (LINES + TAPS_H - 1)
+    return min(h, LINES - 1) - max(h - TAPS_H + 1, 0) + 1
+
+
 @gluon.jit
 def _produce(
-    w,
-    x,
+    ws,
+    xs,
+    x_depth,
     start,
     kernel,
+    y_size,
     tiles_by,
     dilation,
     reduced,
     produced,
     groups,
     tiles,
-    w_ring,
-    x_ring,
+    w_rings,
+    x_rings,
     x_full,
     x_empty,
     w_full,
@@ -52,41 +95,64 @@ def _produce(
     PLANES: gl.constexpr,
     LINES: gl.constexpr,
     TAPS_H: gl.constexpr,
+    N_PARTS: gl.constexpr,
+    K_PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     W_STAGES: gl.constexpr,
 ):
     HALO: gl.constexpr = LINES + TAPS_H - 1
+    BLOCK_N: gl.constexpr = _ahead_of(N_PARTS, None)
+    BLOCK_K: gl.constexpr = _ahead_of(K_PARTS, None)
+    tiles_n = tl.cdiv(produced, BLOCK_N)
+    steps = tl.cdiv(reduced, BLOCK_K) * kernel[2]
     stage = 0
     parity = 0
     w_stage = 0
     w_parity = 0
     taps = kernel[0] * TAPS_H * kernel[2]
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        _, n, d, h, w_, _, group, _ = tile_at(tile, 1, tiles_by, 1, groups)
-        x_d = _first_line(d, PLANES, dilation[0]) + start[0]
+        tile_n, n, d, h, w_, _, group, _ = tile_at(tile, tiles_n, tiles_by, 1, groups)
+        first, lo, hi = _planes_of(d, y_size, x_depth, start, kernel, dilation, PLANES)
+        x_d = first + start[0] + lo * dilation[0]
         x_h = _first_line(h, LINES, dilation[1]) + start[1]
         x_w = w_ * LINE + start[2]
-        for tw in range(kernel[2]):
-            for plane in range(PLANES + kernel[0] - 1):
+        for step in range(steps):
+            tw = step % kernel[2]
+            channel = step // kernel[2] * BLOCK_K
+            for plane in range(PLANES + hi - lo - 1):
                 mbarrier.wait(x_empty.index(stage), parity ^ 1)
-                mbarrier.expect(x_full.index(stage), HALO * x.block_type.nbytes)
+                mbarrier.expect(x_full.index(stage), HALO * BLOCK_K * LINE * 2)
                 for line in range(HALO):
-                    at_d = x_d + plane * dilation[0]
-                    x_at = [n, at_d, x_h + line * dilation[1], x_w + tw * dilation[2], group * reduced]
-                    load(x, x_at, x_full.index(stage), x_ring.index(stage * HALO + line))
+                    for k in gl.static_range(len(K_PARTS)):
+                        at_d, at_h, at_w = x_d + plane * dilation[0], x_h + line * dilation[1], x_w + tw * dilation[2]
+                        x_at = [n, at_d, at_h, at_w, group * reduced + channel + _ahead_of(K_PARTS, k)]
+                        load(xs[k], x_at, x_full.index(stage), x_rings[k].index(stage * HALO + line))
                 stage, parity = next_stage(stage, parity, STAGES)
-                td = plane - (PLANES - 1)  # of the step that this plane is the last of
-                if td >= 0:
+                td = lo + plane - (PLANES - 1)  # of the step that this plane is the last of
+                if td >= lo:
                     mbarrier.wait(w_empty.index(w_stage), w_parity ^ 1)
-                    mbarrier.expect(w_full.index(w_stage), TAPS_H * w.block_type.nbytes)
+                    mbarrier.expect(w_full.index(w_stage), TAPS_H * BLOCK_N * BLOCK_K * 2)
                     for th in range(TAPS_H):
                         tap = (td * TAPS_H + th) * kernel[2] + tw
-                        if DGRAD:
-                            w_at = [taps - 1 - tap, group * reduced, 0]
-                        else:
-                            w_at = [tap, group * produced, 0]
-                        load(w, w_at, w_full.index(w_stage), w_ring.index(w_stage * TAPS_H + th))
+                        for i in gl.static_range(len(N_PARTS) * len(K_PARTS)):
+                            q = tile_n * BLOCK_N + _ahead_of(N_PARTS, i // len(K_PARTS))
+                            r = channel + _ahead_of(K_PARTS, i % len(K_PARTS))
+                            if DGRAD:
+                                w_at = [taps - 1 - tap, group * reduced + r, q]
+                            else:
+                                w_at = [tap, group * produced + q, r]
+                            load(ws[i], w_at, w_full.index(w_stage), w_rings[i].index(w_stage * TAPS_H + th))
                     w_stage, w_parity = next_stage(w_stage, w_parity, W_STAGES)
+
+
+@gluon.jit
+def _waited(PENDING: gl.constexpr, sums, read):
+    """The sums once no more products are under way than that; registers that the others read are kept until then."""
+    waited = warpgroup_mma_wait(PENDING, deps=sums + read)
+    sums_ = ()
+    for i in gl.static_range(len(sums)):
+        sums_ = sums_ + (waited[i],)
+    return sums_
 
 
 @gluon.jit
@@ -95,16 +161,19 @@ def _consume(
     bias_ptr,
     residual_ptr,
     slope,
+    x_depth,
+    start,
     kernel,
     y_size,
     tiles_by,
     dilation,
     y_strides,
+    reduced,
     produced,
     groups,
     tiles,
-    w_ring,
-    x_ring,
+    w_rings,
+    x_rings,
     x_full,
     x_empty,
     w_full,
@@ -118,45 +187,59 @@ def _consume(
     PLANES: gl.constexpr,
     LINES: gl.constexpr,
     TAPS_H: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    N_PARTS: gl.constexpr,
+    K_PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     W_STAGES: gl.constexpr,
     SUMS: gl.constexpr,
+    PIXELS: gl.constexpr,
     WRITTEN: gl.constexpr,
 ):
     HALO: gl.constexpr = LINES + TAPS_H - 1
     MINE: gl.constexpr = PLANES // _CONSUMERS
+    NS: gl.constexpr = len(N_PARTS)
+    KS: gl.constexpr = len(K_PARTS)
+    BLOCK_N: gl.constexpr = _ahead_of(N_PARTS, None)
+    tiles_n = tl.cdiv(produced, BLOCK_N)
+    steps = tl.cdiv(reduced, _ahead_of(K_PARTS, None)) * kernel[2]
     stage = 0  # of the oldest plane that a step needs
     newest = 0
     parity = 0
     w_stage = 0
     w_parity = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        _, n, d, h, w_, _, group, _ = tile_at(tile, 1, tiles_by, 1, groups)
-        sums = ()
-        for _line in gl.static_range(MINE * LINES):
-            sums = sums + (gl.zeros([LINE, BLOCK_N], gl.float32, SUMS),)
-        for _tw in range(kernel[2]):
+        tile_n, n, d, h, w_, _, group, _ = tile_at(tile, tiles_n, tiles_by, 1, groups)
+        d, lo, hi = _planes_of(d, y_size, x_depth, start, kernel, dilation, PLANES)
+        sums = ()  # line by line, part by part
+        for i in gl.static_range(MINE * LINES * NS):
+            sums = sums + (gl.zeros([LINE, _at(N_PARTS, i % NS)], gl.float32, _at(SUMS, i % NS)),)
+        for _step in range(steps):
             for _first in gl.static_range(PLANES - 1):
                 mbarrier.wait(x_full.index(newest), parity)
                 newest, parity = next_stage(newest, parity, STAGES)
-            for _td in range(kernel[0]):
+            for _td in range(lo, hi):
                 mbarrier.wait(x_full.index(newest), parity)
                 newest, parity = next_stage(newest, parity, STAGES)
                 mbarrier.wait(w_full.index(w_stage), w_parity)
-                for th in range(TAPS_H):
-                    b = w_ring.index(w_stage * TAPS_H + th)
-                    if not DGRAD:
-                        b = b.permute((1, 0))
+                read = ()  # by the products under way
+                for part in gl.static_range(MINE * HALO * KS):
+                    plane = stage + (WHICH * MINE + part // HALO % MINE)
+                    plane = tl.where(plane >= STAGES, plane - STAGES, plane)
+                    pixels = x_rings[part // (MINE * HALO)].index(plane * HALO + part % HALO).load(_at(PIXELS, 0))
                     started = ()
-                    for plane in gl.static_range(MINE):
-                        at = stage + (WHICH * MINE + plane)
-                        at = tl.where(at >= STAGES, at - STAGES, at) * HALO + th
-                        for line in gl.static_range(LINES):
-                            acc = sums[plane * LINES + line]
-                            started = started + (warpgroup_mma(x_ring.index(at + line), b, acc, is_async=True),)
-                    sums = warpgroup_mma_wait(_PENDING, deps=started)
-                sums = warpgroup_mma_wait(0, deps=sums)
+                    for i in gl.static_range(MINE * LINES * NS):
+                        acc = sums[i]
+                        if _tap(part % (MINE * HALO), i // NS, LINES, TAPS_H) is not None:
+                            tap = w_stage * TAPS_H + _tap(part % (MINE * HALO), i // NS, LINES, TAPS_H)
+                            b = w_rings[i % NS * KS + part // (MINE * HALO)].index(tap)
+                            if not DGRAD:
+                                b = b.permute((1, 0))
+                            a = gl.convert_layout(pixels, _at(PIXELS, i % NS))
+                            acc = warpgroup_mma(a, b, acc, is_async=True)
+                        started = started + (acc,)
+                    sums = _waited(_met(part, LINES, TAPS_H) * NS, started, read)
+                    read = (pixels,)
+                sums = _waited(0, sums, read)
                 mbarrier.arrive(x_empty.index(stage))
                 mbarrier.arrive(w_empty.index(w_stage))
                 stage = next_stage(stage, 0, STAGES)[0]
@@ -165,24 +248,29 @@ def _consume(
                 mbarrier.arrive(x_empty.index(stage))
                 stage = next_stage(stage, 0, STAGES)[0]
 
-        d = _first_line(d, PLANES, dilation[0])
         h = _first_line(h, LINES, dilation[1])
-        for plane in gl.static_range(MINE):
-            for line in gl.static_range(LINES):
-                at = (n, d + (WHICH * MINE + plane) * dilation[0], h + line * dilation[1], w_ * LINE)
-                _write(
-                    gl.permute(sums[plane * LINES + line], (1, 0)), y_ptr, bias_ptr, residual_ptr, slope, at, (0, 0, 0),
-                    (1, 1, 1), y_size, y_strides, group * produced, 0, produced, 0, BIAS, ACTIVATION, Y_UNIT, INDEX,
-                    (1, 1, 1, LINE), False, LINE, WRITTEN,
-                )  # fmt: skip
+        for i in gl.static_range(MINE * LINES * NS):
+            plane = WHICH * MINE + i // (LINES * NS)
+            at = (n, d + plane * dilation[0], h + i // NS % LINES * dilation[1], w_ * LINE)
+            q = tile_n * BLOCK_N + _ahead_of(N_PARTS, i % NS)
+            _write(
+                gl.permute(sums[i], (1, 0)), y_ptr, bias_ptr, residual_ptr, slope, at, (0, 0, 0), (1, 1, 1), y_size,
+                y_strides, group * produced, q, produced, 0, BIAS, ACTIVATION, Y_UNIT, INDEX, (1, 1, 1, LINE), False, LINE,
+                _at(WRITTEN, i % NS),
+            )  # fmt: skip
 
 
 @gluon.jit
 def line_ring(
     y_ptr,
     bias_ptr,
-    w,  # descriptor of (tap, filter, channel)
-    x,  # descriptor of (n, d, h, w, channel)
+    w0,  # descriptors of (tap, filter, channel), of each part of the filters one for each of the channels
+    w1,
+    w2,
+    w3,
+    x0,  # descriptors of (n, d, h, w, channel), one for each part of the channels
+    x1,
+    x_depth,
     start,  # (d, h, w), as every triple: what the first tap of the first pixel reads
     kernel,
     y_size,  # (n, d, h, w)
@@ -203,43 +291,54 @@ def line_ring(
     PLANES: gl.constexpr,
     LINES: gl.constexpr,
     TAPS_H: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    N_PARTS: gl.constexpr,
+    K_PARTS: gl.constexpr,
     STAGES: gl.constexpr,  # planes of the ring
     W_STAGES: gl.constexpr,
-    W_RING: gl.constexpr,  # layouts of shared memory
-    X_RING: gl.constexpr,
+    W_RINGS: gl.constexpr,  # layouts of shared memory
+    X_RINGS: gl.constexpr,
     SUMS: gl.constexpr,  # layouts of registers
+    PIXELS: gl.constexpr,
     WRITTEN: gl.constexpr,
 ):
     gl.static_assert(STAGES >= PLANES, "a step needs all its planes at once")
     gl.static_assert(PLANES % _CONSUMERS == 0 and PLANES * LINES > _CONSUMERS, "every consumer has several lines")
     produced = produced * Y_UNIT
-    if DGRAD:
-        w_ring = gl.allocate_shared_memory(w.dtype, [W_STAGES * TAPS_H, BLOCK_K, BLOCK_N], W_RING)
-    else:
-        w_ring = gl.allocate_shared_memory(w.dtype, [W_STAGES * TAPS_H, BLOCK_N, BLOCK_K], W_RING)
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (LINES + TAPS_H - 1), LINE, BLOCK_K], X_RING)
+    ws = (w0, w1, w2, w3)
+    xs = (x0, x1)
+    TAPS: gl.constexpr = W_STAGES * TAPS_H
+    KS: gl.constexpr = len(K_PARTS)
+    w_rings = ()
+    for i in gl.static_range(len(N_PARTS) * KS):
+        if DGRAD:
+            ring = gl.allocate_shared_memory(w0.dtype, [TAPS, K_PARTS[i % KS], N_PARTS[i // KS]], _at(W_RINGS, i))
+        else:
+            ring = gl.allocate_shared_memory(w0.dtype, [TAPS, N_PARTS[i // KS], K_PARTS[i % KS]], _at(W_RINGS, i))
+        w_rings = w_rings + (ring,)
+    x_rings = ()
+    for i in gl.static_range(KS):
+        ring = gl.allocate_shared_memory(x0.dtype, [STAGES * (LINES + TAPS_H - 1), LINE, K_PARTS[i]], _at(X_RINGS, i))
+        x_rings = x_rings + (ring,)
     x_full, x_empty = barriers(STAGES, _CONSUMERS)
     w_full, w_empty = barriers(W_STAGES, _CONSUMERS)
     gl.warp_specialize(
         [
             (
                 _consume,
-                (y_ptr, bias_ptr, residual_ptr, slope, kernel, y_size, tiles_by, dilation, y_strides, produced, groups, tiles,
-                 w_ring, x_ring, x_full, x_empty, w_full, w_empty, 0, DGRAD, BIAS, ACTIVATION, Y_UNIT, INDEX, PLANES, LINES,
-                 TAPS_H, BLOCK_N, STAGES, W_STAGES, SUMS, WRITTEN),
+                (y_ptr, bias_ptr, residual_ptr, slope, x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced,
+                 produced, groups, tiles, w_rings, x_rings, x_full, x_empty, w_full, w_empty, 0, DGRAD, BIAS, ACTIVATION,
+                 Y_UNIT, INDEX, PLANES, LINES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
             ),
             (
                 _consume,
-                (y_ptr, bias_ptr, residual_ptr, slope, kernel, y_size, tiles_by, dilation, y_strides, produced, groups, tiles,
-                 w_ring, x_ring, x_full, x_empty, w_full, w_empty, 1, DGRAD, BIAS, ACTIVATION, Y_UNIT, INDEX, PLANES, LINES,
-                 TAPS_H, BLOCK_N, STAGES, W_STAGES, SUMS, WRITTEN),
+                (y_ptr, bias_ptr, residual_ptr, slope, x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced,
+                 produced, groups, tiles, w_rings, x_rings, x_full, x_empty, w_full, w_empty, 1, DGRAD, BIAS, ACTIVATION,
+                 Y_UNIT, INDEX, PLANES, LINES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
             ),
             (
                 _produce,
-                (w, x, start, kernel, tiles_by, dilation, reduced, produced, groups, tiles, w_ring, x_ring, x_full, x_empty,
-                 w_full, w_empty, DGRAD, PLANES, LINES, TAPS_H, STAGES, W_STAGES),
+                (ws, xs, x_depth, start, kernel, y_size, tiles_by, dilation, reduced, produced, groups, tiles, w_rings, x_rings,
+                 x_full, x_empty, w_full, w_empty, DGRAD, PLANES, LINES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES),
             ),
         ],
         [4, 1],
