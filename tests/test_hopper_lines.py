@@ -110,6 +110,7 @@ def test_channels_of_a_tile(channels: tuple, computed: int, line: int) -> None:
     """Hardly more than there are, in at most two powers of two."""
     into, out = channels
     problem = Problem("forward", 1, into, out, (16,) * 3, (3,) * 3, padding=(1,) * 6, dtype="bfloat16", arch="sm_90")
+    assert offered(problem)
     for config in offered(problem):
         assert (config.block_n, config.block_k) == (computed, line)
         assert all(sum(parts) == of and len(parts) <= 2 for parts, of in zip(config.parts, (computed, line), strict=True))
