@@ -200,6 +200,21 @@ def test_products_are_those_that_the_cost_model_counts(arch, monkeypatch):
     assert len(seen) >= 4 and min(seen.values()) >= 10, seen
 
 
+def test_every_engine_says_what_it_multiplies(monkeypatch):
+    """All products of a step, which the model counts by their size, are its flops, and what they read is what it loads."""
+    monkeypatch.setattr(gluon, "IM2COL", False)
+    for (dtype, precision), layer in itertools.product(KEPT, LAYERS):
+        for problem, _ in problems("sm_90", dtype, precision, layer):
+            for config in configs(problem, engines.get(layer.engine)):
+                work = engines.get(layer.engine).work(problem, config)
+                (m, n), (rows, columns) = work.product, work.tiles
+                if work.tensor_cores:
+                    depth = getattr(getattr(config, "config", config), "block_k", 0)
+                    assert min(m, n) > 0 and work.flops % (2 * m * n) == 0, (problem, config)
+                    if layer.engine in ("implicit_gemm", "halo", "folded", "rounded"):
+                        assert work.bytes_read == problem.itemsize * depth * (m * rows + n * columns), (problem, config)
+
+
 def test_what_is_allowed_is_there():
     rows = [row for row in kept(REPORTS[0]) if row.engine in ("tma", "hopper", "rounded") and row.loop_matrix]
     assert BEYOND.keys() <= {(row.name, row.tile) for row in rows}

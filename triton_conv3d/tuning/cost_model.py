@@ -232,7 +232,7 @@ def _products(shared: _Shared, work: Work) -> tuple[float, float]:
         shared.instructions[key] = instruction(shared.problem.arch, *work.product, work.num_warps)
     rows, columns, asynchronous = shared.instructions[key]
     (m, n), (of_rows, of_columns) = work.product, work.tiles
-    once = work.bytes_read / (of_rows / n + of_columns / m)  # bytes of m x n products of one step, if each had one of both
+    once = work.bytes_read / (of_rows / n + of_columns / m)  # item * m * n * k, with k channels a step
     if asynchronous:  # each one reads both of its sides
         each = shared.problem.itemsize * work.flops / 2
         read = each / rows + (once * of_rows if work.in_registers else each) / columns

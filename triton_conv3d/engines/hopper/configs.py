@@ -51,7 +51,7 @@ _SHARED = {
 }
 _FLAT, _SHORT_STEP = _SHARED[256][1], 32
 _WASTE = 1.1  # times the pixels of the best brick
-_WASTE_SHORT = 1.4  # the same with the shortest steps, whose layers are bound by other things
+_WASTE_SHORT = 1.4  # the same with the shortest steps, of which sixteen variants have room for few
 _WALKED = 0.95  # times the pixels and taps that bricks walk, at most, where im2col copies are offered
 # Of a descriptor of five dimensions in im2col mode (cuTensorMapEncodeIm2col; PTX ISA, "im2col mode"):
 _CORNERS = range(-16, 16)
