@@ -16,6 +16,7 @@ import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
 from triton_conv3d.engines.base import Config
+from triton_conv3d.engines.hopper.line_configs import LINE
 from triton_conv3d.engines.implicit_gemm.configs import SHARED_BYTES, packed_groups
 from triton_conv3d.engines.tma.configs import left_is_shared
 from triton_conv3d.problem import Problem
@@ -27,7 +28,8 @@ AROUND = ("reduce_", "rounded_copy", "move_blocks", "expand", "collect")  # kern
 # Engines whose threads copy into shared memory, kernels whose blocks the copy engine does, and engines written so that
 # products of sm_90 and sm_100 read shared memory.
 _COPIED_BY_THREADS = ("implicit_gemm", "halo", "kn2row", "rounded")
-_COPIED_IN_BULK = ("gather_bricks", "wgrad_bricks", "gather_ring", "line_ring", "wgrad_ring", "rounded_wgrad")
+_BY_LINES = ("line_ring", "line_wgrad_ring")  # whose products have their left side from registers
+_COPIED_IN_BULK = ("gather_bricks", "wgrad_bricks", "gather_ring", "wgrad_ring", "rounded_wgrad", *_BY_LINES)
 _SHARED_PRODUCTS = ("tma", "hopper", "rounded")
 
 MOST_PER_PRODUCT = 14  # instructions of a thread in the main loop of these on sm_90 for one matrix instruction
@@ -75,7 +77,7 @@ SERIALISED = (
     ("gather_gemm", "128 x 256 x 32"), ("gather_gemm", "128 x 128 x 32"), ("gather_gemm", "128 x 64 x 32"),
     ("rounded_wgrad", "256 x 128 x 32"),
 )  # fmt: skip
-_ROWS = ("pixels", "block_m", "brick_n", "brick_d", "brick_h", "brick_w", "planes", "lines")  # sides of a tile
+_ROWS = ("pixels", "block_m", "brick_n", "brick_d", "brick_h", "brick_w", "planes", "lines", "rows")  # sides of a tile
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Report:
         """Its pixels (of wgrad filters) x channels x what a step sums over, as its config has them."""
         knobs = dict(knob.split("=") for knob in self.config.split())
         rows = math.prod(int(knobs.get(name, 1)) for name in _ROWS)
-        return f"{rows} x {knobs['block_n']} x {knobs['block_k']}"
+        return f"{rows} x {knobs['block_n']} x {knobs.get('block_k', LINE)}"
 
     @property
     def name(self) -> str:
@@ -198,7 +200,7 @@ def read(problem: Problem, engine: ModuleType, config: Config, name: str, kernel
     kind = "strided dgrad" if problem.pass_ == "dgrad" and problem.stride != (1, 1, 1) else ""
     if name == "wgrad_bricks" and arch == "sm_90":
         kind = "" if left_is_shared(problem, getattr(config, "config", config).brick) else "by registers"
-    elif name == "line_ring":
+    elif name in _BY_LINES:
         kind = "by registers"
     ptx, dimensions = kernel.asm.get("ptx", ""), "2" if engine.NAME == "rounded" else "[35]"
     return Report(

@@ -9,8 +9,8 @@ Layouts, registers and the limits of the hardware are not modelled; test_hopper_
 from __future__ import annotations
 
 import builtins
+import copy
 import functools
-import math
 import random
 import threading
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from types import FunctionType, SimpleNamespace
 import numpy as np
 import torch
 import triton.language as tl
+from copy_engine import Descriptor, Im2colDescriptor
 
 from triton_conv3d.engines import launching
 
@@ -97,6 +98,7 @@ def _load(address: Address, mask, other: float) -> Value:
     found, mask = address.chosen(mask)
     result = np.full(mask.shape, other, np.float32)
     result[mask] = address.pointer.memory[found].float().numpy()
+    address.pointer.written[found] = False  # who knows what is there may write it anew
     return value(result)
 
 
@@ -108,68 +110,6 @@ def _store(address: Address, values: Value, mask) -> None:
     pointer.memory[found] = torch.from_numpy(np.broadcast_to(values, mask.shape)[mask].astype(np.float32)).to(
         pointer.memory
     )
-
-
-class Descriptor:
-    """What the copy engine reads; zeros lie outside."""
-
-    def __init__(self, described):
-        self.shape, self.block, self.dtype = described.shape, tuple(described.block_shape), described.base.dtype
-        self.block_type = SimpleNamespace(nbytes=math.prod(self.block) * described.base.element_size())
-        assert described.layout.rank == len(self.block) and described.base.data_ptr() % 16 == 0
-        assert all(stride * described.base.element_size() % 16 == 0 for stride in described.strides[:-1])
-        self.elements = described.base.as_strided(described.shape, described.strides)
-
-    def read(self, at: tuple[int, ...]) -> np.ndarray:
-        found = np.zeros(self.block, np.float32)
-        ranges = [
-            (max(0, start), max(0, min(size, start + extent)))
-            for start, size, extent in zip(at, self.shape, self.block, strict=True)
-        ]
-        if all(low < high for low, high in ranges):
-            inside = tuple(slice(low - start, high - start) for (low, high), start in zip(ranges, at, strict=True))
-            found[inside] = self.elements[tuple(slice(*r) for r in ranges)].float().numpy()
-        return found.reshape(-1, self.block[-1])
-
-
-class Im2colDescriptor(Descriptor):
-    """One of (n, d, h, w, channel) in im2col mode, by the words and limits of the PTX ISA, 5.5.4, for five dimensions.
-
-    From a place within the box between the corners on, pixels are visited along w, then h, d, n: along n one after the
-    other, along the others in steps of the traversal stride, from the lower corner of the box to the upper one. Each
-    is read at the offsets from where it is.
-    """
-
-    def __init__(self, described):
-        super().__init__(described)
-        self.steps = described.element_strides[1:4]
-        lower, upper = described.pixel_box_lower_corner, described.pixel_box_upper_corner
-        assert len(self.shape) == 5 and self.block[0] <= 1024 and self.block[1] <= 256
-        assert all(-16 <= corner < 16 for corner in (*lower, *upper)), "a corner that the descriptor does not hold"
-        assert all(1 <= step <= 8 for step in self.steps) and described.element_strides[::4] == [1, 1]
-        sides = zip(lower, upper, self.shape[1:4], strict=True)
-        self.box = [(low, size - 1 + high) for low, high, size in sides]
-        assert all(low <= high for low, high in self.box), "no pixel between the corners"
-
-    def read(self, at: tuple[int, ...], offsets: tuple[int, ...]) -> np.ndarray:
-        n, *place, channel = at
-        within = (low <= x <= high for x, (low, high) in zip(place, self.box, strict=True))
-        assert all(within), "a start outside of the box"
-        assert all(0 <= offset < 32 for offset in offsets), "an offset that the instruction does not hold"
-        found = np.zeros(self.block, np.float32)
-        last = min(channel + self.block[1], self.shape[4])
-        for pixel in range(self.block[0]):
-            where = (n, *(x + offset for x, offset in zip(place, offsets, strict=True)))
-            if all(0 <= x < size for x, size in zip(where, self.shape, strict=False)):
-                found[pixel, : last - channel] = self.elements[where][channel:last].float().numpy()
-            for axis in (2, 1, 0):
-                place[axis] += self.steps[axis]
-                if place[axis] <= self.box[axis][1]:
-                    break
-                place[axis] = self.box[axis][0]
-            else:
-                n += 1
-        return found
 
 
 class Barrier:
@@ -202,6 +142,20 @@ class Buffer:
         return self.program.read(self)
 
 
+class Beside:
+    """Buffers side by side, to be read, or turned."""
+
+    def __init__(self, buffers: list[Buffer], turned: bool = False):
+        self.buffers, self.turned = buffers, turned
+
+    def permute(self, order) -> Beside:
+        return Beside(self.buffers, self.turned != (order == (1, 0)))
+
+    def load(self, layout) -> Registers:
+        found = np.concatenate([buffer.load(layout).data for buffer in self.buffers], axis=1)
+        return Registers(data=found.T if self.turned else found)
+
+
 class Memory:
     def __init__(self, program: Program, dtype, shape, layout):
         barriers = dtype is tl.int64
@@ -212,6 +166,13 @@ class Memory:
     def index(self, i):
         assert 0 <= int(i) < len(self.parts)
         return self.parts[int(i)]
+
+
+def _beside(memory: Memory, number: int, rows: int, columns: int, layout) -> Memory:
+    found, each = copy.copy(memory), len(memory.parts) // number
+    found.parts = [Beside(memory.parts[i : i + each]) for i in builtins.range(0, len(memory.parts), each)]
+    assert len(found.parts) == number and memory.parts[0].data.shape == (rows, columns // each)
+    return found
 
 
 class Product:
@@ -400,7 +361,7 @@ def _namespace(program: Program) -> dict:
     )  # fmt: skip
     return {
         "tl": language, "gl": language, "mbarrier": barrier, "load": program.load, "load_im2col": program.load_im2col,
-        "warpgroup_mma": program.multiply,
+        "beside": _beside, "warpgroup_mma": program.multiply,
         "warpgroup_mma_wait": program.waited, "range": lambda *limits: map(value, builtins.range(*map(int, limits))),
         "__builtins__": builtins,
     }  # fmt: skip

@@ -18,7 +18,8 @@ SET = (
     ("sm_90", Layer("hopper", 256, 256, besides="gelu"), "forward", ""),
     ("sm_90", Layer("hopper", 32, 32, besides="gelu"), "forward", "lines="),
     ("sm_90", Layer("hopper", 256, 256), "dgrad", ""),
-    ("sm_90", Layer("hopper", 256, 256), "wgrad", ""),
+    ("sm_90", Layer("hopper", 256, 256), "wgrad", "brick_n="),
+    ("sm_90", Layer("hopper", 96, 96), "wgrad", "line_n="),
     ("sm_90", Layer("hopper", 256, 256, besides="ragged gelu"), "forward", "pixels="),
 )
 
@@ -27,8 +28,9 @@ def test_no_faults() -> None:
     rows = [Report(**row) for row in ahead_of_time.reports(__file__)]
     assert [(row, row.faults()) for row in rows if row.faults()] == []
     rows = [row for row in rows if row.gemm]  # not the sums of splits
-    assert [row.kernel for row in rows] == ["gather_ring", "line_ring", "gather_ring", "wgrad_ring", "gather_ring"][: len(rows)]
-    assert [(row.layer, row.pass_) for row in rows] == [(str(layer), pass_) for _, layer, pass_, _ in SET[: 4 + IM2COL]]
+    kernels = ["gather_ring", "line_ring", "gather_ring", "wgrad_ring", "line_wgrad_ring", "gather_ring"]
+    assert [row.kernel for row in rows] == kernels[: len(rows)]
+    assert [(row.layer, row.pass_) for row in rows] == [(str(layer), pass_) for _, layer, pass_, _ in SET[: 5 + IM2COL]]
 
 
 if __name__ == "__main__":

@@ -51,14 +51,14 @@ FAULTS = {
     "wgrad_chains_forgotten": ("wgrad.py", "total += acc", "total = acc"),
     "wgrad_group_of_gradient": ("wgrad.py", "filters = group * group_out + tile_m * BLOCK_M", "filters = tile_m * BLOCK_M"),
     # lines
-    "lines_freed_by_one_consumer": ("lines.py", "barriers(STAGES, _CONSUMERS)", "barriers(STAGES)"),
-    "lines_freed_before_the_products": ("lines.py", "sums = _waited(0, sums, read)", "sums = _waited(2, sums, read)"),
-    "lines_registers_not_kept": ("lines.py", "sums = _waited(_met(part, LINES, TAPS_H) * NS, started, read)", "sums = _waited(0, started, read)"),
+    "lines_freed_by_one_consumer": ("lines.py", "barriers(STAGES, CONSUMERS)", "barriers(STAGES)"),
+    "lines_freed_before_the_products": ("lines.py", "sums = waited(0, sums, read)", "sums = waited(2, sums, read)"),
+    "lines_registers_not_kept": ("lines.py", "sums = waited(_met(part, LINES, TAPS_H) * NS, started, read)", "sums = waited(0, started, read)"),
     "lines_tap_of_the_line_before": ("lines.py", "tap = h - line % LINES", "tap = line % LINES - h + TAPS_H - 1"),
     "lines_of_the_first_channels": ("lines.py", "channel = step // kernel[2] * BLOCK_K", "channel = 0"),
-    "lines_parts_side_by_side": ("lines.py", "q = tile_n * BLOCK_N + _ahead_of(N_PARTS, i // len(K_PARTS))", "q = tile_n * BLOCK_N"),
-    "lines_part_of_channels": ("lines.py", "channel + _ahead_of(K_PARTS, k)]", "channel]"),
-    "lines_written_side_by_side": ("lines.py", "q = tile_n * BLOCK_N + _ahead_of(N_PARTS, i % NS)", "q = tile_n * BLOCK_N"),
+    "lines_parts_side_by_side": ("lines.py", "q = tile_n * BLOCK_N + ahead_of(N_PARTS, i // len(K_PARTS))", "q = tile_n * BLOCK_N"),
+    "lines_part_of_channels": ("lines.py", "channel + ahead_of(K_PARTS, k)]", "channel]"),
+    "lines_written_side_by_side": ("lines.py", "q = tile_n * BLOCK_N + ahead_of(N_PARTS, i % NS)", "q = tile_n * BLOCK_N"),
     "lines_taps_of_padding": ("lines.py", "x_d = first + start[0] + lo * dilation[0]", "x_d = first + start[0]"),
     "lines_taps_from_the_first": ("lines.py", "tap = (td * TAPS_H + th) * kernel[2] + tw", "tap = ((td - lo) * TAPS_H + th) * kernel[2] + tw"),
     "lines_wait_for_one_part": ("lines.py", "_met(part, LINES, TAPS_H) * NS, started, read", "_met(part, LINES, TAPS_H) * NS + 1, started, read"),
@@ -71,6 +71,39 @@ FAULTS = {
     "lines_of_the_first_group": ("lines.py", "w_at = [tap, group * produced + q, r]", "w_at = [tap, q, r]"),
     "lines_taps_not_turned": ("lines.py", "w_at = [taps - 1 - tap,", "w_at = [tap,"),
     "lines_start_of_dgrad": ("host.py", "p - (k - 1) * by", "p - (k - 1)"),
+    # wgrad by lines
+    "slices_input_not_waited_for": ("line_wgrad.py", "mbarrier.wait(x_full.index(stage), parity)", "pass"),
+    "slices_overwritten": ("line_wgrad.py", "mbarrier.wait(x_empty.index(stage), parity ^ 1)", "pass"),
+    "slices_gradient_overwritten": ("line_wgrad.py", "mbarrier.wait(g_empty.index(g_stage), g_parity ^ 1)", "pass"),
+    "slices_freed_before_the_products": ("line_wgrad.py", "sums = waited(0, started, (pixels,))", "sums = waited(1, started, (pixels,))"),
+    "slices_registers_not_kept": ("line_wgrad.py", "waited(0, started, (pixels,))", "waited(0, started, ())"),
+    "slices_taps_turned_round": ("line_wgrad.py", "line = oldest + (TAPS_H - 1 - i % TAPS_H)", "line = oldest + i % TAPS_H"),
+    "slices_beyond_the_ring": ("line_wgrad.py", "tl.where(line >= G_STAGES, line - G_STAGES, line)", "tl.where(line >= G_STAGES, 0, line)"),
+    "slices_last_lines_not_freed": ("line_wgrad.py", "for _last in gl.static_range(TAPS_H - 1)", "for _last in gl.static_range(TAPS_H - 2)"),
+    "slices_first_lines_not_waited_for": ("line_wgrad.py", "for _first in gl.static_range(TAPS_H - 1)", "for _first in gl.static_range(TAPS_H - 2)"),
+    "slices_freed_by_one_consumer": ("line_wgrad.py", "x_full, x_empty = barriers(STAGES, CONSUMERS)", "x_full, x_empty = barriers(STAGES)"),
+    "slices_chains_forgotten": ("line_wgrad.py", "mask=inside & (chain > 0)", "mask=inside & (chain < 0)"),
+    "slices_chains_added_to_nothing": ("line_wgrad.py", "mask=inside & (chain > 0)", "mask=inside"),
+    "slices_chains_overlap": ("line_wgrad.py", "return begin, tl.minimum(begin + CHAIN, end)", "return begin, tl.minimum(begin + CHAIN + 1, end)"),
+    "slices_chain_of_the_first": ("line_wgrad.py", "begin = tl.minimum(begin + chain * CHAIN, end)", "begin = tl.minimum(begin, end)"),
+    "slices_turns_of_fewer_tiles": ("line_wgrad.py", "return (tiles - program + programs - 1) // programs * chains", "return tiles // programs * chains"),
+    "slices_tap_not_carried": ("line_wgrad.py", "td, carry = next_digit(td, carry, TAPS[0])", "td, carry = next_digit(td, 0, TAPS[0])"),
+    "slices_of_the_first_channels": ("line_wgrad.py", "block += carry", "block += 0"),
+    "slices_of_the_other": ("line_wgrad.py", "x_rows.index(stage * CONSUMERS + WHICH)", "x_rows.index(stage * CONSUMERS + 1 - WHICH)"),
+    "slices_not_turned": ("line_wgrad.py", ".permute((1, 0)).load(", ".load("),
+    "slices_column_of_the_dilation": ("line_wgrad.py", "h // dilation[1] * (height * dilation[1]) + h % dilation[1]", "h * height"),
+    "slices_columns_along_d": ("line_wgrad.py", "w = column // columns[1] % columns[3]", "w = column // columns[0] % columns[3]"),
+    "slices_lines_of_a_part": ("line_wgrad.py", "tl.minimum(end - column * height, height)", "tl.minimum(end - column * height, height - 1)"),
+    "slices_start_along_h": ("line_wgrad.py", "h + line * dilation[1] - start[1], w,", "h + line * dilation[1] + start[1], w,"),
+    "slices_start_along_d": ("line_wgrad.py", "d + start[0] + td * dilation[0]", "d + td * dilation[0]"),
+    "slices_group_of_the_input": ("line_wgrad.py", "group * group_in + block * ROWS]", "block * ROWS]"),
+    "slices_group_of_the_gradient": ("line_wgrad.py", "filters = group * group_out + tile_n * BLOCK_N", "filters = tile_n * BLOCK_N"),
+    "slices_group_of_the_result": ("line_wgrad.py", "(group * group_out + filter).to(INDEX)", "filter.to(INDEX)"),
+    "slices_parts_side_by_side": ("line_wgrad.py", "filter += tile_n * BLOCK_N + ahead_of(N_PARTS, i // TAPS_H)", "filter += tile_n * BLOCK_N"),
+    "slices_rows_of_another_group": ("line_wgrad.py", "inside = gl.expand_dims(channel < group_in, 1)", "inside = gl.expand_dims(channel < 2 * group_in, 1)"),
+    "slices_split_stride": ("line_wgrad.py", "dw_ptr + split.to(INDEX) * split_stride", "dw_ptr + split.to(INDEX)"),
+    "slices_tap_of_a_row": ("line_wgrad.py", "tap = (td * TAPS_H + i % TAPS_H) * TAPS[2] + tw", "tap = (tw * TAPS_H + i % TAPS_H) * TAPS[2] + td"),
+    "slices_lines_of_the_gradient": ("line_configs.py", "-(-problem.input_size[1] // by)", "-(-problem.output_size[1] // by)"),
     # im2col copies
     "im2col_samples_and_planes": ("gather.py", "d, n, h, w = _digits(index, (y_size[1], y_size[0], y_size[2], y_size[3]))", "n, d, h, w = _digits(index, y_size)"),
     "im2col_last_plane": ("gather.py", "planes = last - d + 1", "planes = last - d"),
@@ -111,9 +144,11 @@ def battery(engine: ModuleType, fault: str) -> None:
     emulated = SimpleNamespace(NAME="hopper", supports=tma.supports, configs=engine.configs, launch=launch)
     if fault.startswith("lines") or fault == planting.SOUND:
         lines(engine, emulated)
+    if fault.startswith("slices") or fault == planting.SOUND:
+        slices(engine, emulated, host)
     if IM2COL and (fault.startswith("im2col") or fault == planting.SOUND):
         im2col(engine, emulated)
-    if fault.startswith(("lines", "im2col")):
+    if fault.startswith(("lines", "slices", "im2col")):
         return
     geometries = (
         dict(input_size=(2, 3, 5), kernel_size=(2, 2, 2), padding=(1, 0, 0, 1, 1, 0), channels_last=False, batch=2, out_channels=72),
@@ -164,6 +199,20 @@ def lines(engine: ModuleType, emulated: SimpleNamespace) -> None:
             offers = [config for config in engine.configs(case.geometry()) if isinstance(config, engine.LineConfig)]
             for planes, stages in ((2, 2), (4, 5)):
                 run(case, emulated, replace(offers[0], planes=planes, lines=2, num_stages=stages))
+
+
+def slices(engine: ModuleType, emulated: SimpleNamespace, host: ModuleType) -> None:
+    """The battery of line_wgrad.py."""
+    from cases import Case, run
+
+    host.CHAIN = 256  # four lines
+    for dilation, groups, into, out, rows, filters in (((1, 1, 1), 2, 48, 16, 32, 16), ((2, 3, 1), 1, 16, 48, 16, 48)):
+        case = Case(
+            "wgrad", in_channels=into * groups, out_channels=out * groups, groups=groups, input_size=(3, 8, 21),
+            kernel_size=(2, 3, 3), padding=(2, 1, 1, 2, 1, 0), dilation=dilation, dtype="float16",
+        )  # fmt: skip
+        for stages in (2, 4):
+            run(case, emulated, engine.LineWgradConfig(1, 4, 16, rows, filters, stages, splits=3))
 
 
 def im2col(engine: ModuleType, emulated: SimpleNamespace) -> None:

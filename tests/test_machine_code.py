@@ -193,8 +193,8 @@ def test_products_are_those_that_the_cost_model_counts(arch, monkeypatch):
                     rows, columns, sharing = 16, 8, work.num_warps
                 else:
                     sharing = 1 if arch == "sm_100" else work.num_warps // 4
-                if row.kernel == "line_ring":  # one for each part of the filters
-                    columns /= len(config.parts[0])
+                if row.kernel in ("line_ring", "line_wgrad_ring"):  # one for each part of the filters
+                    columns /= len(config.parts[0] if row.kernel == "line_ring" else config.parts)
                 assert row.loop_matrix == work.flops / (2 * rows * columns * depth * sharing), (row, work)
                 seen[layer.engine] += 1
     assert len(seen) >= 4 and min(seen.values()) >= 10, seen

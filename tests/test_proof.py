@@ -333,7 +333,7 @@ class TestTrial:
             self.run(engine)
 
 
-def test_a_trial_of_hopper_runs_every_kind_of_its_configs_and_several_tiles_of_each_in_a_program():
+def test_a_trial_of_hopper_runs_every_kind_of_its_configs_and_several_turns_of_each_in_a_program():
     from triton_conv3d.engines.hopper.gluon import IM2COL, MISSING
 
     if MISSING:
@@ -345,11 +345,12 @@ def test_a_trial_of_hopper_runs_every_kind_of_its_configs_and_several_tiles_of_e
         for config in tryout._candidates(hopper, there):
             tried += 1
             kinds[problem.pass_].add(type(config))
-            if hopper.work(there, config).programs > 2 * 132:  # multiprocessors, with a program on each
+            work, lines = hopper.work(there, config), isinstance(config, hopper.LineWgradConfig)
+            if work.programs > 2 * 132 or lines and work.iterations > 256:  # multiprocessors, a program on each; of a chain
                 many[problem.pass_].add(type(config))
     gathered = {hopper.BrickConfig, hopper.LineConfig} | ({hopper.Im2colConfig} if IM2COL else set())
-    assert kinds == {"forward": gathered, "dgrad": gathered, "wgrad": {hopper.BrickConfig}}
-    assert many == kinds and 15 <= tried <= 30  # README: some 20 kernels
+    assert kinds == {"forward": gathered, "dgrad": gathered, "wgrad": {hopper.BrickConfig, hopper.LineWgradConfig}}
+    assert many == kinds and 20 <= tried <= 35  # README: some 30 kernels
 
 
 @pytest.mark.gpu

@@ -127,6 +127,14 @@ def _shifted(function: Callable) -> Callable:
     return run
 
 
+def _funnel(kind: str, how: str, low: np.ndarray, high: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """The high word of the 64 bits, shifted to the left by as many as wrap around 32."""
+    if how != "l" or kind != "b32":
+        raise Fault(f"shf.{how} of {kind} is not known")
+    both = high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
+    return (both << (by & np.uint32(31)).astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
+
+
 def _ones(at: np.ndarray, length: np.ndarray) -> np.ndarray:
     return ((np.uint64(1) << length) - np.uint64(1)) << at
 
@@ -169,4 +177,5 @@ FUNCTIONS = {
     "max": _plain(np.fmax), "and": _plain(np.bitwise_and), "or": _plain(np.bitwise_or), "xor": _plain(np.bitwise_xor),
     "not": _plain(np.invert), "neg": _plain(np.negative), "abs": _plain(np.abs), "shl": _shifted(np.left_shift),
     "shr": _shifted(np.right_shift), "bfe": _field, "bfi": _inserted, "prmt": _chosen_bytes, "lop3": _by_table,
+    "shf": _funnel,
 }  # fmt: skip

@@ -26,7 +26,7 @@ SCHEMA = 1
 NAME = re.compile(r"[0-9a-f]{64}\.proof")
 # What `triton-conv3d try` prints: between compiling, which may take long, and launching, which must not; before how it failed.
 RUNNING, FAILED = "running", "failed: "
-SECONDS = 300  # for both: some 20 kernels are compiled
+SECONDS = 300  # for both: some 30 kernels are compiled
 SILENT = 60  # seconds without a line, while kernels of less than one run, after which one of them never ends
 _MAX_BYTES = 64 * 1024  # of a file; they have about 0.5 KiB
 _LONGEST = 1000  # characters of a reason that are kept

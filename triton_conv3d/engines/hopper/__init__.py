@@ -7,7 +7,9 @@ partial sums of split reductions are float32 and added in a fixed order, so equa
 
 Layers that do not fill tiles of 128 channels may go by lines of pixels instead of bricks (lines.py; configs.py has the rule),
 which are read again for the taps that they share. Bytes by design: from memory the minimum as ever; from L2, for every tile of
-planes x lines of the result, (planes + kd - 1) x (lines + kh - 1) x kw lines of 64 pixels, and the weight once.
+planes x lines of the result, (planes + kd - 1) x (lines + kh - 1) x kw lines of 64 pixels, and the weight once. wgrad by
+lines (line_wgrad.py) reads of L2, for 128 rows of dw, which are channels by taps along D and W, all of the input that meets
+them once, and the gradient once; by bricks it is as much for each tap along H.
 
 Where bricks fit badly, and from Triton 3.8 on, tiles may be rows of pixels that im2col copies gather (gather.py; configs.py
 has the rule).
@@ -25,9 +27,14 @@ import torch
 from ...problem import Operands, Problem
 from .. import tma
 from ..base import Memory, Work, refused_by_kernels
-from .configs import BrickConfig, Im2colConfig, LineConfig, configs, im2col_work, line_work
+from .configs import BrickConfig, Im2colConfig, configs, im2col_work
+from .line_configs import LineConfig, LineWgradConfig, line_wgrad_work, line_work
 
-__all__ = ["NAME", "BrickConfig", "Im2colConfig", "LineConfig", "configs", "launch", "memory", "supports", "work"]
+__all__ = [
+    "NAME", "BrickConfig", "Im2colConfig", "LineConfig", "LineWgradConfig", "configs", "launch", "memory", "supports", "work",
+]  # fmt: skip
+
+HopperConfig = BrickConfig | Im2colConfig | LineConfig | LineWgradConfig
 
 NAME = "hopper"
 TRIAL = True  # it has not run on a GPU yet
@@ -47,25 +54,29 @@ def supports(problem: Problem) -> str | None:
     return MISSING or tma.supports(problem)
 
 
-def memory(problem: Problem, config: BrickConfig | Im2colConfig | LineConfig) -> Memory:
+def memory(problem: Problem, config: HopperConfig) -> Memory:
     return tma.memory(problem, _as_brick(config))
 
 
-def work(problem: Problem, config: BrickConfig | Im2colConfig | LineConfig) -> Work:
+def work(problem: Problem, config: HopperConfig) -> Work:
     """The launch as the cost model sees it."""
     if isinstance(config, LineConfig):
         return line_work(problem, config)
+    if isinstance(config, LineWgradConfig):
+        return line_wgrad_work(problem, config)
     return im2col_work(problem, config) if isinstance(config, Im2colConfig) else tma.work(problem, config)
 
 
-def launch(problem: Problem, operands: Operands, config: BrickConfig | Im2colConfig | LineConfig) -> torch.Tensor:
+def launch(problem: Problem, operands: Operands, config: HopperConfig) -> torch.Tensor:
     from . import host  # which needs Gluon
 
-    gather = functools.partial(host.gather, im2col=isinstance(config, Im2colConfig))
+    gather, wgrad = functools.partial(host.gather, im2col=isinstance(config, Im2colConfig)), host.wgrad
     if isinstance(config, LineConfig):
         gather = functools.partial(host.lines, config)
-    return tma.launched(problem, operands, _as_brick(config), gather, host.wgrad)
+    if isinstance(config, LineWgradConfig):
+        wgrad = functools.partial(host.line_wgrad, config)
+    return tma.launched(problem, operands, _as_brick(config), gather, wgrad)
 
 
-def _as_brick(config: BrickConfig | Im2colConfig | LineConfig) -> BrickConfig:
+def _as_brick(config: HopperConfig) -> BrickConfig:
     return config if isinstance(config, BrickConfig) else config.brick

@@ -9,47 +9,48 @@ from dataclasses import dataclass
 
 from ...problem import Problem, live_depth
 from .. import tma
-from ..base import Config, Order, Work
+from ..base import Config, Work
 from ..implicit_gemm.configs import CHAIN, split_counts
-from ..tma.configs import SHARED_BYTES, BrickConfig, _fits, best_steps, extent, produced, reduced
+from ..tma.configs import BrickConfig, _fits, best_steps, extent
 from ..tma.geometry import MOST_VIEWS, Brick, best_first, bricks, counts, covered, pixels, views_along
+from .line_configs import WARPS, LineConfig, LineWgradConfig, line_configs, line_wgrad_configs
 
-__all__ = ["BrickConfig", "Im2colConfig", "LineConfig", "configs", "corners", "im2col_tiles", "one_chain", "spacing"]
+__all__ = ["BrickConfig", "Im2colConfig", "configs", "corners", "im2col_tiles", "im2col_work", "one_chain"]
 
-_WARPS = 8  # that multiply: two warpgroups. One more produces.
 _MOST_TILES = 3  # of those that fit, the largest, are offered
 _MOST_SPLITS = 2  # of each of them: the whole, and the fewest parts that fill a GPU
 
 # (pixels, block_n, block_k, num_warps, num_stages), the smallest last. As in engines/tma/configs.py, with num_stages the
 # stages of the ring: up to 8, as many as fit into shared memory beside what turns the results round.
 _GATHER = (
-    (256, 128, 64, _WARPS, 4),
-    (256, 128, 32, _WARPS, 8),
-    (128, 256, 64, _WARPS, 4),
-    (128, 128, 64, _WARPS, 6),
-    (256, 64, 64, _WARPS, 4),
-    (128, 64, 64, _WARPS, 8),
-    (256, 64, 32, _WARPS, 8),
-    (128, 64, 16, _WARPS, 8),
+    (256, 128, 64, WARPS, 4),
+    (256, 128, 32, WARPS, 8),
+    (128, 256, 64, WARPS, 4),
+    (128, 128, 64, WARPS, 6),
+    (256, 64, 64, WARPS, 4),
+    (128, 64, 64, WARPS, 8),
+    (256, 64, 32, WARPS, 8),
+    (128, 64, 16, WARPS, 8),
 )
 _WGRAD = (
-    (64, 256, 128, _WARPS, 4),
-    (64, 128, 128, _WARPS, 6),
-    (64, 64, 128, _WARPS, 8),
-    (64, 128, 64, _WARPS, 8),
-    (64, 64, 64, _WARPS, 8),
-    (64, 32, 64, _WARPS, 8),
-    (64, 16, 64, _WARPS, 8),
+    (64, 256, 128, WARPS, 4),
+    (64, 128, 128, WARPS, 6),
+    (64, 64, 128, WARPS, 8),
+    (64, 128, 64, WARPS, 8),
+    (64, 64, 64, WARPS, 8),
+    (64, 32, 64, WARPS, 8),
+    (64, 16, 64, WARPS, 8),
 )
+_WIDE_WGRAD, _NARROWEST = _WGRAD[:2], 64
 # Every shape is a kernel to compile. So the best of these, which layers share, takes the place of the brick that covers least
 # where it covers hardly more: of the 16-bit layers of perf/workloads in 304 of 330 tiles of 128 and 256 pixels, and 78 of 81 of
 # 64, which together cover less than 0.5 % more.
 _SHARED = {
-    64: ((1, 4, 4, 4), (1, 1, 8, 8), (4, 2, 2, 4)),
-    128: ((1, 4, 4, 8), (1, 1, 8, 16), (2, 4, 4, 4)),
-    256: ((1, 4, 8, 8), (1, 1, 16, 16), (4, 4, 4, 4)),
+    64: ((1, 1, 8, 8), (1, 4, 4, 4), (4, 2, 2, 4)),
+    128: ((1, 1, 8, 16), (1, 4, 4, 8), (2, 4, 4, 4)),
+    256: ((1, 1, 16, 16), (1, 4, 8, 8), (4, 4, 4, 4)),
 }
-_FLAT, _SHORT_STEP = _SHARED[256][1], 32
+_FLAT, _SHORT_STEP = _SHARED[256][0], 32
 _WASTE = 1.1  # times the pixels of the best brick
 _WASTE_SHORT = 1.4  # the same with the shortest steps, of which sixteen variants have room for few
 _WALKED = 0.95  # times the pixels and taps that bricks walk, at most, where im2col copies are offered
@@ -58,18 +59,6 @@ _CORNERS = range(-16, 16)
 _MOST_OFFSET = 31
 _MOST_STEP = 8  # from one element to the next
 _PIXELS = 2**31  # that a kernel counts
-LINE = 64  # pixels of a line
-_NARROW = 64  # channels up to which a tile by lines computes all of a group
-_CHANNELS, _CHUNK = 48, 32  # of a line: all of them up to so many, else so many at a time
-_LINES = ((4, 4), (2, 4))  # (planes, lines) of a tile, the fewest loads a line first
-_FEW_LINES = ((2, 2),)  # where none of these fits
-_TILES_N = (128, 96, 80, 64)  # channels of a tile, where there are more
-MOST_PARTS = 2  # powers of two that channels of a tile are the sum of
-_SUMS = 512  # channels of all lines of a tile: each warpgroup has half of their sums, in 128 registers of a thread
-_LONG = ("gelu", "tanh")  # activations that have half the registers for sums, or Triton 3.9.0 spills
-W_STAGES = 2  # steps whose taps are there
-_MOST_PLANES = 8  # of the ring
-_BARRIERS = 1024  # bytes, and what the alignment of buffers takes
 _TOTALS = 128 * 128  # sums of a tile that leave registers for a second set of them, the total of several chains
 
 
@@ -90,58 +79,7 @@ class Im2colConfig(Config):
     @property
     def brick(self) -> BrickConfig:
         """A brick of as many pixels, and of the same views: those of a stride along depth."""
-        return BrickConfig(1, self.pixels, 1, 1, self.block_n, self.block_k, _WARPS, self.num_stages, self.splits)
-
-
-@dataclass(frozen=True)
-class LineConfig(Config):
-    """Of lines.py.
-
-    planes, lines: of a tile, lines of :data:`LINE` pixels.
-    block_n, block_k: channels that are computed, and of a line: sums of at most :data:`MOST_PARTS` powers of two.
-    num_stages: planes of the ring, each with the lines above and below that the taps along H reach.
-    """
-
-    planes: int
-    lines: int
-    block_n: int
-    block_k: int
-    num_stages: int
-
-    @property
-    def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of ``block_n`` and of ``block_k``, powers of two, the largest first."""
-        return _parts(self.block_n), _parts(self.block_k)
-
-    @property
-    def brick(self) -> BrickConfig:
-        """What brick this tile would be."""
-        return BrickConfig(1, self.planes, self.lines, LINE, self.block_n, self.block_k, _WARPS, self.num_stages)
-
-    def halo(self, problem: Problem) -> tuple[int, int]:
-        """(planes, lines of a plane) that a tile reads for a tap along W."""
-        return self.planes + problem.kernel_size[0] - 1, self.lines + problem.kernel_size[1] - 1
-
-    def tiles(self, problem: Problem) -> Brick:
-        """Along n, d, h, w. The lines of a tile are those of a step of the dilation, as often as there are lines."""
-        n, d, h, w = pixels(problem)
-        by_d, by_h, _ = spacing(problem)
-        d, h = by_d * -(-d // (by_d * self.planes)), by_h * -(-h // (by_h * self.lines))
-        return n, d, h, -(-w // LINE)
-
-    def tiles_n(self, problem: Problem) -> int:
-        """Along the channels that are computed."""
-        return -(-produced(problem) // self.block_n)
-
-
-def _parts(channels: int) -> tuple[int, ...]:
-    """The powers of two that they are the sum of, the largest first."""
-    return tuple(1 << bit for bit in reversed(range(channels.bit_length())) if channels >> bit & 1)
-
-
-def spacing(problem: Problem) -> Brick:
-    """From a line of a tile to the next, and from a tap to the next: the dilation, where there is more than one tap."""
-    return tuple(by if taps > 1 else 1 for by, taps in zip(problem.dilation, problem.kernel_size, strict=True))
+        return BrickConfig(1, self.pixels, 1, 1, self.block_n, self.block_k, WARPS, self.num_stages, self.splits)
 
 
 def one_chain(problem: Problem, config: BrickConfig) -> bool:
@@ -230,85 +168,6 @@ def im2col_work(problem: Problem, config: Im2colConfig) -> Work:
     return work
 
 
-def _line_channels(problem: Problem) -> tuple[int, int] | None:
-    """(computed by a tile, of a line); None where lines are not offered.
-
-    That is without taps along D or H that share them, with a stride, and where tiles of 128 channels are filled as well: then
-    bricks are bound by products too.
-    """
-    if problem.pass_ == "wgrad" or problem.stride != (1, 1, 1) or problem.kernel_size[:2] == (1, 1):
-        return None
-    if any(by > size for by, size in zip(spacing(problem), pixels(problem)[1:], strict=True)):
-        return None  # no two lines would meet the same
-    n, k = _sixteens(produced(problem)), _sixteens(reduced(problem))
-    if n > _NARROW:
-        n = min(_TILES_N, key=lambda tile: -(-n // tile) * tile)
-    if k > _CHANNELS:
-        k = _CHUNK
-    whole = problem.groups == 1 or reduced(problem) % k == 0  # else it would read another group
-    return (n, k) if whole and n != _TILES_N[0] else None
-
-
-def _sixteens(channels: int) -> int:
-    """As many, or up to 15 more, so that they are a multiple of 16."""
-    return -(-channels // 16) * 16
-
-
-def _line_bytes(problem: Problem, config: LineConfig) -> tuple[int, int, int]:
-    """Shared memory of a plane of the ring, of the taps of a step, and of what turns the sums of two lines round."""
-    plane = config.halo(problem)[1] * LINE * config.block_k
-    taps = problem.kernel_size[1] * config.block_n * config.block_k
-    return 2 * plane, 2 * W_STAGES * taps, 4 * 2 * LINE * config.parts[0][0]
-
-
-def _line_configs(problem: Problem) -> list[LineConfig]:
-    channels = _line_channels(problem)
-    if channels is None:
-        return []
-    return _lines_that_fit(problem, _LINES, *channels) or _lines_that_fit(problem, _FEW_LINES, *channels)
-
-
-def _lines_that_fit(problem: Problem, tiles: tuple[tuple[int, int], ...], n: int, k: int) -> list[LineConfig]:
-    """Tiles whose sums fit into registers, and a plane more than a step needs into shared memory."""
-    found = []
-    for planes, lines in tiles:
-        config = LineConfig(planes, lines, n, k, 0)
-        plane, taps, turned = _line_bytes(problem, config)
-        stages = min((SHARED_BYTES - _BARRIERS - taps - turned) // plane, _MOST_PLANES)
-        sums = planes * lines * config.block_n
-        most = _SUMS // 2 if problem.activation in _LONG else _SUMS
-        if sums <= most and stages > planes:
-            found.append(config.replace(num_stages=stages))
-    return found
-
-
-def line_work(problem: Problem, config: LineConfig) -> Work:
-    """The launch as the cost model sees it: a step is a tap along W and one along D."""
-    item, taps = problem.itemsize, problem.kernel_size
-    planes, lines = config.halo(problem)
-    rows, halo = config.planes * config.lines, planes * lines
-    read = item * halo * LINE * config.block_k / taps[0]
-    filters = item * taps[1] * config.block_n * config.block_k
-    tiles, columns = math.prod(config.tiles(problem)) * problem.groups, config.tiles_n(problem)
-    live = live_depth(problem, config.planes) if problem.dilation[0] == 1 else 1.0
-    return Work(
-        programs=tiles * columns,
-        iterations=math.ceil(-(-reduced(problem) // config.block_k) * taps[0] * taps[2] * live),
-        flops=2.0 * rows * LINE * taps[1] * config.block_n * config.block_k,
-        bytes_read=read + filters,
-        bytes_written=float(item * rows * LINE * config.block_n),
-        num_warps=_WARPS,
-        shared_bytes=sum(b * n for b, n in zip(_line_bytes(problem, config), (config.num_stages, 1, 1), strict=True)),
-        extra_bytes=2.0 * tma.memory(problem, config.brick).copies,
-        stages=1 + config.num_stages - config.planes,
-        # Every pixel comes from memory once, and from L2 for each tap along W, and with the halo of each tile.
-        order=Order(tiles, columns, 1, read, float(filters), halo * taps[2] / rows),
-        product=(rows * LINE, config.block_n),
-        tiles=(lines / config.lines, taps[1]),
-        in_registers=True,
-    )
-
-
 def _brick(problem: Problem, size: int, block_k: int) -> Brick:
     """The best brick of so many pixels, or of those that layers share if it covers hardly more.
 
@@ -329,18 +188,23 @@ def _views(problem: Problem, brick: Brick) -> int:
     return math.prod(views_along(problem, brick))
 
 
-def configs(problem: Problem) -> tuple[BrickConfig | Im2colConfig | LineConfig, ...]:
+def configs(problem: Problem) -> tuple[BrickConfig | Im2colConfig | LineConfig | LineWgradConfig, ...]:
     """Every configuration that this problem can take, lines first, the smallest last."""
     base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
+    lines = line_configs(problem) + line_wgrad_configs(problem)
     tiles = [tile for tile in base if _fits(problem, tile)]
     tiles = (tiles if problem.pass_ == "wgrad" else best_steps(problem, tiles))[:_MOST_TILES]
+    if problem.pass_ == "wgrad" and lines:  # which read less than bricks of narrow tiles
+        tiles = [tile for tile in tiles if tile in _WIDE_WGRAD]
+    size, *tile = base[-1]
+    few = min(_SHARED[size], key=functools.partial(_views, problem))
+    few = few if _views(problem, few) <= MOST_VIEWS else bricks(problem, size)[0]
+    smallest = BrickConfig(*few, *tile)
     offers = []
     for size, *tile in tiles:
-        whole = BrickConfig(*_brick(problem, size, tile[1]), *tile)
+        narrow = tile[0] < _NARROWEST  # slow whatever its brick, so it shares one
+        whole = BrickConfig(*(few if narrow else _brick(problem, size, tile[1])), *tile)
         split = (whole.replace(splits=splits) for splits in split_counts(problem, *extent(problem, whole)))
         offers += [config for config in split if _holds(problem, config)][:_MOST_SPLITS]
     offers += _im2col_configs(problem, tiles)
-    size, *tile = base[-1]
-    few = min(_SHARED[size], key=functools.partial(_views, problem))
-    smallest = BrickConfig(*(few if _views(problem, few) <= MOST_VIEWS else bricks(problem, size)[0]), *tile)
-    return (*_line_configs(problem), *(offer for offer in offers if offer != smallest), smallest)
+    return (*lines, *(offer for offer in offers if offer != smallest), smallest)

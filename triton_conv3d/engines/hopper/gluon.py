@@ -8,8 +8,8 @@ descriptor are not.
 from __future__ import annotations
 
 __all__ = [
-    "IM2COL", "MISSING", "TensorDescriptor", "TensorDescriptorIm2Col", "gl", "gluon", "load", "load_im2col", "mbarrier",
-    "warpgroup_mma", "warpgroup_mma_wait",
+    "IM2COL", "MISSING", "TensorDescriptor", "TensorDescriptorIm2Col", "beside", "gl", "gluon", "load", "load_im2col",
+    "mbarrier", "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 
 MISSING: str | None = None
@@ -36,12 +36,21 @@ try:
         def _seen_as(buffer, descriptor):
             return buffer.reinterpret(buffer.dtype, descriptor.block_type.shape, descriptor.layout)
 
+        @gluon.jit
+        def beside(buffers, NUMBER: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+            """Buffers of (rows, fewer columns) as so many, in each of which several of them lie side by side."""
+            return buffers.reinterpret(buffers.dtype, [NUMBER, ROWS, COLUMNS], LAYOUT)
+
     else:
         _ASKED_FOR += (gl.shared_memory_descriptor._reinterpret,)
 
         @gluon.jit
         def _seen_as(buffer, descriptor):
             return buffer._reinterpret(buffer.dtype, descriptor.block_type.shape, descriptor.layout)
+
+        @gluon.jit
+        def beside(buffers, NUMBER: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+            return buffers._reinterpret(buffers.dtype, [NUMBER, ROWS, COLUMNS], LAYOUT)
 
     @gluon.jit
     def load(descriptor, at, barrier, buffer):

@@ -6,15 +6,19 @@ import functools
 import math
 
 import torch
+import triton.language as tl
 
 from ...problem import CHANNELS_LAST, Operands, Problem
 from ..implicit_gemm import dense
+from ..implicit_gemm.configs import CHAIN
 from ..launching import GRID_LIMIT, launch_kernel
 from ..tma import _KNOWN_LAUNCHES, _descriptor, _gather_launch, _readable, _wgrad_launch
 from ..tma.geometry import MOST_VIEWS, View, Views, views
-from .configs import LINE, MOST_PARTS, W_STAGES, BrickConfig, LineConfig, corners, im2col_tiles, one_chain, spacing
+from .configs import BrickConfig, corners, im2col_tiles, one_chain
 from .gather import gather_ring
 from .gluon import TensorDescriptor, TensorDescriptorIm2Col, gl
+from .line_configs import LINE, MOST_PARTS, W_STAGES, LineConfig, LineWgradConfig, spacing
+from .line_wgrad import line_wgrad_ring
 from .lines import line_ring
 from .wgrad import wgrad_ring
 
@@ -72,6 +76,19 @@ def wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: tor
         x_view = _swizzled(_descriptor(x, view, read.stride, (*config.brick, config.block_n)))
         tiles, arguments, options = _wgrad_arguments(problem, config, view, read)
         launch_kernel(wgrad_ring, _grid(target, tiles), (target, grad, x_view, *arguments, tiles), options)
+
+
+def line_wgrad(
+    config: LineWgradConfig, problem: Problem, operands: Operands, brick: BrickConfig, target: torch.Tensor
+) -> None:
+    """wgrad: the lines of all columns are shared out among the splits."""
+    x, grad = _readable(operands.input), _readable(operands.grad)
+    pixels = brick.brick
+    x = _swizzled(_descriptor(x, _whole(x), (1, 1, 1), (*pixels, config.rows)))
+    grads = [_swizzled(_descriptor(grad, _whole(grad), (1, 1, 1), (*pixels, n))) for n in config.parts]
+    grads += [None] * (MOST_PARTS - len(grads))
+    tiles, arguments, options = _line_wgrad_arguments(problem, config)
+    launch_kernel(line_wgrad_ring, _grid(target, tiles), (target, x, *grads, *arguments, tiles), options)
 
 
 def _whole(tensor: torch.Tensor) -> View:
@@ -155,6 +172,35 @@ def _wgrad_arguments(problem: Problem, config: BrickConfig, view: View, read: Vi
     )
     options = _ring(wgrad_ring, options, config) | layouts
     return tiles, arguments, options | {"CHAIN": 0 if one_chain(problem, config) else options["CHAIN"]}
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _line_wgrad_arguments(problem: Problem, config: LineWgradConfig) -> tuple[int, tuple, dict]:
+    """The same, of lines."""
+    columns, height = config.columns(problem)
+    start, dilation = tuple(-pad for pad in problem.padding[::2]), spacing(problem)
+    sums = tuple(_sums(LINE, n, 1) for n in config.parts)
+    options = dict(
+        INDEX=tl.int64 if problem.index64 else tl.int32,
+        CHAIN=CHAIN // LINE,
+        BRICK=config.line,
+        TAPS=problem.kernel_size,
+        ROWS=config.rows,
+        N_PARTS=config.parts,
+        STAGES=config.num_stages,
+        G_STAGES=config.num_stages + problem.kernel_size[1],
+        X_RING=_shared((LINE, config.rows)),
+        G_RINGS=tuple(_shared((LINE, n)) for n in config.parts),
+        SUMS=sums,
+        PIXELS=tuple(gl.DotOperandLayout(0, layout, 2) for layout in sums),
+        WRITTEN=gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1]),  # 16 bytes along the channels
+        num_warps=4,
+    )
+    arguments = (
+        start, dilation, columns, height, math.prod(columns) * height, math.prod(problem.weight_shape), problem.group_in,
+        problem.group_out, config.splits,
+    )  # fmt: skip
+    return math.prod(config.tiles(problem)) * problem.groups * config.splits, arguments, options
 
 
 def _ring(kernel, options: dict, config: BrickConfig) -> dict:

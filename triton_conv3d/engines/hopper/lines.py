@@ -21,11 +21,9 @@ import triton.language as tl
 
 from ..implicit_gemm.taps import live_taps
 from .gather import _write, tile_at
-from .gluon import gl, gluon, load, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from .ring import PRODUCER_REGISTERS, barriers, next_stage
+from .gluon import gl, gluon, load, mbarrier, warpgroup_mma
+from .ring import CONSUMERS, LINE, PRODUCER_REGISTERS, ahead_of, barriers, item, next_stage, waited
 
-LINE = gl.constexpr(64)  # pixels: the rows of one matrix instruction
-_CONSUMERS = gl.constexpr(2)
 _CONSUMER_REGISTERS = gl.constexpr(232)
 
 
@@ -50,18 +48,6 @@ def _tap(at, line, LINES, TAPS_H):
     plane, h = divmod(at, LINES + TAPS_H - 1)
     tap = h - line % LINES
     return tap if line // LINES == plane and 0 <= tap < TAPS_H else None
-
-
-@triton.constexpr_function
-def _at(parts, i):
-    """One of a tuple, a constant as it is."""
-    return parts[i]
-
-
-@triton.constexpr_function
-def _ahead_of(parts, i):
-    """Channels of the parts before this one; None: of all."""
-    return sum(parts[:i])
 
 
 @triton.constexpr_function
@@ -101,8 +87,8 @@ def _produce(
     W_STAGES: gl.constexpr,
 ):
     HALO: gl.constexpr = LINES + TAPS_H - 1
-    BLOCK_N: gl.constexpr = _ahead_of(N_PARTS, None)
-    BLOCK_K: gl.constexpr = _ahead_of(K_PARTS, None)
+    BLOCK_N: gl.constexpr = ahead_of(N_PARTS, None)
+    BLOCK_K: gl.constexpr = ahead_of(K_PARTS, None)
     tiles_n = tl.cdiv(produced, BLOCK_N)
     steps = tl.cdiv(reduced, BLOCK_K) * kernel[2]
     stage = 0
@@ -125,7 +111,7 @@ def _produce(
                 for line in range(HALO):
                     for k in gl.static_range(len(K_PARTS)):
                         at_d, at_h, at_w = x_d + plane * dilation[0], x_h + line * dilation[1], x_w + tw * dilation[2]
-                        x_at = [n, at_d, at_h, at_w, group * reduced + channel + _ahead_of(K_PARTS, k)]
+                        x_at = [n, at_d, at_h, at_w, group * reduced + channel + ahead_of(K_PARTS, k)]
                         load(xs[k], x_at, x_full.index(stage), x_rings[k].index(stage * HALO + line))
                 stage, parity = next_stage(stage, parity, STAGES)
                 td = lo + plane - (PLANES - 1)  # of the step that this plane is the last of
@@ -135,24 +121,14 @@ def _produce(
                     for th in range(TAPS_H):
                         tap = (td * TAPS_H + th) * kernel[2] + tw
                         for i in gl.static_range(len(N_PARTS) * len(K_PARTS)):
-                            q = tile_n * BLOCK_N + _ahead_of(N_PARTS, i // len(K_PARTS))
-                            r = channel + _ahead_of(K_PARTS, i % len(K_PARTS))
+                            q = tile_n * BLOCK_N + ahead_of(N_PARTS, i // len(K_PARTS))
+                            r = channel + ahead_of(K_PARTS, i % len(K_PARTS))
                             if DGRAD:
                                 w_at = [taps - 1 - tap, group * reduced + r, q]
                             else:
                                 w_at = [tap, group * produced + q, r]
                             load(ws[i], w_at, w_full.index(w_stage), w_rings[i].index(w_stage * TAPS_H + th))
                     w_stage, w_parity = next_stage(w_stage, w_parity, W_STAGES)
-
-
-@gluon.jit
-def _waited(PENDING: gl.constexpr, sums, read):
-    """The sums once no more products are under way than that; registers that the others read are kept until then."""
-    waited = warpgroup_mma_wait(PENDING, deps=sums + read)
-    sums_ = ()
-    for i in gl.static_range(len(sums)):
-        sums_ = sums_ + (waited[i],)
-    return sums_
 
 
 @gluon.jit
@@ -196,12 +172,12 @@ def _consume(
     WRITTEN: gl.constexpr,
 ):
     HALO: gl.constexpr = LINES + TAPS_H - 1
-    MINE: gl.constexpr = PLANES // _CONSUMERS
+    MINE: gl.constexpr = PLANES // CONSUMERS
     NS: gl.constexpr = len(N_PARTS)
     KS: gl.constexpr = len(K_PARTS)
-    BLOCK_N: gl.constexpr = _ahead_of(N_PARTS, None)
+    BLOCK_N: gl.constexpr = ahead_of(N_PARTS, None)
     tiles_n = tl.cdiv(produced, BLOCK_N)
-    steps = tl.cdiv(reduced, _ahead_of(K_PARTS, None)) * kernel[2]
+    steps = tl.cdiv(reduced, ahead_of(K_PARTS, None)) * kernel[2]
     stage = 0  # of the oldest plane that a step needs
     newest = 0
     parity = 0
@@ -212,7 +188,7 @@ def _consume(
         d, lo, hi = _planes_of(d, y_size, x_depth, start, kernel, dilation, PLANES)
         sums = ()  # line by line, part by part
         for i in gl.static_range(MINE * LINES * NS):
-            sums = sums + (gl.zeros([LINE, _at(N_PARTS, i % NS)], gl.float32, _at(SUMS, i % NS)),)
+            sums = sums + (gl.zeros([LINE, item(N_PARTS, i % NS)], gl.float32, item(SUMS, i % NS)),)
         for _step in range(steps):
             for _first in gl.static_range(PLANES - 1):
                 mbarrier.wait(x_full.index(newest), parity)
@@ -225,7 +201,7 @@ def _consume(
                 for part in gl.static_range(MINE * HALO * KS):
                     plane = stage + (WHICH * MINE + part // HALO % MINE)
                     plane = tl.where(plane >= STAGES, plane - STAGES, plane)
-                    pixels = x_rings[part // (MINE * HALO)].index(plane * HALO + part % HALO).load(_at(PIXELS, 0))
+                    pixels = x_rings[part // (MINE * HALO)].index(plane * HALO + part % HALO).load(item(PIXELS, 0))
                     started = ()
                     for i in gl.static_range(MINE * LINES * NS):
                         acc = sums[i]
@@ -234,12 +210,12 @@ def _consume(
                             b = w_rings[i % NS * KS + part // (MINE * HALO)].index(tap)
                             if not DGRAD:
                                 b = b.permute((1, 0))
-                            a = gl.convert_layout(pixels, _at(PIXELS, i % NS))
+                            a = gl.convert_layout(pixels, item(PIXELS, i % NS))
                             acc = warpgroup_mma(a, b, acc, is_async=True)
                         started = started + (acc,)
-                    sums = _waited(_met(part, LINES, TAPS_H) * NS, started, read)
+                    sums = waited(_met(part, LINES, TAPS_H) * NS, started, read)
                     read = (pixels,)
-                sums = _waited(0, sums, read)
+                sums = waited(0, sums, read)
                 mbarrier.arrive(x_empty.index(stage))
                 mbarrier.arrive(w_empty.index(w_stage))
                 stage = next_stage(stage, 0, STAGES)[0]
@@ -252,11 +228,11 @@ def _consume(
         for i in gl.static_range(MINE * LINES * NS):
             plane = WHICH * MINE + i // (LINES * NS)
             at = (n, d + plane * dilation[0], h + i // NS % LINES * dilation[1], w_ * LINE)
-            q = tile_n * BLOCK_N + _ahead_of(N_PARTS, i % NS)
+            q = tile_n * BLOCK_N + ahead_of(N_PARTS, i % NS)
             _write(
                 gl.permute(sums[i], (1, 0)), y_ptr, bias_ptr, residual_ptr, slope, at, (0, 0, 0), (1, 1, 1), y_size,
                 y_strides, group * produced, q, produced, 0, BIAS, ACTIVATION, Y_UNIT, INDEX, (1, 1, 1, LINE), False, LINE,
-                _at(WRITTEN, i % NS),
+                item(WRITTEN, i % NS),
             )  # fmt: skip
 
 
@@ -302,7 +278,7 @@ def line_ring(
     WRITTEN: gl.constexpr,
 ):
     gl.static_assert(STAGES >= PLANES, "a step needs all its planes at once")
-    gl.static_assert(PLANES % _CONSUMERS == 0 and PLANES * LINES > _CONSUMERS, "every consumer has several lines")
+    gl.static_assert(PLANES % CONSUMERS == 0 and PLANES * LINES > CONSUMERS, "every consumer has several lines")
     produced = produced * Y_UNIT
     ws = (w0, w1, w2, w3)
     xs = (x0, x1)
@@ -311,16 +287,16 @@ def line_ring(
     w_rings = ()
     for i in gl.static_range(len(N_PARTS) * KS):
         if DGRAD:
-            ring = gl.allocate_shared_memory(w0.dtype, [TAPS, K_PARTS[i % KS], N_PARTS[i // KS]], _at(W_RINGS, i))
+            ring = gl.allocate_shared_memory(w0.dtype, [TAPS, K_PARTS[i % KS], N_PARTS[i // KS]], item(W_RINGS, i))
         else:
-            ring = gl.allocate_shared_memory(w0.dtype, [TAPS, N_PARTS[i // KS], K_PARTS[i % KS]], _at(W_RINGS, i))
+            ring = gl.allocate_shared_memory(w0.dtype, [TAPS, N_PARTS[i // KS], K_PARTS[i % KS]], item(W_RINGS, i))
         w_rings = w_rings + (ring,)
     x_rings = ()
     for i in gl.static_range(KS):
-        ring = gl.allocate_shared_memory(x0.dtype, [STAGES * (LINES + TAPS_H - 1), LINE, K_PARTS[i]], _at(X_RINGS, i))
+        ring = gl.allocate_shared_memory(x0.dtype, [STAGES * (LINES + TAPS_H - 1), LINE, K_PARTS[i]], item(X_RINGS, i))
         x_rings = x_rings + (ring,)
-    x_full, x_empty = barriers(STAGES, _CONSUMERS)
-    w_full, w_empty = barriers(W_STAGES, _CONSUMERS)
+    x_full, x_empty = barriers(STAGES, CONSUMERS)
+    w_full, w_empty = barriers(W_STAGES, CONSUMERS)
     gl.warp_specialize(
         [
             (

@@ -13,6 +13,20 @@ from .gluon import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 # Of a thread of the producer; what it leaves is shared out among the consumers. With the least, 24, Triton 3.9.0 spills.
 PRODUCER_REGISTERS = gl.constexpr(40)
+LINE = gl.constexpr(64)  # pixels of a line: the rows of one matrix instruction, and of wgrad a step of the reduction
+CONSUMERS = gl.constexpr(2)  # of lines, each a warpgroup of its own
+
+
+@triton.constexpr_function
+def item(parts, i):
+    """One of a tuple, a constant as it is."""
+    return parts[i]
+
+
+@triton.constexpr_function
+def ahead_of(parts, i):
+    """Channels of the parts before this one; None: of all."""
+    return sum(parts[:i])
 
 
 @triton.jit
@@ -80,3 +94,13 @@ def multiply(
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(before), pred=steps > 0)
     return acc, stage, parity
+
+
+@gluon.jit
+def waited(PENDING: gl.constexpr, sums, read):
+    """The sums once no more products are under way than that; registers that the others read are kept until then."""
+    done = warpgroup_mma_wait(PENDING, deps=sums + read)
+    sums_ = ()
+    for i in gl.static_range(len(sums)):
+        sums_ = sums_ + (done[i],)
+    return sums_
