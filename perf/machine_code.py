@@ -200,9 +200,12 @@ def configs(problem: Problem, engine: ModuleType, most: int | None = None) -> li
 
     Of engines whose splits are not of the reduction alone, or not all of whose tiles can be split, what they offer: all splits
     above 1 share their code, but in wgrad of ``hopper``, where they decide about its chains. Of ``kn2row`` every tile once:
-    its lines are a number at run time. Of wgrad of ``tma`` on sm_90 every tile also with the left side in registers.
+    its lines are a number at run time. Of wgrad of ``tma`` on sm_90 every tile also with the left side in registers. Of lines
+    of ``hopper`` those of one sample and those of two.
     """
     offers = engine.configs(problem)
+    if engine.NAME == "hopper":
+        offers = (*offers, *(dataclasses.replace(o, samples=3 - o.samples) for o in offers if hasattr(o, "samples")))
     if engine.NAME == "kn2row":
         offers = {dataclasses.replace(offer, lines=0): offer for offer in offers}.values()
     if engine.NAME not in _SPLITS_EVERY_TILE or not any(hasattr(offer, "splits") for offer in offers):

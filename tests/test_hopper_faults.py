@@ -70,6 +70,9 @@ FAULTS = {
     "lines_side_by_side": ("lines.py", "tile // dilation * (LINES * dilation) + tile % dilation", "tile * LINES"),
     "lines_of_the_first_group": ("lines.py", "w_at = [tap, group * produced + q, r]", "w_at = [tap, q, r]"),
     "lines_taps_not_turned": ("lines.py", "w_at = [taps - 1 - tap,", "w_at = [tap,"),
+    "lines_samples_read": ("lines.py", "x_at = [n * SAMPLES, at_d", "x_at = [n, at_d"),
+    "lines_samples_written": ("lines.py", "at = (n * SAMPLES, d", "at = (n, d"),
+    "lines_pixels_of_a_sample": ("lines.py", "x_w = w_ * (LINE // SAMPLES)", "x_w = w_ * LINE"),
     "lines_start_of_dgrad": ("host.py", "p - (k - 1) * by", "p - (k - 1)"),
     # wgrad by lines
     "slices_input_not_waited_for": ("line_wgrad.py", "mbarrier.wait(x_full.index(stage), parity)", "pass"),
@@ -198,7 +201,10 @@ def lines(engine: ModuleType, emulated: SimpleNamespace) -> None:
             )  # fmt: skip
             offers = [config for config in engine.configs(case.geometry()) if isinstance(config, engine.LineConfig)]
             for planes, stages in ((2, 2), (4, 5)):
-                run(case, emulated, replace(offers[0], planes=planes, lines=2, num_stages=stages))
+                run(case, emulated, replace(offers[0], planes=planes, lines=2, num_stages=stages, samples=1))
+            if groups == 2:
+                several = case.replace(batch=3, input_size=(2, 3, 37))
+                run(several, emulated, replace(offers[0], planes=2, lines=2, num_stages=3, samples=2))
 
 
 def slices(engine: ModuleType, emulated: SimpleNamespace, host: ModuleType) -> None:

@@ -29,6 +29,7 @@ GEOMETRIES = {
     "taps_along_d": dict(kernel_size=(5, 1, 1), padding=(2, 2, 0, 0, 0, 0), input_size=(9, 3, 4)),
     "taps_along_h": dict(kernel_size=(1, 3, 2), padding=(0, 0, 2, 0, 1, 0), input_size=(5, 9, 4)),
     "groups": dict(in_channels=32, out_channels=64, groups=2, batch=1, kernel_size=(2, 2, 2)),
+    "half_a_line_of_two_samples": dict(batch=3, input_size=(2, 3, 29), kernel_size=(2, 2, 2)),
     "widest": dict(in_channels=64, out_channels=64, batch=1, kernel_size=(2, 2, 2)),
     "parts_of_channels": dict(in_channels=48, out_channels=48, batch=1, kernel_size=(2, 2, 1)),
     "parts_of_filters": dict(in_channels=16, out_channels=80, batch=1, kernel_size=(1, 3, 2)),
@@ -114,6 +115,18 @@ def test_channels_of_a_tile(channels: tuple, computed: int, line: int) -> None:
     for config in offered(problem):
         assert (config.block_n, config.block_k) == (computed, line)
         assert all(sum(parts) == of and len(parts) <= 2 for parts, of in zip(config.parts, (computed, line), strict=True))
+
+
+@needs_gluon
+@pytest.mark.parametrize("batch, width, samples", [(1, 96, 1), (2, 96, 2), (2, 128, 2), (3, 128, 1), (3, 32, 2)], ids=str)
+def test_samples_of_a_line(batch: int, width: int, samples: int) -> None:
+    """Two, where half a line of each covers hardly more than whole ones."""
+    size = (16, 16, width)
+    problem = Problem("forward", batch, 32, 32, size, (3,) * 3, padding=(1,) * 6, dtype="bfloat16", arch="sm_90")
+    assert {config.samples for config in offered(problem)} == {samples}
+    for config in offered(problem):
+        n, *_, w = config.tiles(problem)
+        assert n * samples >= batch and w * 64 // samples >= width and n * w * 64 <= 1.34 * batch * width
 
 
 @RUNS

@@ -56,7 +56,7 @@ def lines(
     """forward and dgrad: a line is read once for every tap along it."""
     x = _readable(operands.grad if problem.pass_ == "dgrad" else operands.input)
     by_n, by_k = config.parts
-    xs = [_swizzled(_descriptor(x, _whole(x), (1, 1, 1), (1, 1, 1, LINE, k))) for k in by_k]
+    xs = [_swizzled(_descriptor(x, _whole(x), (1, 1, 1), (*config.line, k))) for k in by_k]
     ws = [_weight(problem, operands, n, k) for n in by_n for k in by_k]
     xs += [None] * (MOST_PARTS - len(xs))
     ws += [None] * (MOST_PARTS**2 - len(ws))
@@ -153,7 +153,8 @@ def _line_arguments(problem: Problem, config: LineConfig) -> tuple[int, tuple, d
         PIXELS=tuple(gl.DotOperandLayout(0, layout, 2) for layout in sums),
         WRITTEN=tuple(_written(n, last, 1) for n in by_n),
     )
-    sizes = dict(PLANES=config.planes, LINES=config.lines, TAPS_H=problem.kernel_size[1], N_PARTS=by_n, K_PARTS=by_k)
+    sizes = dict(PLANES=config.planes, LINES=config.lines, SAMPLES=config.samples, TAPS_H=problem.kernel_size[1])
+    sizes |= dict(N_PARTS=by_n, K_PARTS=by_k)
     options = _ring(line_ring, options, brick) | sizes | layouts | {"num_warps": 4, "W_STAGES": W_STAGES}
     x_depth = (problem.output_size if problem.pass_ == "dgrad" else problem.input_size)[0]
     arguments = (x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced, produced, problem.groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...problem import Problem, live_depth
@@ -16,6 +17,10 @@ __all__ = ["LINE", "LineConfig", "LineWgradConfig", "line_configs", "line_wgrad_
 
 WARPS = 8  # that multiply: two warpgroups. One more produces.
 LINE = 64  # pixels of a line
+# Along n, d, h, w, those that most layers share first: of forward and dgrad, and of wgrad.
+_LINES_OF = ((2, 1, 1, 32), (1, 1, 1, 64))
+_LINES_OF_WGRAD = ((1, 4, 1, 16), (1, 1, 1, 64), (1, 2, 1, 32))
+_WASTE = 1.1  # times the pixels of the best of them, that the first may cover
 MOST_PARTS = 2  # powers of two that channels of a tile are the sum of
 W_STAGES = 2  # steps whose taps are there
 _NARROW = 64  # channels up to which a tile by lines computes all of a group
@@ -28,10 +33,8 @@ _LONG = ("gelu", "tanh")  # activations that have half the registers for sums, o
 _MOST_PLANES = 8  # of the ring
 _BARRIERS = 1024  # bytes, and what the alignment of buffers takes
 
-# Of wgrad: pixels of a line, for which narrow volumes have neighbours along depth and of other samples.
-_WGRAD_LINES = ((1, 4, 1, 16), (1, 1, 1, 64), (1, 2, 1, 32))
+# Of wgrad:
 _MOST_WASTE = 1.5  # times the pixels that there are
-_WASTE = 1.1  # times the pixels of the best of them, that one which more layers share may cover
 _HEIGHTS = (24, 40)  # lines of a column: few, so that what the next one, a plane further, reads again is still in L2
 _ROWS = 128  # of a tile: each consumer has those of one matrix instruction
 _SLICES = (64, 32, 16)  # channels of a slice
@@ -49,6 +52,7 @@ class LineConfig(Config):
     planes, lines: of a tile, lines of :data:`LINE` pixels.
     block_n, block_k: channels that are computed, and of a line: sums of at most :data:`MOST_PARTS` powers of two.
     num_stages: planes of the ring, each with the lines above and below that the taps along H reach.
+    samples: that a line has pixels of.
     """
 
     planes: int
@@ -56,6 +60,7 @@ class LineConfig(Config):
     block_n: int
     block_k: int
     num_stages: int
+    samples: int = 1
 
     @property
     def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -63,9 +68,15 @@ class LineConfig(Config):
         return _parts(self.block_n), _parts(self.block_k)
 
     @property
+    def line(self) -> Brick:
+        """Along n, d, h, w."""
+        return self.samples, 1, 1, LINE // self.samples
+
+    @property
     def brick(self) -> BrickConfig:
         """What brick this tile would be."""
-        return BrickConfig(1, self.planes, self.lines, LINE, self.block_n, self.block_k, WARPS, self.num_stages)
+        n, _, _, w = self.line
+        return BrickConfig(n, self.planes, self.lines, w, self.block_n, self.block_k, WARPS, self.num_stages)
 
     def halo(self, problem: Problem) -> tuple[int, int]:
         """(planes, lines of a plane) that a tile reads for a tap along W."""
@@ -73,10 +84,10 @@ class LineConfig(Config):
 
     def tiles(self, problem: Problem) -> Brick:
         """Along n, d, h, w. The lines of a tile are those of a step of the dilation, as often as there are lines."""
-        n, d, h, w = pixels(problem)
-        by_d, by_h, _ = spacing(problem)
+        n, _, _, w = (-(-size // by) for size, by in zip(pixels(problem), self.line, strict=True))
+        (_, d, h, _), (by_d, by_h, _) = pixels(problem), spacing(problem)
         d, h = by_d * -(-d // (by_d * self.planes)), by_h * -(-h // (by_h * self.lines))
-        return n, d, h, -(-w // LINE)
+        return n, d, h, w
 
     def tiles_n(self, problem: Problem) -> int:
         """Along the channels that are computed."""
@@ -179,6 +190,12 @@ def _line_bytes(problem: Problem, config: LineConfig) -> tuple[int, int, int]:
     return 2 * plane, 2 * W_STAGES * taps, 4 * 2 * LINE * config.parts[0][0]
 
 
+def _line_of(problem: Problem, lines: Sequence[Brick]) -> Brick:
+    """The first of them that covers hardly more than the best."""
+    covers = [covered(problem, line) for line in lines]
+    return next(line for line, pixels in zip(lines, covers, strict=True) if pixels <= _WASTE * min(covers))
+
+
 def line_configs(problem: Problem) -> list[LineConfig]:
     """Of forward and dgrad, the most promising first."""
     channels = _line_channels(problem)
@@ -190,8 +207,9 @@ def line_configs(problem: Problem) -> list[LineConfig]:
 def _lines_that_fit(problem: Problem, tiles: tuple[tuple[int, int], ...], n: int, k: int) -> list[LineConfig]:
     """Tiles whose sums fit into registers, and a plane more than a step needs into shared memory."""
     found = []
+    samples, *_ = _line_of(problem, _LINES_OF)
     for planes, lines in tiles:
-        config = LineConfig(planes, lines, n, k, 0)
+        config = LineConfig(planes, lines, n, k, 0, samples)
         plane, taps, turned = _line_bytes(problem, config)
         stages = min((SHARED_BYTES - _BARRIERS - taps - turned) // plane, _MOST_PLANES)
         sums = planes * lines * config.block_n
@@ -235,10 +253,9 @@ def line_wgrad_configs(problem: Problem) -> list[LineWgradConfig]:
         return []
     if channels % _SLICES[-1] or spacing(problem)[1] > problem.input_size[1]:  # written in vectors; lines that none meets
         return []
-    covers = {line: covered(problem, line) for line in _WGRAD_LINES}
-    if min(covers.values()) > _MOST_WASTE * math.prod(pixels(problem)):
+    n, d, _, w = line = _line_of(problem, _LINES_OF_WGRAD)
+    if covered(problem, line) > _MOST_WASTE * math.prod(pixels(problem)):
         return []
-    n, d, _, w = next(line for line in _WGRAD_LINES if covers[line] <= _WASTE * min(covers.values()))
     block_n = min((f for f in _FILTERS if taps * f <= _WGRAD_SUMS), key=lambda f: (-(-filters // f) * f, -f))
     sliced = (LineWgradConfig(n, d, w, rows, block_n, 0) for rows in _SLICES if rows <= channels)
     whole = min(sliced, key=lambda config: config.tiles(problem)[0])

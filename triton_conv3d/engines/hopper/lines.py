@@ -4,7 +4,8 @@
 
 in steps of the dilation, from a start before the padding. A tile is PLANES x LINES lines of y, those of a stride of the
 dilation, so that the taps of one are those of its neighbours. For each tap along W it needs (PLANES + kd - 1) x
-(LINES + kh - 1) lines of x, where bricks load kd x kh for every line of y. dgrad is a forward whose taps are turned round.
+(LINES + kh - 1) lines of x, where bricks load kd x kh for every line of y. Where W is short of whole lines, a line may be so
+many pixels of several SAMPLES. dgrad is a forward whose taps are turned round.
 
 The ring holds planes of x, each the lines that one tile needs of it, of BLOCK_K channels. A step is a tap along W and one
 along D, and needs PLANES planes; the oldest of them is freed behind it. A second ring holds the taps along H of a step. The
@@ -80,6 +81,7 @@ def _produce(
     DGRAD: gl.constexpr,
     PLANES: gl.constexpr,
     LINES: gl.constexpr,
+    SAMPLES: gl.constexpr,
     TAPS_H: gl.constexpr,
     N_PARTS: gl.constexpr,
     K_PARTS: gl.constexpr,
@@ -101,7 +103,7 @@ def _produce(
         first, lo, hi = _planes_of(d, y_size, x_depth, start, kernel, dilation, PLANES)
         x_d = first + start[0] + lo * dilation[0]
         x_h = _first_line(h, LINES, dilation[1]) + start[1]
-        x_w = w_ * LINE + start[2]
+        x_w = w_ * (LINE // SAMPLES) + start[2]
         for step in range(steps):
             tw = step % kernel[2]
             channel = step // kernel[2] * BLOCK_K
@@ -111,7 +113,7 @@ def _produce(
                 for line in range(HALO):
                     for k in gl.static_range(len(K_PARTS)):
                         at_d, at_h, at_w = x_d + plane * dilation[0], x_h + line * dilation[1], x_w + tw * dilation[2]
-                        x_at = [n, at_d, at_h, at_w, group * reduced + channel + ahead_of(K_PARTS, k)]
+                        x_at = [n * SAMPLES, at_d, at_h, at_w, group * reduced + channel + ahead_of(K_PARTS, k)]
                         load(xs[k], x_at, x_full.index(stage), x_rings[k].index(stage * HALO + line))
                 stage, parity = next_stage(stage, parity, STAGES)
                 td = lo + plane - (PLANES - 1)  # of the step that this plane is the last of
@@ -162,6 +164,7 @@ def _consume(
     INDEX: gl.constexpr,
     PLANES: gl.constexpr,
     LINES: gl.constexpr,
+    SAMPLES: gl.constexpr,
     TAPS_H: gl.constexpr,
     N_PARTS: gl.constexpr,
     K_PARTS: gl.constexpr,
@@ -227,12 +230,12 @@ def _consume(
         h = _first_line(h, LINES, dilation[1])
         for i in gl.static_range(MINE * LINES * NS):
             plane = WHICH * MINE + i // (LINES * NS)
-            at = (n, d + plane * dilation[0], h + i // NS % LINES * dilation[1], w_ * LINE)
+            at = (n * SAMPLES, d + plane * dilation[0], h + i // NS % LINES * dilation[1], w_ * (LINE // SAMPLES))
             q = tile_n * BLOCK_N + ahead_of(N_PARTS, i % NS)
             _write(
                 gl.permute(sums[i], (1, 0)), y_ptr, bias_ptr, residual_ptr, slope, at, (0, 0, 0), (1, 1, 1), y_size,
-                y_strides, group * produced, q, produced, 0, BIAS, ACTIVATION, Y_UNIT, INDEX, (1, 1, 1, LINE), False, LINE,
-                item(WRITTEN, i % NS),
+                y_strides, group * produced, q, produced, 0, BIAS, ACTIVATION, Y_UNIT, INDEX,
+                (SAMPLES, 1, 1, LINE // SAMPLES), False, LINE, item(WRITTEN, i % NS),
             )  # fmt: skip
 
 
@@ -266,6 +269,7 @@ def line_ring(
     INDEX: gl.constexpr,
     PLANES: gl.constexpr,
     LINES: gl.constexpr,
+    SAMPLES: gl.constexpr,
     TAPS_H: gl.constexpr,
     N_PARTS: gl.constexpr,
     K_PARTS: gl.constexpr,
@@ -303,18 +307,18 @@ def line_ring(
                 _consume,
                 (y_ptr, bias_ptr, residual_ptr, slope, x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced,
                  produced, groups, tiles, w_rings, x_rings, x_full, x_empty, w_full, w_empty, 0, DGRAD, BIAS, ACTIVATION,
-                 Y_UNIT, INDEX, PLANES, LINES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
+                 Y_UNIT, INDEX, PLANES, LINES, SAMPLES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
             ),
             (
                 _consume,
                 (y_ptr, bias_ptr, residual_ptr, slope, x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced,
                  produced, groups, tiles, w_rings, x_rings, x_full, x_empty, w_full, w_empty, 1, DGRAD, BIAS, ACTIVATION,
-                 Y_UNIT, INDEX, PLANES, LINES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
+                 Y_UNIT, INDEX, PLANES, LINES, SAMPLES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
             ),
             (
                 _produce,
                 (ws, xs, x_depth, start, kernel, y_size, tiles_by, dilation, reduced, produced, groups, tiles, w_rings, x_rings,
-                 x_full, x_empty, w_full, w_empty, DGRAD, PLANES, LINES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES),
+                 x_full, x_empty, w_full, w_empty, DGRAD, PLANES, LINES, SAMPLES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES),
             ),
         ],
         [4, 1],
