@@ -164,4 +164,5 @@ def test_depth_that_data_decide():
     arguments = torch.randn(2, 2, 5, 3, 4), torch.tensor(3)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         given = torch.compile(cut, backend=backend, options={"inner": "aot_eager"}, fullgraph=True)(*arguments)
-    assert given.equal(cut(*arguments)) and [r.inserted["leaving"] for r in reports()] == [1]
+    torch.testing.assert_close(given, cut(*arguments))  # which a CPU may add up in another order, laid out otherwise
+    assert [r.inserted["leaving"] for r in reports()] == [1]

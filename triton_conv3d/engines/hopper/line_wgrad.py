@@ -20,6 +20,7 @@ from .ring import CONSUMERS, LINE, ahead_of, barriers, item, next_digit, next_st
 # Of a thread. With 40, as of the other kernels, and 56 the producer of eight slices spills.
 _PRODUCER_REGISTERS = gl.constexpr(72)
 _CONSUMER_REGISTERS = gl.constexpr(216)
+_UNDER_WAY = gl.constexpr(1)  # products, beside the newest
 
 
 @triton.jit
@@ -187,13 +188,20 @@ def _consume(
                 newest, g_parity = next_stage(newest, g_parity, G_STAGES)
                 mbarrier.wait(x_full.index(stage), parity)
                 pixels = x_rows.index(stage * CONSUMERS + WHICH).permute((1, 0)).load(item(PIXELS, 0))
-                started = ()
                 for i in gl.static_range(NS * TAPS_H):
                     line = oldest + (TAPS_H - 1 - i % TAPS_H)
                     line = tl.where(line >= G_STAGES, line - G_STAGES, line)
                     a = gl.convert_layout(pixels, item(PIXELS, i // TAPS_H))
-                    started = started + (warpgroup_mma(a, g_rings[i // TAPS_H].index(line), sums[i], is_async=True),)
-                sums = waited(0, started, (pixels,))
+                    started = ()
+                    for j in gl.static_range(NS * TAPS_H):
+                        acc = sums[j]
+                        if j == i:
+                            acc = warpgroup_mma(a, g_rings[i // TAPS_H].index(line), acc, is_async=True)
+                        started = started + (acc,)
+                    sums = started
+                    if i >= _UNDER_WAY:  # each has a copy of the pixels, with Triton 3.9.0
+                        sums = waited(_UNDER_WAY, sums, (pixels,))
+                sums = waited(0, sums, (pixels,))
                 mbarrier.arrive(x_empty.index(stage))
                 mbarrier.arrive(g_empty.index(oldest))
                 stage, parity = next_stage(stage, parity, STAGES)
