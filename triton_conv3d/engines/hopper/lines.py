@@ -4,8 +4,8 @@
 
 in steps of the dilation, from a start before the padding. A tile is PLANES x LINES lines of y, those of a stride of the
 dilation, so that the taps of one are those of its neighbours. For each tap along W it needs (PLANES + kd - 1) x
-(LINES + kh - 1) lines of x, where bricks load kd x kh for every line of y. Where W is short of whole lines, a line may be so
-many pixels of several SAMPLES. dgrad is a forward whose taps are turned round.
+(LINES + kh - 1) lines of x, where bricks load kd x kh for every line of y. A line may also be
+half as many pixels of each of two SAMPLES. dgrad is a forward whose taps are turned round.
 
 The ring holds planes of x, each the lines that one tile needs of it, of BLOCK_K channels. A step is a tap along W and one
 along D, and needs PLANES planes; the oldest of them is freed behind it. A second ring holds the taps along H of a step. The
