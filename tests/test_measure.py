@@ -90,7 +90,8 @@ class TestVerify:
         private = verify.private_operands(operands)
         result = aten.launch(problem, private, aten.AtenConfig())
         expected = verify.trusted(problem, private)
-        coarse = dtype.itemsize == 2  # a CPU may add up gradients in 16 bits; in bfloat16 those without AVX-512 do
+        # A CPU adds up in float16, and gradients in bfloat16 too where it has no AVX-512.
+        coarse = dtype == torch.float16 or (dtype == torch.bfloat16 and pass_ != "forward")
         assert verify.is_right(problem, result, expected, coarse=coarse)
 
     @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

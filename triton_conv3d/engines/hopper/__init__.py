@@ -14,8 +14,8 @@ them once, and the gradient once; by bricks it is as much for each tap along H.
 Where bricks fit badly, and from Triton 3.8 on, tiles may be rows of pixels that im2col copies gather (gather.py; configs.py
 has the rule).
 
-What a brick or a line covers beyond the end of the gradient in wgrad is multiplied by zeros: an infinity or NaN in the input there
-reaches taps that it would not meet by the definition.
+What a brick or a line covers beyond the end of the gradient in wgrad is multiplied by zeros: an infinity or NaN in the input
+there reaches taps that it would not meet by the definition.
 """
 
 from __future__ import annotations

@@ -153,8 +153,10 @@ def _line_arguments(problem: Problem, config: LineConfig) -> tuple[int, tuple, d
         PIXELS=tuple(gl.DotOperandLayout(0, layout, 2) for layout in sums),
         WRITTEN=tuple(_written(n, last, 1) for n in by_n),
     )
-    sizes = dict(PLANES=config.planes, LINES=config.lines, SAMPLES=config.samples, TAPS_H=problem.kernel_size[1])
-    sizes |= dict(N_PARTS=by_n, K_PARTS=by_k)
+    sizes = dict(
+        PLANES=config.planes, LINES=config.lines, SAMPLES=config.samples, TAPS_H=problem.kernel_size[1], N_PARTS=by_n,
+        K_PARTS=by_k,
+    )  # fmt: skip
     options = _ring(line_ring, options, brick) | sizes | layouts | {"num_warps": 4, "W_STAGES": W_STAGES}
     x_depth = (problem.output_size if problem.pass_ == "dgrad" else problem.input_size)[0]
     arguments = (x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced, produced, problem.groups)

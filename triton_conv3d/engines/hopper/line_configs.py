@@ -40,6 +40,7 @@ _ROWS = 128  # of a tile: each consumer has those of one matrix instruction
 _SLICES = (64, 32, 16)  # channels of a slice
 _FILTERS = (128, 96, 80, 64, 48, 32, 16)  # of a tile
 _WGRAD_SUMS = 288  # filters and taps along H of a tile, in 144 registers of a thread: 320 and more spill
+_SPILLS = ((4, 64), (6, 48))  # taps along H and filters whose sums do, with Triton 3.6.0 or 3.9.0
 _MOST_TAPS = 9  # along H
 _MOST_STAGES = 8  # lines of the input
 _SPLITS = 2  # numbers of them that are offered: the fewest that fill a GPU
@@ -115,7 +116,7 @@ class LineWgradConfig(Config):
     @property
     def parts(self) -> tuple[int, ...]:
         """Of ``block_n``, none above a line."""
-        return (LINE, LINE) if self.block_n == 2 * LINE else _parts(self.block_n)
+        return (LINE,) * (self.block_n // LINE) + _parts(self.block_n % LINE)
 
     @property
     def line(self) -> tuple[int, int, int]:
@@ -256,7 +257,8 @@ def line_wgrad_configs(problem: Problem) -> list[LineWgradConfig]:
     n, d, _, w = line = _line_of(problem, _LINES_OF_WGRAD)
     if covered(problem, line) > _MOST_WASTE * math.prod(pixels(problem)):
         return []
-    block_n = min((f for f in _FILTERS if taps * f <= _WGRAD_SUMS), key=lambda f: (-(-filters // f) * f, -f))
+    fits = (f for f in _FILTERS if taps * f <= _WGRAD_SUMS and (taps, f) not in _SPILLS)
+    block_n = min(fits, key=lambda f: (-(-filters // f) * f, -f))
     sliced = (LineWgradConfig(n, d, w, rows, block_n, 0) for rows in _SLICES if rows <= channels)
     whole = min(sliced, key=lambda config: config.tiles(problem)[0])
     step, ahead, turned = _wgrad_bytes(problem, whole)
