@@ -28,7 +28,7 @@ AROUND = ("reduce_", "rounded_copy", "move_blocks", "expand", "collect")  # kern
 # Engines whose threads copy into shared memory, kernels whose blocks the copy engine does, and engines written so that
 # products of sm_90 and sm_100 read shared memory.
 _COPIED_BY_THREADS = ("implicit_gemm", "halo", "kn2row", "rounded")
-_BY_LINES = ("line_ring", "line_wgrad_ring")  # whose products have their left side from registers
+_BY_LINES = ("line_ring", "line_dgrad_ring", "line_wgrad_ring")  # whose products have their left side from registers
 _COPIED_IN_BULK = ("gather_bricks", "wgrad_bricks", "gather_ring", "wgrad_ring", "rounded_wgrad", *_BY_LINES)
 _SHARED_PRODUCTS = ("tma", "hopper", "rounded")
 
@@ -270,8 +270,14 @@ def _tool(name: str, *arguments: str) -> str:
 
 def main_loop(text: str) -> tuple[int, int]:
     """(instructions, matrix instructions among them) of the smallest loop that has any; zeros without one."""
-    counts = ((len(loop), sum(re.search(_MATRIX, line) is not None for line in loop)) for loop in loops(text))
+    counts = ((len(loop), sum(re.search(_MATRIX, line) is not None for line in loop)) for loop in loops(text) if _ends(loop))
     return min((count for count in counts if count[1]), default=(0, 0))
+
+
+def _ends(loop: list[str]) -> bool:
+    """Whether the branch back has a condition: of NVIDIA's, what has none comes back from where a wait is gone on with, out of
+    the way."""
+    return "BRA" not in loop[-1] or re.search(r"@!?U?P\w+\s+BRA", loop[-1]) is not None
 
 
 def loops(text: str) -> Iterator[list[str]]:

@@ -50,6 +50,7 @@ BESIDES = {
     "into_contiguous": _INTO_CONTIGUOUS,
     "index64": {"index64": True},
     "ragged": {"input_size": (5, 21, 21)},  # which bricks fit badly
+    "flat": {"stride": (1, 2, 2)},
     "k2": {"kernel_size": (2, 2, 2), "padding": (0,) * 6},
     "k4": {"kernel_size": (4, 4, 4), "padding": (2, 1) * 3},
     "k5": {"kernel_size": (5, 5, 5), "padding": (2,) * 6},
@@ -109,6 +110,8 @@ LAYERS = (
     Layer("toeplitz", 48, 48, groups=48, channels_last=False, besides="k7"),
     *(Layer("tma", c, c, stride) for c, stride in ((256, 1), (128, 2), (192, 1), (96, 1), (48, 1), (24, 1))),  # every tile
     *(Layer("hopper", c, c, stride) for c, stride in ((256, 1), (128, 2), (96, 1), (96, 2), (64, 1), (48, 1), (24, 1))),
+    *(Layer("hopper", c, 64, 2, besides=words) for c in (16, 32) for words in ("", "k2", "k4", "flat")),  # classes of dgrad
+    Layer("hopper", 64, 64, 2, besides="flat"),
     Layer("hopper", 128, 80),  # tiles of 80 filters by lines; the next have those of wgrad by other taps
     *(Layer("hopper", 64, filters, besides=k) for filters, k in ((128, "k2"), (64, "k4"), (64, "k5"), (32, "k7"))),
     *(Layer("hopper", c, c, besides=words) for c in (256, 96, 48, 32) for words in _OF_HOPPER),

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from copy_engine import Descriptor, Im2colDescriptor
+from triton.runtime.jit import ConstexprFunction
 
 from triton_conv3d.engines import launching
 
@@ -376,9 +377,9 @@ def _bound(function, known: dict, functions: dict) -> FunctionType:
         for name in plain.__code__.co_names:
             if name in plain.__globals__ and name not in known:
                 other = plain.__globals__[name]
-                names[name] = (
-                    _bound(other, known, functions) if hasattr(other, "fn") else getattr(other, "value", other)
-                )
+                if hasattr(other, "fn") and not isinstance(other, ConstexprFunction):
+                    other = _bound(other, known, functions)
+                names[name] = getattr(other, "value", other)
     return functions[plain]
 
 

@@ -53,17 +53,17 @@ FAULTS = {
     # lines
     "lines_freed_by_one_consumer": ("lines.py", "barriers(STAGES, CONSUMERS)", "barriers(STAGES)"),
     "lines_freed_before_the_products": ("lines.py", "sums = waited(0, sums, read)", "sums = waited(2, sums, read)"),
-    "lines_registers_not_kept": ("lines.py", "sums = waited(_met(part, LINES, TAPS_H) * NS, started, read)", "sums = waited(0, started, read)"),
+    "lines_registers_not_kept": ("lines.py", "sums = waited(_met(part, LINES, TAPS_H, STRIDE[1]) * NS, started, read)", "sums = waited(0, started, read)"),
     "lines_tap_of_the_line_before": ("lines.py", "tap = h - line % LINES", "tap = line % LINES - h + TAPS_H - 1"),
     "lines_of_the_first_channels": ("lines.py", "channel = step // kernel[2] * BLOCK_K", "channel = 0"),
     "lines_parts_side_by_side": ("lines.py", "q = tile_n * BLOCK_N + ahead_of(N_PARTS, i // len(K_PARTS))", "q = tile_n * BLOCK_N"),
     "lines_part_of_channels": ("lines.py", "channel + ahead_of(K_PARTS, k)]", "channel]"),
     "lines_written_side_by_side": ("lines.py", "q = tile_n * BLOCK_N + ahead_of(N_PARTS, i % NS)", "q = tile_n * BLOCK_N"),
-    "lines_taps_of_padding": ("lines.py", "x_d = first + start[0] + lo * dilation[0]", "x_d = first + start[0]"),
+    "lines_taps_of_padding": ("lines.py", "x_d = first * STRIDE[0] + start[0] + lo * dilation[0]", "x_d = first * STRIDE[0] + start[0]"),
     "lines_taps_from_the_first": ("lines.py", "tap = (td * TAPS_H + th) * kernel[2] + tw", "tap = ((td - lo) * TAPS_H + th) * kernel[2] + tw"),
-    "lines_wait_for_one_part": ("lines.py", "_met(part, LINES, TAPS_H) * NS, started, read", "_met(part, LINES, TAPS_H) * NS + 1, started, read"),
-    "lines_last_planes_not_freed": ("lines.py", "for _last in gl.static_range(PLANES - 1)", "for _last in gl.static_range(PLANES - 2)"),
-    "lines_plane_too_early": ("lines.py", "for _first in gl.static_range(PLANES - 1)", "for _first in gl.static_range(PLANES - 2)"),
+    "lines_wait_for_one_part": ("lines.py", "_met(part, LINES, TAPS_H, STRIDE[1]) * NS, started, read", "_met(part, LINES, TAPS_H, STRIDE[1]) * NS + 1, started, read"),
+    "lines_last_planes_not_freed": ("lines.py", "for _last in gl.static_range(SPAN - 1)", "for _last in gl.static_range(SPAN - 2)"),
+    "lines_plane_too_early": ("lines.py", "for _first in gl.static_range(SPAN - 1)", "for _first in gl.static_range(SPAN - 2)"),
     "lines_taps_not_waited_for": ("lines.py", "mbarrier.wait(w_full.index(w_stage), w_parity)", "pass"),
     "lines_planes_of_the_other": ("lines.py", "plane = stage + (WHICH * MINE + part // HALO % MINE)", "plane = stage + ((1 - WHICH) * MINE + part // HALO % MINE)"),
     "lines_beyond_the_ring": ("lines.py", "tl.where(plane >= STAGES, plane - STAGES, plane)", "tl.where(plane >= STAGES, 0, plane)"),
@@ -72,18 +72,25 @@ FAULTS = {
     "lines_taps_not_turned": ("lines.py", "w_at = [taps - 1 - tap,", "w_at = [tap,"),
     "lines_samples_read": ("lines.py", "x_at = [n * SAMPLES, at_d", "x_at = [n, at_d"),
     "lines_samples_written": ("lines.py", "at = (n * SAMPLES, d", "at = (n, d"),
-    "lines_pixels_of_a_sample": ("lines.py", "x_w = w_ * (LINE // SAMPLES)", "x_w = w_ * LINE"),
+    "lines_pixels_of_a_sample": ("lines.py", "x_w += w_ * (LINE // SAMPLES) + first_w", "x_w += w_ * LINE + first_w"),
     "lines_start_of_dgrad": ("host.py", "p - (k - 1) * by", "p - (k - 1)"),
+    "lines_strides_of_planes": ("lines.py", "(WHICH * MINE + part // HALO % MINE) * STRIDE[0]", "WHICH * MINE + part // HALO % MINE"),
+    "lines_strides_of_lines": ("lines.py", "tap = h - line % LINES * STRIDE", "tap = h - line % LINES"),
+    "lines_first_plane": ("lines.py", "x_d = first * STRIDE[0] +", "x_d = first +"),
+    "lines_first_line": ("lines.py", "dilation[1]) * STRIDE[1] + start[1]", "dilation[1]) + start[1]"),
+    "lines_place_in_a_view": ("lines.py", "x_w += w_ * (LINE // SAMPLES) + first_w", "x_w += w_ * (LINE // SAMPLES)"),
+    "lines_views": ("lines.py", "load(xs[at * len(K_PARTS) + k]", "load(xs[k]"),
+    "lines_planes_that_are_read": ("lines.py", "first, last, STRIDE[0], start[0]", "first, last, 1, start[0]"),
     # wgrad by lines
     "slices_input_not_waited_for": ("line_wgrad.py", "mbarrier.wait(x_full.index(stage), parity)", "pass"),
     "slices_overwritten": ("line_wgrad.py", "mbarrier.wait(x_empty.index(stage), parity ^ 1)", "pass"),
     "slices_gradient_overwritten": ("line_wgrad.py", "mbarrier.wait(g_empty.index(g_stage), g_parity ^ 1)", "pass"),
     "slices_freed_before_the_products": ("line_wgrad.py", "sums = waited(0, sums, (pixels,))", "sums = waited(1, sums, (pixels,))"),
     "slices_registers_not_kept": ("line_wgrad.py", "waited(0, sums, (pixels,))", "waited(0, sums, ())"),
-    "slices_taps_turned_round": ("line_wgrad.py", "line = oldest + (TAPS_H - 1 - i % TAPS_H)", "line = oldest + i % TAPS_H"),
+    "slices_taps_turned_round": ("line_wgrad.py", "line = oldest + (MET - 1 - i % TAPS_H // STRIDE[1])", "line = oldest + i % TAPS_H // STRIDE[1]"),
     "slices_beyond_the_ring": ("line_wgrad.py", "tl.where(line >= G_STAGES, line - G_STAGES, line)", "tl.where(line >= G_STAGES, 0, line)"),
-    "slices_last_lines_not_freed": ("line_wgrad.py", "for _last in gl.static_range(TAPS_H - 1)", "for _last in gl.static_range(TAPS_H - 2)"),
-    "slices_first_lines_not_waited_for": ("line_wgrad.py", "for _first in gl.static_range(TAPS_H - 1)", "for _first in gl.static_range(TAPS_H - 2)"),
+    "slices_last_lines_not_freed": ("line_wgrad.py", "for _last in gl.static_range(MET - 1)", "for _last in gl.static_range(MET - 2)"),
+    "slices_first_lines_not_waited_for": ("line_wgrad.py", "for _first in gl.static_range(MET - 1)", "for _first in gl.static_range(MET - 2)"),
     "slices_freed_by_one_consumer": ("line_wgrad.py", "x_full, x_empty = barriers(STAGES, CONSUMERS)", "x_full, x_empty = barriers(STAGES)"),
     "slices_chains_forgotten": ("line_wgrad.py", "mask=inside & (chain > 0)", "mask=inside & (chain < 0)"),
     "slices_chains_added_to_nothing": ("line_wgrad.py", "mask=inside & (chain > 0)", "mask=inside"),
@@ -97,8 +104,8 @@ FAULTS = {
     "slices_column_of_the_dilation": ("line_wgrad.py", "h // dilation[1] * (height * dilation[1]) + h % dilation[1]", "h * height"),
     "slices_columns_along_d": ("line_wgrad.py", "w = column // columns[1] % columns[3]", "w = column // columns[0] % columns[3]"),
     "slices_lines_of_a_part": ("line_wgrad.py", "tl.minimum(end - column * height, height)", "tl.minimum(end - column * height, height - 1)"),
-    "slices_start_along_h": ("line_wgrad.py", "h + line * dilation[1] - start[1], w,", "h + line * dilation[1] + start[1], w,"),
-    "slices_start_along_d": ("line_wgrad.py", "d + start[0] + td * dilation[0]", "d + td * dilation[0]"),
+    "slices_start_along_h": ("line_wgrad.py", "h + line * dilation[1] + ahead, w,", "h + line * dilation[1], w,"),
+    "slices_start_along_d": ("line_wgrad.py", "d + first[0] + x_d", "d + x_d"),
     "slices_group_of_the_input": ("line_wgrad.py", "group * group_in + block * ROWS]", "block * ROWS]"),
     "slices_group_of_the_gradient": ("line_wgrad.py", "filters = group * group_out + tile_n * BLOCK_N", "filters = tile_n * BLOCK_N"),
     "slices_group_of_the_result": ("line_wgrad.py", "(group * group_out + filter).to(INDEX)", "filter.to(INDEX)"),
@@ -106,7 +113,46 @@ FAULTS = {
     "slices_rows_of_another_group": ("line_wgrad.py", "inside = gl.expand_dims(channel < group_in, 1)", "inside = gl.expand_dims(channel < 2 * group_in, 1)"),
     "slices_split_stride": ("line_wgrad.py", "dw_ptr + split.to(INDEX) * split_stride", "dw_ptr + split.to(INDEX)"),
     "slices_tap_of_a_row": ("line_wgrad.py", "tap = (td * TAPS_H + i % TAPS_H) * TAPS[2] + tw", "tap = (tw * TAPS_H + i % TAPS_H) * TAPS[2] + td"),
-    "slices_lines_of_the_gradient": ("line_configs.py", "-(-problem.input_size[1] // by)", "-(-problem.output_size[1] // by)"),
+    "slices_lines_of_the_gradient": ("line_configs.py", "-(-(problem.input_size[1] + problem.padding[2] % stride) // (by * stride))", "-(-problem.output_size[1] // by)"),
+    "slices_line_before_the_input": ("line_configs.py", "problem.input_size[1] + problem.padding[2] % stride", "problem.input_size[1]"),
+    "slices_taps_of_a_phase": ("line_wgrad.py", "if i % TAPS_H % STRIDE[1] == phase", "if i % TAPS_H // MET == phase"),
+    "slices_lines_of_a_phase": ("line_wgrad.py", "* STRIDE[1] + start[1] + phase", "* STRIDE[1] + start[1]"),
+    "slices_lines_of_a_stride": ("line_wgrad.py", "(h + line * dilation[1]) * STRIDE[1]", "(h + line * dilation[1])"),
+    "slices_before_the_padding": ("host.py", "-(h % by_h)", "0"),
+    "slices_order_of_the_views": ("line_wgrad.py", "view_d * STRIDE[2] + view_w == view", "view_w * STRIDE[0] + view_d == view"),
+    "slices_way_in_a_view": ("ring.py", "return at % stride, at // stride", "return at % stride, tap"),
+    "slices_start_of_a_view": ("host.py", "yield View(offset, tuple(", "yield View((0, 0, 0), tuple("),
+    "slices_place_in_a_view": ("host.py", "(-d % by_d, -(h % by_h), -w % by_w)", "(0, -(h % by_h), -w % by_w)"),
+    # dgrad with a stride, by lines
+    "classes_gradient_not_waited_for": ("line_dgrad.py", "mbarrier.wait(full.index(stage), parity)", "pass"),
+    "classes_gradient_overwritten": ("line_dgrad.py", "mbarrier.wait(empty.index(stage), parity ^ 1)", "pass"),
+    "classes_taps_not_waited_for": ("line_dgrad.py", "mbarrier.wait(w_full.index(w_stage * STEPS + step), 0 if STAYS else w_parity)", "pass"),
+    "classes_taps_of_another_round": ("line_dgrad.py", "0 if STAYS else w_parity", "0"),
+    "classes_taps_that_stay_awaited_again": ("line_dgrad.py", "0 if STAYS else w_parity", "w_parity"),
+    "classes_taps_overwritten": ("line_dgrad.py", "mbarrier.wait(w_empty.index(w_stage * STEPS + step), w_parity ^ 1)", "pass"),
+    "classes_taps_not_freed": ("line_dgrad.py", "mbarrier.arrive(w_empty.index(w_stage * STEPS + step))", "pass"),
+    "classes_taps_that_stay_loaded_again": ("line_dgrad.py", "if not STAYS or tile == gl.program_id(0)", "if True"),
+    "classes_taps_of_the_first_tile": ("line_dgrad.py", "if not STAYS or tile == gl.program_id(0)", "if tile == gl.program_id(0)"),
+    "classes_taps_of_another_place": ("line_dgrad.py", "b = w_ring.index(w_stage * TAPS +", "b = w_ring.index("),
+    "classes_freed_before_the_products": ("line_dgrad.py", "sums = waited(0, sums, read)", "sums = waited(1, sums, read)"),
+    "classes_registers_not_kept": ("line_dgrad.py", "started, read + (pixels,))", "started, (pixels,))"),
+    "classes_registers_of_the_line_before": ("line_dgrad.py", "read = (pixels,)", "read = ()"),
+    "classes_freed_by_one_consumer": ("line_dgrad.py", "full, empty = barriers(STAGES, CONSUMERS)", "full, empty = barriers(STAGES)"),
+    "classes_taps_freed_by_one_consumer": ("line_dgrad.py", "barriers(W_STAGES * STEPS, CONSUMERS)", "barriers(W_STAGES * STEPS)"),
+    "classes_lines_of_the_other": ("line_dgrad.py", "stage * HALO + WHICH * MINE + line", "stage * HALO + (1 - WHICH) * MINE + line"),
+    "classes_written_by_the_other": ("line_dgrad.py", "h * LINES + WHICH * MINE + i // CLASSES", "h * LINES + (1 - WHICH) * MINE + i // CLASSES"),
+    "classes_line_of_a_sum": ("line_dgrad.py", "tap_of(i % CLASSES, step, line - i // CLASSES, AXES))", "tap_of(i % CLASSES, step, i // CLASSES - line + SHIFTS_H - 1, AXES))"),
+    "classes_of_the_first_filters": ("line_dgrad.py", "q = group * reduced + block * BLOCK_K", "q = group * reduced"),
+    "classes_of_the_first_group": ("line_dgrad.py", "q = group * reduced + block * BLOCK_K", "q = block * BLOCK_K"),
+    "classes_of_the_first_channels": ("line_dgrad.py", "q, tile_n * BLOCK_N]", "q, 0]"),
+    "classes_group_of_the_result": ("line_dgrad.py", "dx_size, dx_strides, group * produced", "dx_size, dx_strides, group * 0"),
+    "classes_start_along_d": ("line_dgrad.py", "d * BRICK[1] + start[0] + step // SHIFTS_W", "d * BRICK[1] + step // SHIFTS_W"),
+    "classes_shift_along_w": ("line_dgrad.py", "start[2] + step % SHIFTS_W", "start[2]"),
+    "classes_samples": ("line_dgrad.py", "at = [n * BRICK[0], at_d", "at = [n, at_d"),
+    "classes_order": ("classes.py", "return index // (by_h * by_w), index // by_w % by_h, index % by_w", "return index % by_w, index // by_w % by_h, index // (by_h * by_w)"),
+    "classes_phase": ("classes.py", "tap = place + phase - stride * (first + shift)", "tap = place - stride * (first + shift)"),
+    "classes_first_shift": ("class_configs.py", "shifts(axis)[0] + pad // stride", "shifts(axis)[0]"),
+    "classes_last_lines": ("class_configs.py", "return n, d, -(-h // self.lines), w", "return n, d, h // self.lines, w"),
     # im2col copies
     "im2col_samples_and_planes": ("gather.py", "d, n, h, w = _digits(index, (y_size[1], y_size[0], y_size[2], y_size[3]))", "n, d, h, w = _digits(index, y_size)"),
     "im2col_last_plane": ("gather.py", "planes = last - d + 1", "planes = last - d"),
@@ -149,9 +195,11 @@ def battery(engine: ModuleType, fault: str) -> None:
         lines(engine, emulated)
     if fault.startswith("slices") or fault == planting.SOUND:
         slices(engine, emulated, host)
+    if fault.startswith("classes") or fault == planting.SOUND:
+        classes(engine, emulated)
     if IM2COL and (fault.startswith("im2col") or fault == planting.SOUND):
         im2col(engine, emulated)
-    if fault.startswith(("lines", "slices", "im2col")):
+    if fault.startswith(("lines", "slices", "classes", "im2col")):
         return
     geometries = (
         dict(input_size=(2, 3, 5), kernel_size=(2, 2, 2), padding=(1, 0, 0, 1, 1, 0), channels_last=False, batch=2, out_channels=72),
@@ -202,6 +250,9 @@ def lines(engine: ModuleType, emulated: SimpleNamespace) -> None:
             offers = [config for config in engine.configs(case.geometry()) if isinstance(config, engine.LineConfig)]
             for planes, stages in ((2, 2), (4, 5)):
                 run(case, emulated, replace(offers[0], planes=planes, lines=2, num_stages=stages, samples=1))
+            if groups == 2 and pass_ == "forward":
+                strided = case.replace(stride=(2, 2, 2), input_size=(12, 11, 9))
+                run(strided, emulated, replace(offers[0], planes=2, lines=2, num_stages=4, samples=1))
             if groups == 2:
                 several = case.replace(batch=3, input_size=(2, 3, 37))
                 run(several, emulated, replace(offers[0], planes=2, lines=2, num_stages=3, samples=2))
@@ -219,6 +270,22 @@ def slices(engine: ModuleType, emulated: SimpleNamespace, host: ModuleType) -> N
         )  # fmt: skip
         for stages in (2, 4):
             run(case, emulated, engine.LineWgradConfig(1, 4, 16, rows, filters, stages, splits=3))
+    strided = case.replace(stride=(2, 2, 2), dilation=(1, 1, 1), input_size=(5, 14, 23), padding=(1, 1, 1, 0, 1, 2))
+    run(strided, emulated, engine.LineWgradConfig(2, 2, 16, 16, 48, 3, splits=2))
+
+
+def classes(engine: ModuleType, emulated: SimpleNamespace) -> None:
+    """The battery of line_dgrad.py."""
+    from cases import Case, run
+
+    for groups, into, out, filters, w_stages in ((2, 16, 32, 16, 1), (1, 16, 32, 16, 2), (1, 16, 16, 16, 1), (1, 24, 48, 16, 1)):
+        case = Case(
+            "dgrad", batch=3, in_channels=into * groups, out_channels=out * groups, groups=groups, input_size=(3, 11, 20),
+            kernel_size=(2, 3, 4), stride=(1, 2, 3), padding=(2, 0, 3, 1, 4, 2), dtype="float16",
+        )  # fmt: skip
+        for stages in (2, 16):  # so many that two blocks of filters are under way
+            run(case, emulated, engine.LineDgradConfig(2, 2, 16, 2, 16, filters, stages, w_stages))
+        run(case, emulated, engine.LineDgradConfig(1, 1, 64, 4, 16, filters, 2, w_stages))
 
 
 def im2col(engine: ModuleType, emulated: SimpleNamespace) -> None:

@@ -38,12 +38,32 @@ GEOMETRIES = {
     "many_channels": dict(in_channels=336, out_channels=16, batch=1, kernel_size=(1, 2, 2)),
     "parts_of_a_column": dict(in_channels=16, out_channels=16, input_size=(2, 83, 3), kernel_size=(2, 3, 1)),
     "one_pixel": dict(in_channels=16, out_channels=8, input_size=(1, 1, 1)),
+    "strided": dict(stride=(2, 2, 2), input_size=(5, 9, 11)),
+    "strided_without_padding": dict(stride=(2, 2, 2), input_size=(5, 8, 11), padding=(0,) * 6),
+    "blocks": dict(stride=(2, 2, 2), kernel_size=(2, 2, 2), input_size=(4, 6, 20), padding=(0,) * 6),
+    "strided_along_h": dict(stride=(1, 2, 1), kernel_size=(2, 5, 1), padding=(0, 1, 3, 1, 0, 0)),
+    "strided_along_d": dict(
+        stride=(2, 1, 1), kernel_size=(3, 3, 1), padding=(1, 1, 1, 0, 0, 0), dilation=(3, 2, 1), input_size=(8, 7, 4)
+    ),
+    "strided_along_w": dict(
+        stride=(1, 1, 4), kernel_size=(1, 2, 3), padding=(0, 0, 1, 0, 5, 2), dilation=(1, 1, 3), input_size=(2, 4, 90)
+    ),
+    "stride_above_kernel": dict(stride=(2, 3, 2), kernel_size=(1, 2, 1), padding=(1, 0, 2, 1, 0, 0), input_size=(5, 11, 9)),
+    "strided_padding_above_kernel": dict(
+        stride=(2, 2, 2), kernel_size=(2, 2, 3), padding=(2, 3, 3, 4, 5, 1), input_size=(2, 2, 3)
+    ),
+    "strided_groups": dict(
+        stride=(2, 2, 2), in_channels=96, out_channels=64, groups=2, kernel_size=(2, 3, 2), input_size=(4, 7, 9)
+    ),
+    "strided_parts_of_a_column": dict(
+        stride=(1, 2, 2), in_channels=16, out_channels=48, input_size=(2, 167, 4), kernel_size=(1, 3, 2), batch=1
+    ),
 }
 
 
 def config_of(problem: Problem, **changes):
     """As offered for a larger volume, in few splits."""
-    large = problem.replace(arch="sm_90", input_size=(32, 64, 64), dilation=(1, 1, 1))
+    large = problem.replace(arch="sm_90", input_size=(32, 64, 64), dilation=(1, 1, 1), stride=(1, 1, 1))
     offered = next(config for config in ENGINE.configs(large) if isinstance(config, ENGINE.LineWgradConfig))
     return dataclasses.replace(offered, **{"splits": 2, **changes})
 
@@ -82,11 +102,11 @@ def test_chains_and_splits(kernel: tuple, splits: int, few_programs, short_chain
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="in the emulator")
 @needs_gluon
-@pytest.mark.parametrize("kernel, height", [((1, 2, 1), 3), ((2, 3, 1), 2)], ids=str)
-def test_every_order_of_turns(kernel: tuple, height: int, few_programs, short_chains) -> None:  # noqa: F811
+@pytest.mark.parametrize("kernel, height, stride", [((1, 2, 1), 3, 1), ((2, 3, 1), 2, 1), ((2, 3, 1), 5, 2)], ids=str)
+def test_every_order_of_turns(kernel: tuple, height: int, stride: int, few_programs, short_chains) -> None:  # noqa: F811
     """Nobody waits forever, nothing is overwritten or read too early, by none of the two consumers."""
-    sizes = dict(input_size=(1, height, 4), padding=(0, 1, 1, 0, 0, 0), kernel_size=kernel, dtype="float16")
-    problem, operands = make(Case("wgrad", in_channels=16, out_channels=16, **sizes))
+    sizes = dict(input_size=(1, height, 4), padding=(0, 1, 1, 0, 0, 0), kernel_size=kernel, stride=(1, stride, 1))
+    problem, operands = make(Case("wgrad", in_channels=16, out_channels=16, dtype="float16", **sizes))
     programs = []
     with emulating(programs=programs):
         ENGINE.launch(problem, operands, config_of(problem, num_stages=2, rows=64))
@@ -118,7 +138,10 @@ def test_a_pixel_is_met_through_its_taps_alone(few_programs) -> None:  # noqa: F
 @needs_gluon
 @pytest.mark.parametrize("changes, number", [
     ({}, 2), (dict(groups=2), 2), (dict(kernel_size=(1, 3, 3)), 2), (dict(kernel_size=(3, 1, 3)), 0),
-    (dict(kernel_size=(1, 9, 1)), 2), (dict(kernel_size=(1, 11, 1)), 0), (dict(stride=(1, 1, 2)), 0), (dict(in_channels=24), 0),
+    (dict(kernel_size=(1, 9, 1)), 2), (dict(kernel_size=(1, 11, 1)), 0), (dict(stride=(1, 1, 2)), 2),
+    (dict(stride=(2, 2, 2)), 1), (dict(stride=(3, 1, 2)), 0), (dict(stride=(1, 33, 1)), 0), (dict(in_channels=24), 0),
+    (dict(stride=(1, 2, 1), dilation=(1, 2, 1)), 0), (dict(stride=(2, 1, 2), input_size=(1, 128, 128)), 0),
+    (dict(stride=(1, 3, 1)), 0), (dict(stride=(1, 2, 2), in_channels=16), 0),
     (dict(in_channels=16), 2), (dict(in_channels=512, out_channels=512), 1), (dict(input_size=(2, 2, 2)), 0),
     (dict(dilation=(1, 40, 1), padding=(1, 1, 40, 40, 1, 1)), 0), (dict(dilation=(40, 1, 1), padding=(40, 40, 1, 1, 1, 1)), 2),
     (dict(pass_="forward"), 0),
@@ -138,7 +161,7 @@ def test_who_is_offered_lines(changes: dict, number: int) -> None:
 @pytest.mark.parametrize("channels, kernel, rows, filters", [
     ((16, 16), 3, 16, 16), ((32, 32), 3, 32, 32), ((48, 48), 3, 16, 48), ((64, 64), 3, 64, 64), ((96, 96), 3, 32, 96),
     ((80, 160), 3, 16, 80), ((128, 128), 3, 64, 64), ((192, 192), 3, 64, 96), ((320, 320), 3, 64, 80), ((64, 40), 3, 64, 48),
-    ((64, 256), 2, 64, 128), ((64, 64), 4, 64, 32), ((64, 64), 5, 64, 32), ((64, 96), 5, 64, 48), ((64, 64), 7, 64, 32),
+    ((64, 256), 2, 64, 128), ((64, 64), 4, 64, 64), ((64, 64), 5, 64, 32), ((64, 96), 5, 64, 48), ((64, 64), 7, 64, 32),
 ], ids=str)  # fmt: skip
 def test_tiles(channels: tuple, kernel: int, rows: int, filters: int) -> None:
     """Those that cover hardly more slices and filters than there are."""

@@ -41,6 +41,20 @@ GEOMETRIES = {
     "dilation_without_taps": dict(dilation=(4, 3, 1), kernel_size=(1, 2, 2), padding=(0, 0, 2, 1, 1, 0)),
     "one_pixel": dict(in_channels=8, out_channels=8, input_size=(1, 1, 1)),
 }
+STRIDED = {
+    "twos": dict(stride=(2, 2, 2)),
+    "twos_without_padding": dict(stride=(2, 2, 2), padding=(0,) * 6, input_size=(4, 5, 7)),
+    "blocks": dict(stride=(2, 2, 2), kernel_size=(2, 2, 2), padding=(0,) * 6, input_size=(6, 4, 70)),
+    "twos_and_an_even_kernel": dict(stride=(2, 2, 2), kernel_size=(2, 4, 2), padding=(0, 1, 3, 0, 2, 1), input_size=(4, 8, 9)),
+    "along_d": dict(stride=(2, 1, 1), kernel_size=(3, 2, 1), padding=(1, 1, 0, 0, 0, 0), input_size=(8, 5, 7)),
+    "along_h": dict(stride=(1, 3, 1), kernel_size=(2, 4, 1), padding=(0, 0, 2, 0, 0, 0), input_size=(3, 16, 7)),
+    "along_w": dict(stride=(1, 1, 2), kernel_size=(2, 1, 5), padding=(0, 0, 0, 0, 3, 1), batch=1, input_size=(3, 4, 135)),
+    "dilated": dict(stride=(2, 2, 2), dilation=(2, 1, 3), padding=(2, 2, 1, 1, 3, 4), input_size=(7, 6, 9), batch=1),
+    "dilated_along_h": dict(stride=(1, 2, 1), dilation=(1, 3, 1), kernel_size=(2, 2, 1), input_size=(3, 14, 4), batch=1),
+    "padding_above_kernel": dict(stride=(2, 1, 2), kernel_size=(2, 1, 1), padding=(3, 3, 3, 2, 0, 1), input_size=(2, 1, 6)),
+    "groups": dict(stride=(2, 2, 2), in_channels=32, out_channels=64, groups=2, batch=1, kernel_size=(2, 2, 2)),
+    "parts_of_channels": dict(stride=(1, 2, 2), in_channels=48, out_channels=48, batch=1, kernel_size=(2, 2, 3)),
+}
 
 
 def offered(problem: Problem) -> list[Config]:
@@ -56,6 +70,17 @@ def test_geometries(name: str, pass_: str, few_programs) -> None:  # noqa: F811
     largest = offered(case.geometry())[0]
     run(case, engine(name), largest)
     run(case.replace(channels_last=False), engine(name), dataclasses.replace(largest, planes=2, lines=2, num_stages=3))
+
+
+@RUNS
+@pytest.mark.parametrize("name", STRIDED)
+def test_strides(name: str, few_programs) -> None:  # noqa: F811
+    """The same of forward with a stride."""
+    case = Case("forward", **{**NARROW, **STRIDED[name]}, bias=True)
+    largest = offered(case.geometry())[0]
+    run(case, engine(name), largest)
+    small = dataclasses.replace(largest, planes=2, lines=2, num_stages=largest.replace(planes=2).span(case.geometry()) + 1)
+    run(case.replace(channels_last=False), engine(name), small)
 
 
 @RUNS
@@ -87,7 +112,10 @@ def test_every_order_of_turns(kernel: tuple, few_programs) -> None:  # noqa: F81
 @pytest.mark.parametrize("changes, number", [
     ({}, 2), (dict(pass_="dgrad"), 2), (dict(groups=2), 2), (dict(in_channels=64, out_channels=64), 1),
     (dict(dilation=(1, 2, 3)), 2), (dict(kernel_size=(1, 7, 7)), 1), (dict(kernel_size=(1, 1, 3)), 0),
-    (dict(in_channels=72), 2), (dict(out_channels=128), 0), (dict(stride=(1, 1, 2)), 0), (dict(pass_="wgrad"), 0),
+    (dict(in_channels=72), 2), (dict(out_channels=128), 0), (dict(stride=(1, 1, 2)), 2), (dict(pass_="wgrad"), 0),
+    (dict(stride=(2, 2, 2)), 1), (dict(stride=(2, 2, 2), pass_="dgrad"), 0), (dict(stride=(1, 1, 3)), 0),
+    (dict(stride=(4, 1, 1)), 0),
+    (dict(stride=(1, 2, 2), kernel_size=(3, 1, 1)), 0), (dict(stride=(1, 1, 2), input_size=(32, 32, 1)), 0),
     (dict(groups=2, in_channels=96), 2), (dict(groups=2, in_channels=160), 0), (dict(activation="gelu"), 1),
     (dict(activation="tanh", in_channels=64, out_channels=64), 1), (dict(dilation=(40, 1, 1), padding=(40, 40, 1, 1, 1, 1)), 0),
     (dict(dilation=(18, 1, 1), kernel_size=(1, 3, 3)), 2), (dict(activation="gelu", out_channels=96), 0),
@@ -99,7 +127,7 @@ def test_who_is_offered_lines(changes: dict, number: int) -> None:
     for config in offered(problem):
         if problem.kernel_size[0] == 1:  # its lines need no taps between them
             assert config.tiles(problem)[1] == -(-problem.result_shape[2] // config.planes)
-        assert config.num_stages > config.planes and ENGINE.work(problem, config).shared_bytes <= 232_448
+        assert config.num_stages > config.span(problem) and ENGINE.work(problem, config).shared_bytes <= 232_448
 
 
 @needs_gluon

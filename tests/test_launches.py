@@ -52,7 +52,7 @@ LAYERS = [
 KERNELS = {
     "implicit_gemm": {"gather_gemm", "wgrad_gemm", "reduce_splits"},
     "tma": {"gather_bricks", "wgrad_bricks"},
-    "hopper": {"gather_ring", "wgrad_ring", "line_ring", "line_wgrad_ring"},
+    "hopper": {"gather_ring", "wgrad_ring", "line_ring", "line_dgrad_ring", "line_wgrad_ring"},
     "rounded": {"rounded_copy", "rounded_wgrad"},
     "toeplitz": {"move_blocks", "expand", "collect"},
 }
@@ -65,8 +65,8 @@ UNSOUND = {
 }  # fmt: skip
 
 # Their tests look at nothing but what :mod:`made_up_tests` takes for right.
-ENGINE_TESTS = ("block_diagonal", "blocks", "folded", "fuzz", "halo", "hopper", "hopper_lines", "hopper_line_wgrad", "kn2row",
-    "padded", "rounded", "space_to_depth", "subpixel", "tma", "toeplitz")  # fmt: skip
+ENGINE_TESTS = ("block_diagonal", "blocks", "folded", "fuzz", "halo", "hopper", "hopper_lines", "hopper_line_dgrad",
+    "hopper_line_wgrad", "kn2row", "padded", "rounded", "space_to_depth", "subpixel", "tma", "toeplitz")  # fmt: skip
 
 
 def launches(names: list[str], most: int | None, problems: int | None) -> Iterator[dict]:

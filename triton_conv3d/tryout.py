@@ -21,11 +21,12 @@ from .workload import LAYOUTS, Layer
 
 _RUNS = 20  # of each config, which all have to give the same bits
 _ONES, _PADDED = (1, 1, 1), (1, 1, 1)
-# No size is a multiple of a tile's. The first three have tiles enough for every program to take several, of each kind, or
-# several chains of one; the first walks 72 channels in short steps in forward, and 184 in long ones in dgrad.
+# No size is a multiple of a tile's. The first four have tiles enough for programs to take several, of each kind, or several
+# chains of one; the first walks 72 channels in short steps in forward, and 184 in long ones in dgrad.
 LAYERS = (
     (Layer("wide", 2, 72, 184, (15, 57, 58), (3, 3, 3), _ONES, _PADDED, _ONES, 1, True, "bf16", "silu", True), CHANNELS_LAST),
     (Layer("narrow", 1, 96, 48, (33, 59, 130), (3, 3, 3), _ONES, _PADDED, _ONES, 1, True, "fp16"), CHANNELS_LAST),
+    (Layer("halving", 1, 32, 64, (33, 43, 130), (3, 3, 3), (2, 2, 2), _PADDED, _ONES, 1, False, "bf16"), CHANNELS_LAST),
     (Layer("deep", 1, 520, 392, (2, 5, 5), (3, 3, 3), _ONES, _PADDED, _ONES, 1, False, "fp16"), CHANNELS_LAST),
     (Layer("strided", 1, 64, 72, (5, 7, 18), (3, 3, 3), (2, 2, 2), _PADDED, _ONES, 1, False, "bf16"), CONTIGUOUS),
     (Layer("grouped", 1, 64, 64, (3, 6, 9), (1, 3, 3), _ONES, (0, 2, 2), (1, 2, 2), 2, False, "bf16"), CHANNELS_LAST),

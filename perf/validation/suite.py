@@ -15,6 +15,7 @@ WORKERS = pytested.WORKERS
 _KERNELS = {
     "test_depthwise.py": 2270, "test_engines.py": 2100, "test_fuzz.py": 890, "test_folded.py": 260, "test_fused.py": 210,
     "test_hopper.py": 270, "test_hopper_im2col.py": 120, "test_hopper_lines.py": 100, "test_hopper_line_wgrad.py": 100,
+    "test_hopper_line_dgrad.py": 60,
     "test_perf_slices.py": 150,
     "test_halo.py": 200, "test_space_to_depth.py": 130, "test_padded.py": 120, "test_blocks.py": 100, "test_tma.py": 110,
     "test_toeplitz.py": 420,

@@ -9,7 +9,9 @@ Layers that do not fill tiles of 128 channels may go by lines of pixels instead 
 which are read again for the taps that they share. Bytes by design: from memory the minimum as ever; from L2, for every tile of
 planes x lines of the result, (planes + kd - 1) x (lines + kh - 1) x kw lines of 64 pixels, and the weight once. wgrad by
 lines (line_wgrad.py) reads of L2, for 128 rows of dw, which are channels by taps along D and W, all of the input that meets
-them once, and the gradient once; by bricks it is as much for each tap along H.
+them once, and the gradient once; by bricks it is as much for each tap along H. dgrad with a stride by lines (line_dgrad.py)
+reads the gradient once for every shift of a cell, with the halo of a tile's lines along H, and the weight once for each tile,
+or once in all where the taps stay; by bricks it is once for each tap of each parity class.
 
 Where bricks fit badly, and from Triton 3.8 on, tiles may be rows of pixels that im2col copies gather (gather.py; configs.py
 has the rule).
@@ -27,14 +29,21 @@ import torch
 from ...problem import Operands, Problem
 from .. import tma
 from ..base import Memory, Work, refused_by_kernels
+from .class_configs import LineDgradConfig, class_work
 from .configs import BrickConfig, Im2colConfig, configs, im2col_work
-from .line_configs import LineConfig, LineWgradConfig, line_wgrad_work, line_work
+from .line_configs import (
+    LineConfig,
+    LineWgradConfig,
+    line_wgrad_work,
+    line_work,
+)
 
 __all__ = [
-    "NAME", "BrickConfig", "Im2colConfig", "LineConfig", "LineWgradConfig", "configs", "launch", "memory", "supports", "work",
+    "NAME", "BrickConfig", "Im2colConfig", "LineConfig", "LineDgradConfig", "LineWgradConfig", "configs", "launch", "memory",
+    "supports", "work",
 ]  # fmt: skip
 
-HopperConfig = BrickConfig | Im2colConfig | LineConfig | LineWgradConfig
+HopperConfig = BrickConfig | Im2colConfig | LineConfig | LineDgradConfig | LineWgradConfig
 
 NAME = "hopper"
 TRIAL = True  # it has not run on a GPU yet
@@ -62,6 +71,8 @@ def work(problem: Problem, config: HopperConfig) -> Work:
     """The launch as the cost model sees it."""
     if isinstance(config, LineConfig):
         return line_work(problem, config)
+    if isinstance(config, LineDgradConfig):
+        return class_work(problem, config)
     if isinstance(config, LineWgradConfig):
         return line_wgrad_work(problem, config)
     return im2col_work(problem, config) if isinstance(config, Im2colConfig) else tma.work(problem, config)
@@ -73,6 +84,8 @@ def launch(problem: Problem, operands: Operands, config: HopperConfig) -> torch.
     gather, wgrad = functools.partial(host.gather, im2col=isinstance(config, Im2colConfig)), host.wgrad
     if isinstance(config, LineConfig):
         gather = functools.partial(host.lines, config)
+    if isinstance(config, LineDgradConfig):
+        gather = functools.partial(host.line_dgrad, config)
     if isinstance(config, LineWgradConfig):
         wgrad = functools.partial(host.line_wgrad, config)
     return tma.launched(problem, operands, _as_brick(config), gather, wgrad)

@@ -13,7 +13,14 @@ from ..base import Config, Work
 from ..implicit_gemm.configs import CHAIN, split_counts
 from ..tma.configs import BrickConfig, _fits, best_steps, extent
 from ..tma.geometry import MOST_VIEWS, Brick, best_first, bricks, counts, covered, pixels, views_along
-from .line_configs import WARPS, LineConfig, LineWgradConfig, line_configs, line_wgrad_configs
+from .class_configs import LineDgradConfig, class_configs
+from .line_configs import (
+    WARPS,
+    LineConfig,
+    LineWgradConfig,
+    line_configs,
+    line_wgrad_configs,
+)
 
 __all__ = ["BrickConfig", "Im2colConfig", "configs", "corners", "im2col_tiles", "im2col_work", "one_chain"]
 
@@ -188,10 +195,10 @@ def _views(problem: Problem, brick: Brick) -> int:
     return math.prod(views_along(problem, brick))
 
 
-def configs(problem: Problem) -> tuple[BrickConfig | Im2colConfig | LineConfig | LineWgradConfig, ...]:
+def configs(problem: Problem) -> tuple[BrickConfig | Im2colConfig | LineConfig | LineDgradConfig | LineWgradConfig, ...]:
     """Every configuration that this problem can take, lines first, the smallest last."""
     base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
-    lines = line_configs(problem) + line_wgrad_configs(problem)
+    lines = line_configs(problem) + class_configs(problem) + line_wgrad_configs(problem)
     tiles = [tile for tile in base if _fits(problem, tile)]
     tiles = (tiles if problem.pass_ == "wgrad" else best_steps(problem, tiles))[:_MOST_TILES]
     if problem.pass_ == "wgrad" and lines:  # which read less than bricks of narrow tiles

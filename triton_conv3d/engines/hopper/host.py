@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import triton.language as tl
@@ -14,10 +16,21 @@ from ..implicit_gemm.configs import CHAIN
 from ..launching import GRID_LIMIT, launch_kernel
 from ..tma import _KNOWN_LAUNCHES, _descriptor, _gather_launch, _readable, _wgrad_launch
 from ..tma.geometry import MOST_VIEWS, View, Views, views
+from .class_configs import LineDgradConfig, axes, first_cells
 from .configs import BrickConfig, corners, im2col_tiles, one_chain
 from .gather import gather_ring
 from .gluon import TensorDescriptor, TensorDescriptorIm2Col, gl
-from .line_configs import LINE, MOST_PARTS, W_STAGES, LineConfig, LineWgradConfig, spacing
+from .line_configs import (
+    LINE,
+    MOST_PARTS,
+    MOST_STRIDED,
+    MOST_VIEWS_ALONG_W,
+    W_STAGES,
+    LineConfig,
+    LineWgradConfig,
+    spacing,
+)
+from .line_dgrad import line_dgrad_ring
 from .line_wgrad import line_wgrad_ring
 from .lines import line_ring
 from .wgrad import wgrad_ring
@@ -56,13 +69,26 @@ def lines(
     """forward and dgrad: a line is read once for every tap along it."""
     x = _readable(operands.grad if problem.pass_ == "dgrad" else operands.input)
     by_n, by_k = config.parts
-    xs = [_swizzled(_descriptor(x, _whole(x), (1, 1, 1), (*config.line, k))) for k in by_k]
+    strided = _strided(problem, (2,)) if problem.pass_ == "forward" else [(_whole(x), (1, 1, 1))]
+    xs = [_swizzled(_descriptor(x, view, step, (*config.line, k))) for view, step in strided for k in by_k]
     ws = [_weight(problem, operands, n, k) for n in by_n for k in by_k]
-    xs += [None] * (MOST_PARTS - len(xs))
+    xs += [None] * (MOST_PARTS * MOST_VIEWS_ALONG_W - len(xs))
     ws += [None] * (MOST_PARTS**2 - len(ws))
     tiles, arguments, options = _line_arguments(problem, config)
     grid = _grid(target, tiles)
     launch_kernel(line_ring, grid, (target, operands.bias, *ws, *xs, *arguments, tiles, *end), options)
+
+
+def line_dgrad(
+    config: LineDgradConfig, problem: Problem, operands: Operands, brick: BrickConfig, target: torch.Tensor, end
+) -> None:
+    """dgrad with a stride: a line is read once for all parity classes."""
+    grad = _readable(operands.grad)
+    grad = _swizzled(_descriptor(grad, _whole(grad), (1, 1, 1), (*config.line, config.block_k)))
+    w = _weight(problem, operands, config.block_n, config.block_k)
+    tiles, arguments, options = _line_dgrad_arguments(problem, config)
+    grid = _grid(target, tiles)
+    launch_kernel(line_dgrad_ring, grid, (target, operands.bias, w, grad, *arguments, tiles, *end), options)
 
 
 def wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor) -> None:
@@ -84,15 +110,24 @@ def line_wgrad(
     """wgrad: the lines of all columns are shared out among the splits."""
     x, grad = _readable(operands.input), _readable(operands.grad)
     pixels = brick.brick
-    x = _swizzled(_descriptor(x, _whole(x), (1, 1, 1), (*pixels, config.rows)))
+    xs = [_swizzled(_descriptor(x, view, step, (*pixels, config.rows))) for view, step in _strided(problem)]
+    xs += [None] * (MOST_STRIDED - len(xs))
     grads = [_swizzled(_descriptor(grad, _whole(grad), (1, 1, 1), (*pixels, n))) for n in config.parts]
     grads += [None] * (MOST_PARTS - len(grads))
     tiles, arguments, options = _line_wgrad_arguments(problem, config)
-    launch_kernel(line_wgrad_ring, _grid(target, tiles), (target, x, *grads, *arguments, tiles), options)
+    launch_kernel(line_wgrad_ring, _grid(target, tiles), (target, *xs, *grads, *arguments, tiles), options)
 
 
 def _whole(tensor: torch.Tensor) -> View:
     return View((0, 0, 0), tensor.shape[2:], (), (), ())
+
+
+def _strided(problem: Problem, axes: tuple[int, ...] = (0, 2)) -> Iterator[tuple[View, tuple]]:
+    """Every stride-th position of the input along some dimensions, from each on, and these strides."""
+    step = tuple(by if axis in axes else 1 for axis, by in enumerate(problem.stride))
+    for offset in itertools.product(*map(range, step)):
+        sides = zip(problem.input_size, offset, step, strict=True)
+        yield View(offset, tuple(-(-(size - at) // by) for size, at, by in sides), (), (), ()), step
 
 
 def _weight(problem: Problem, operands: Operands, n: int, k: int) -> TensorDescriptor:
@@ -142,6 +177,8 @@ def _line_arguments(problem: Problem, config: LineConfig) -> tuple[int, tuple, d
         start = tuple(p - (k - 1) * by for p, k, by in zip(low, kernel, dilation, strict=True))
     else:
         start = tuple(-p for p in low)
+    by = problem.stride[2] if problem.pass_ == "forward" else 1
+    first_w, start = start[2] // by, (*start[:2], start[2] % by)
     tiles_by = config.tiles(problem)
     last = problem.result_layout == CHANNELS_LAST
     by_n, by_k = config.parts
@@ -154,12 +191,36 @@ def _line_arguments(problem: Problem, config: LineConfig) -> tuple[int, tuple, d
         WRITTEN=tuple(_written(n, last, 1) for n in by_n),
     )
     sizes = dict(
-        PLANES=config.planes, LINES=config.lines, SAMPLES=config.samples, TAPS_H=problem.kernel_size[1], N_PARTS=by_n,
-        K_PARTS=by_k,
+        PLANES=config.planes, LINES=config.lines, STRIDE=problem.stride, SAMPLES=config.samples, TAPS_H=problem.kernel_size[1],
+        N_PARTS=by_n, K_PARTS=by_k,
     )  # fmt: skip
     options = _ring(line_ring, options, brick) | sizes | layouts | {"num_warps": 4, "W_STAGES": W_STAGES}
     x_depth = (problem.output_size if problem.pass_ == "dgrad" else problem.input_size)[0]
-    arguments = (x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced, produced, problem.groups)
+    _, halo = config.halo(problem)
+    arguments = (
+        x_depth, start, first_w, halo, kernel, y_size, tiles_by, dilation, y_strides, reduced, produced, problem.groups
+    )  # fmt: skip
+    return math.prod(tiles_by) * config.tiles_n(problem) * problem.groups, arguments, options
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _line_dgrad_arguments(problem: Problem, config: LineDgradConfig) -> tuple[int, tuple, dict]:
+    """The same, of all parity classes at once."""
+    brick = config.brick
+    _, arguments, options = _gather_launch(problem, brick)
+    _, y_size, _, _, _, y_strides, _, reduced, produced, _ = arguments[4:]
+    tiles_by = config.tiles(problem)
+    sums = _sums(LINE, config.block_n, 1)
+    layouts = dict(
+        W_RING=_shared(_weight_block(problem, config.block_n, config.block_k)),
+        X_RING=_shared((LINE, config.block_k)),
+        SUMS=sums,
+        PIXELS=gl.DotOperandLayout(0, sums, 2),
+        WRITTEN=_written(config.block_n, problem.result_layout == CHANNELS_LAST, 1),
+    )
+    sizes = dict(LINES=config.lines, AXES=axes(problem), STAYS=config.stays(problem), W_STAGES=config.w_stages)
+    options = _ring(line_dgrad_ring, options, brick) | sizes | layouts | {"num_warps": 4}
+    arguments = (first_cells(problem), y_size, tiles_by, y_strides, reduced, produced, problem.groups, config.w_stages - 1)
     return math.prod(tiles_by) * config.tiles_n(problem) * problem.groups, arguments, options
 
 
@@ -181,13 +242,16 @@ def _wgrad_arguments(problem: Problem, config: BrickConfig, view: View, read: Vi
 def _line_wgrad_arguments(problem: Problem, config: LineWgradConfig) -> tuple[int, tuple, dict]:
     """The same, of lines."""
     columns, height = config.columns(problem)
-    start, dilation = tuple(-pad for pad in problem.padding[::2]), spacing(problem)
+    dilation, (by_d, by_h, by_w), (d, _, h, _, w, _) = spacing(problem), problem.stride, problem.padding
+    start, first = (-d % by_d, -(h % by_h), -w % by_w), (-d // by_d, -w // by_w)
+    read = min(problem.kernel_size[1], by_h)
     sums = tuple(_sums(LINE, n, 1) for n in config.parts)
     options = dict(
         INDEX=tl.int64 if problem.index64 else tl.int32,
         CHAIN=CHAIN // LINE,
         BRICK=config.line,
         TAPS=problem.kernel_size,
+        STRIDE=problem.stride,
         ROWS=config.rows,
         N_PARTS=config.parts,
         STAGES=config.num_stages,
@@ -200,8 +264,8 @@ def _line_wgrad_arguments(problem: Problem, config: LineWgradConfig) -> tuple[in
         num_warps=4,
     )
     arguments = (
-        start, dilation, columns, height, math.prod(columns) * height, math.prod(problem.weight_shape), problem.group_in,
-        problem.group_out, config.splits,
+        start, first, h // by_h, read, _ROWS // config.rows, dilation, columns, height, math.prod(columns) * height,
+        math.prod(problem.weight_shape), problem.group_in, problem.group_out, config.splits,
     )  # fmt: skip
     return math.prod(config.tiles(problem)) * problem.groups * config.splits, arguments, options
 

@@ -17,10 +17,11 @@ __all__ = ["LINE", "LineConfig", "LineWgradConfig", "line_configs", "line_wgrad_
 
 WARPS = 8  # that multiply: two warpgroups. One more produces.
 LINE = 64  # pixels of a line
-# Along n, d, h, w, those that most layers share first: of forward and dgrad, and of wgrad.
+# Along n, d, h, w, those that most layers share first: of forward and dgrad, and of wgrad and dgrad with a stride.
 _LINES_OF = ((2, 1, 1, 32), (1, 1, 1, 64))
-_LINES_OF_WGRAD = ((1, 4, 1, 16), (1, 1, 1, 64), (1, 2, 1, 32))
+FLAT_LINES = ((1, 4, 1, 16), (1, 1, 1, 64), (1, 2, 1, 32))
 _WASTE = 1.1  # times the pixels of the best of them, that the first may cover
+MOST_STRIDED, MOST_VIEWS_ALONG_W = 4, 2  # views of the input that the kernels of wgrad, and of forward take
 MOST_PARTS = 2  # powers of two that channels of a tile are the sum of
 W_STAGES = 2  # steps whose taps are there
 _NARROW = 64  # channels up to which a tile by lines computes all of a group
@@ -31,16 +32,15 @@ _TILES_N = (128, 96, 80, 64)  # channels of a tile, where there are more
 _SUMS = 512  # channels of all lines of a tile: each warpgroup has half of their sums, in 128 registers of a thread
 _LONG = ("gelu", "tanh")  # activations that have half the registers for sums, or Triton 3.9.0 spills
 _MOST_PLANES = 8  # of the ring
-_BARRIERS = 1024  # bytes, and what the alignment of buffers takes
+BARRIERS = 1024  # bytes, and what the alignment of buffers takes
 
 # Of wgrad:
 _MOST_WASTE = 1.5  # times the pixels that there are
 _HEIGHTS = (24, 40)  # lines of a column: few, so that what the next one, a plane further, reads again is still in L2
 _ROWS = 128  # of a tile: each consumer has those of one matrix instruction
-_SLICES = (64, 32, 16)  # channels of a slice
+_SLICES, _STRIDED_SLICES = (64, 32, 16), (64, 32)  # channels of a slice
 _FILTERS = (128, 96, 80, 64, 48, 32, 16)  # of a tile
 _WGRAD_SUMS = 288  # filters and taps along H of a tile, in 144 registers of a thread: 320 and more spill
-_SPILLS = ((4, 64), (6, 48))  # taps along H and filters whose sums do, with Triton 3.6.0 or 3.9.0
 _MOST_TAPS = 9  # along H
 _MOST_STAGES = 8  # lines of the input
 _SPLITS = 2  # numbers of them that are offered: the fewest that fill a GPU
@@ -81,7 +81,12 @@ class LineConfig(Config):
 
     def halo(self, problem: Problem) -> tuple[int, int]:
         """(planes, lines of a plane) that a tile reads for a tap along W."""
-        return self.planes + problem.kernel_size[0] - 1, self.lines + problem.kernel_size[1] - 1
+        depth, height, _ = problem.kernel_size
+        return self.span(problem) + depth - 1, (self.lines - 1) * problem.stride[1] + height
+
+    def span(self, problem: Problem) -> int:
+        """Planes from the first that a step multiplies to the last."""
+        return (self.planes - 1) * problem.stride[0] + 1
 
     def tiles(self, problem: Problem) -> Brick:
         """Along n, d, h, w. The lines of a tile are those of a step of the dilation, as often as there are lines."""
@@ -130,16 +135,16 @@ class LineWgradConfig(Config):
         return BrickConfig(n, d, 1, w, self.rows, self.block_n, WARPS, self.num_stages, self.splits)
 
     def columns(self, problem: Problem) -> tuple[Brick, int]:
-        """(columns along n, d, h, w, lines of the input in one): along h they are those of a step of the dilation, in parts."""
+        """(columns along n, d, h, w, steps in one): along h they are those of a step of the dilation, in parts."""
         n, d, _, w = (-(-size // by) for size, by in zip(pixels(problem), self.brick.brick, strict=True))
-        by = spacing(problem)[1]
-        lines = -(-problem.input_size[1] // by)
+        by, stride = spacing(problem)[1], problem.stride[1]
+        lines = -(-(problem.input_size[1] + problem.padding[2] % stride) // (by * stride))
         shortest, longest = _HEIGHTS
         parts = min(range(-(-lines // longest), -(-lines // shortest) + 1), key=lambda parts: parts * -(-lines // parts))
         return (n, d, parts * by, w), -(-lines // parts)
 
     def steps(self, problem: Problem) -> int:
-        """Lines of all columns."""
+        """Of all columns."""
         columns, height = self.columns(problem)
         return math.prod(columns) * height
 
@@ -163,10 +168,14 @@ def spacing(problem: Problem) -> Brick:
 def _line_channels(problem: Problem) -> tuple[int, int] | None:
     """(computed by a tile, of a line); None where lines are not offered.
 
-    That is without taps along D or H that share them, with a stride, and where tiles of 128 channels are filled as well: then
-    bricks are bound by products too.
+    That is without taps along D or H that share them, with a stride in dgrad, or one that leaves out planes or lines, and where
+    tiles of 128 channels are filled as well: then bricks are bound by products too.
     """
-    if problem.pass_ == "wgrad" or problem.stride != (1, 1, 1) or problem.kernel_size[:2] == (1, 1):
+    if problem.pass_ == "wgrad" or problem.stride != (1, 1, 1) and problem.pass_ == "dgrad":
+        return None
+    if problem.kernel_size[:2] == (1, 1) or problem.stride[2] > min(MOST_VIEWS_ALONG_W, problem.input_size[2]):
+        return None
+    if any(by > taps for by, taps in zip(problem.stride[:2], problem.kernel_size[:2], strict=True)):
         return None
     if any(by > size for by, size in zip(spacing(problem), pixels(problem)[1:], strict=True)):
         return None  # no two lines would meet the same
@@ -191,7 +200,7 @@ def _line_bytes(problem: Problem, config: LineConfig) -> tuple[int, int, int]:
     return 2 * plane, 2 * W_STAGES * taps, 4 * 2 * LINE * config.parts[0][0]
 
 
-def _line_of(problem: Problem, lines: Sequence[Brick]) -> Brick:
+def line_of(problem: Problem, lines: Sequence[Brick]) -> Brick:
     """The first of them that covers hardly more than the best."""
     covers = [covered(problem, line) for line in lines]
     return next(line for line, pixels in zip(lines, covers, strict=True) if pixels <= _WASTE * min(covers))
@@ -208,14 +217,14 @@ def line_configs(problem: Problem) -> list[LineConfig]:
 def _lines_that_fit(problem: Problem, tiles: tuple[tuple[int, int], ...], n: int, k: int) -> list[LineConfig]:
     """Tiles whose sums fit into registers, and a plane more than a step needs into shared memory."""
     found = []
-    samples, *_ = _line_of(problem, _LINES_OF)
+    samples, *_ = line_of(problem, _LINES_OF)
     for planes, lines in tiles:
         config = LineConfig(planes, lines, n, k, 0, samples)
         plane, taps, turned = _line_bytes(problem, config)
-        stages = min((SHARED_BYTES - _BARRIERS - taps - turned) // plane, _MOST_PLANES)
+        stages = min((SHARED_BYTES - BARRIERS - taps - turned) // plane, _MOST_PLANES)
         sums = planes * lines * config.block_n
         most = _SUMS // 2 if problem.activation in _LONG else _SUMS
-        if sums <= most and stages > planes:
+        if sums <= most and stages > config.span(problem):
             found.append(config.replace(num_stages=stages))
     return found
 
@@ -238,9 +247,9 @@ def line_work(problem: Problem, config: LineConfig) -> Work:
         num_warps=WARPS,
         shared_bytes=sum(b * n for b, n in zip(_line_bytes(problem, config), (config.num_stages, 1, 1), strict=True)),
         extra_bytes=2.0 * tma.memory(problem, config.brick).copies,
-        stages=1 + config.num_stages - config.planes,
+        stages=1 + config.num_stages - config.span(problem),
         # Every pixel comes from memory once, and from L2 for each tap along W, and with the halo of each tile.
-        order=Order(tiles, columns, 1, read, float(filters), halo * taps[2] / rows),
+        order=Order(tiles, columns, 1, read, float(filters), halo * taps[2] / rows / math.prod(problem.stride)),
         product=(rows * LINE, config.block_n),
         tiles=(lines / config.lines, taps[1]),
         in_registers=True,
@@ -250,19 +259,26 @@ def line_work(problem: Problem, config: LineConfig) -> Work:
 def line_wgrad_configs(problem: Problem) -> list[LineWgradConfig]:
     """Of wgrad, where taps along H share lines that fit, and there are enough of them for several splits."""
     taps, channels, filters = problem.kernel_size[1], problem.group_in, problem.group_out
-    if problem.pass_ != "wgrad" or problem.stride != (1, 1, 1) or not 1 < taps <= _MOST_TAPS:
+    by_d, by_h, by_w = problem.stride
+    if problem.pass_ != "wgrad" or not by_h < taps <= _MOST_TAPS or by_d * by_w > MOST_STRIDED:
         return []
-    if channels % _SLICES[-1] or spacing(problem)[1] > problem.input_size[1]:  # written in vectors; lines that none meets
+    if any(by > size for by, size in zip(problem.stride, problem.input_size, strict=True)):  # a view of nothing
         return []
-    n, d, _, w = line = _line_of(problem, _LINES_OF_WGRAD)
+    strided = problem.stride != (1, 1, 1)
+    slices = [rows for rows in (_STRIDED_SLICES if strided else _SLICES) if rows <= channels]
+    if channels % _SLICES[-1] or not slices:  # written in vectors
+        return []
+    if spacing(problem)[1] > problem.input_size[1] or by_h > 1 and spacing(problem)[1] > 1:  # lines that none meets
+        return []
+    n, d, _, w = line = line_of(problem, FLAT_LINES)
     if covered(problem, line) > _MOST_WASTE * math.prod(pixels(problem)):
         return []
-    fits = (f for f in _FILTERS if taps * f <= _WGRAD_SUMS and (taps, f) not in _SPILLS)
+    fits = (f for f in _FILTERS if taps * f <= _WGRAD_SUMS)
     block_n = min(fits, key=lambda f: (-(-filters // f) * f, -f))
-    sliced = (LineWgradConfig(n, d, w, rows, block_n, 0) for rows in _SLICES if rows <= channels)
+    sliced = (LineWgradConfig(n, d, w, rows, block_n, 0) for rows in slices)
     whole = min(sliced, key=lambda config: config.tiles(problem)[0])
     step, ahead, turned = _wgrad_bytes(problem, whole)
-    whole = whole.replace(num_stages=min((SHARED_BYTES - _BARRIERS - turned - ahead) // step, _MOST_STAGES))
+    whole = whole.replace(num_stages=min((SHARED_BYTES - BARRIERS - turned - ahead) // step, _MOST_STAGES))
     counts = split_counts(problem, math.prod(whole.tiles(problem)) * problem.groups, whole.steps(problem))
     return [whole.replace(splits=number) for number in counts if number > 1][:_SPLITS]
 
@@ -274,24 +290,25 @@ def _wgrad_bytes(problem: Problem, config: LineWgradConfig) -> tuple[int, int, i
 
 
 def line_wgrad_work(problem: Problem, config: LineWgradConfig) -> Work:
-    """The launch as the cost model sees it: a step is a line of the input."""
+    """The launch as the cost model sees it: a step is a line of the gradient, and of the input a stride of them along H."""
     line, n, taps = problem.itemsize * LINE, config.block_n, problem.kernel_size[1]
     (rows, columns), used, result = config.tiles(problem), tma.memory(problem, config.brick), problem.result_elements
     step, ahead, turned = _wgrad_bytes(problem, config)
+    strides, read = math.prod(problem.stride), min(taps, problem.stride[1])
     return Work(
         programs=rows * columns * problem.groups * config.splits,
         iterations=math.ceil(config.steps(problem) / config.splits),
         flops=2.0 * _ROWS * n * taps * LINE,
-        bytes_read=float(line * (_ROWS + n)),
+        bytes_read=float(line * (_ROWS * read + n)),
         bytes_written=4.0 * _ROWS * n * taps,
         num_warps=WARPS,
         shared_bytes=config.num_stages * step + ahead + turned,
         extra_bytes=2.0 * used.copies + 2.0 * used.workspace + result * problem.itemsize,
         launches=2,
-        stages=config.num_stages,
+        stages=max(2, config.num_stages // read),
         # Every line comes from memory once for all tiles of a split, whose taps read neighbours of the same ones.
-        order=Order(rows, columns, rows, line * problem.group_in / rows, float(line * n)),
+        order=Order(rows, columns, rows, line * strides * problem.group_in / rows, float(line * n)),
         product=(_ROWS, n),
-        tiles=(1.0, 1.0),
+        tiles=(float(read), 1.0),
         in_registers=True,
     )

@@ -6,6 +6,10 @@ in steps of the dilation, from a start before the padding. A line is a brick of 
 through such columns of lines along h, one line of x a step, with those of the gradient that it meets in a ring: the next step
 needs one more, and frees the oldest. So the gradient is read once for all taps along H, where bricks read it for each of them.
 
+With a stride a line is 64 pixels of the gradient and, of x, what they read through a tap: a line of one of the views that have
+every stride-th position along D and W (engines/tma/geometry.py). A step is then a stride along H of such lines, each of which
+meets every stride-th tap.
+
 The rows of a program's sums are slices of x: a tap along D, one along W, and ROWS channels, each copied from where its taps
 read. Two consumers have 64 rows each, of one slice or of several side by side, and read them into registers once for all
 products of a step. The columns are filters, as powers of two side by side, N_PARTS, once for each tap along H.
@@ -15,12 +19,34 @@ import triton
 import triton.language as tl
 
 from .gluon import beside, gl, gluon, load, mbarrier, warpgroup_mma
-from .ring import CONSUMERS, LINE, ahead_of, barriers, item, next_digit, next_stage, part, waited
+from .ring import (
+    CONSUMERS,
+    LINE,
+    PRODUCER_REGISTERS,
+    ahead_of,
+    barriers,
+    item,
+    next_digit,
+    next_stage,
+    part,
+    view_at,
+    waited,
+)
 
-# Of a thread. With 40, as of the other kernels, and 56 the producer of eight slices spills.
-_PRODUCER_REGISTERS = gl.constexpr(72)
-_CONSUMER_REGISTERS = gl.constexpr(216)
-_UNDER_WAY = gl.constexpr(1)  # products, beside the newest
+_CONSUMER_REGISTERS = gl.constexpr(232)
+_UNDER_WAY = gl.constexpr(1)  # products, beside the newest: each has a copy of the pixels, with Triton 3.9.0
+
+
+@triton.constexpr_function
+def met(TAPS, STRIDE):
+    """Lines of the gradient that those of a step meet."""
+    return -(-TAPS[1] // STRIDE[1])
+
+
+@triton.constexpr_function
+def read(TAPS, STRIDE):
+    """Lines of x in a step; what no tap along H reads of a stride is left out."""
+    return min(TAPS[1], STRIDE[1])
 
 
 @triton.jit
@@ -69,9 +95,13 @@ def lines_of(column, begin, end, height):
 
 @gluon.jit
 def _produce(
-    x,
+    xs,
     grads,
     start,
+    first,
+    ahead,
+    phases,
+    slices,
     dilation,
     columns,
     height,
@@ -89,11 +119,13 @@ def _produce(
     CHAIN: gl.constexpr,
     BRICK: gl.constexpr,
     TAPS: gl.constexpr,
+    STRIDE: gl.constexpr,
     ROWS: gl.constexpr,
     N_PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     G_STAGES: gl.constexpr,
 ):
+    MET: gl.constexpr = met(TAPS, STRIDE)
     BLOCK_N: gl.constexpr = ahead_of(N_PARTS, None)
     SLICES: gl.constexpr = CONSUMERS * LINE // ROWS
     tiles_m = tl.cdiv(TAPS[0] * TAPS[2] * tl.cdiv(group_in, ROWS), SLICES)
@@ -110,25 +142,30 @@ def _produce(
         for column in range(begin // height, tl.cdiv(end, height)):
             low, high = lines_of(column, begin, end, height)
             d, w, h, n = column_at(column, columns, BRICK, height, dilation)
-            for line in range(low - (TAPS[1] - 1), high):
+            for line in range(low - (MET - 1), high):
                 mbarrier.wait(g_empty.index(g_stage), g_parity ^ 1)
                 mbarrier.expect(g_full.index(g_stage), LINE * BLOCK_N * 2)
                 for i in gl.static_range(len(N_PARTS)):
-                    g_at = [n, d, h + line * dilation[1] - start[1], w, filters + ahead_of(N_PARTS, i)]
+                    g_at = [n, d, h + line * dilation[1] + ahead, w, filters + ahead_of(N_PARTS, i)]
                     load(grads[i], g_at, g_full.index(g_stage), g_rings[i].index(g_stage))
                 g_stage, g_parity = next_stage(g_stage, g_parity, G_STAGES)
                 if line >= low:
-                    mbarrier.wait(x_empty.index(stage), parity ^ 1)
-                    mbarrier.expect(x_full.index(stage), SLICES * LINE * ROWS * 2)
-                    td, tw, block = slice_at(tile_m * SLICES, TAPS)
-                    for place in range(SLICES):
-                        x_d, x_h, x_w = d + start[0] + td * dilation[0], h + line * dilation[1], w + start[2] + tw * dilation[2]
-                        x_at = [n, x_d, x_h, x_w, group * group_in + block * ROWS]
-                        load(x, x_at, x_full.index(stage), x_ring.index(stage * SLICES + place))
-                        tw, carry = next_digit(tw, 1, TAPS[2])
-                        td, carry = next_digit(td, carry, TAPS[0])
-                        block += carry
-                    stage, parity = next_stage(stage, parity, STAGES)
+                    for phase in range(phases):
+                        mbarrier.wait(x_empty.index(stage), parity ^ 1)
+                        mbarrier.expect(x_full.index(stage), SLICES * LINE * ROWS * 2)
+                        x_h = (h + line * dilation[1]) * STRIDE[1] + start[1] + phase
+                        td, tw, block = slice_at(tile_m * SLICES, TAPS)
+                        for place in range(slices):
+                            view_d, x_d = view_at(td, dilation[0], start[0], STRIDE[0])
+                            view_w, x_w = view_at(tw, dilation[2], start[2], STRIDE[2])
+                            x_at = [n, d + first[0] + x_d, x_h, w + first[1] + x_w, group * group_in + block * ROWS]
+                            for view in gl.static_range(STRIDE[0] * STRIDE[2]):
+                                if view_d * STRIDE[2] + view_w == view:
+                                    load(xs[view], x_at, x_full.index(stage), x_ring.index(stage * SLICES + place))
+                            tw, carry = next_digit(tw, 1, TAPS[2])
+                            td, carry = next_digit(td, carry, TAPS[0])
+                            block += carry
+                        stage, parity = next_stage(stage, parity, STAGES)
 
 
 @gluon.jit
@@ -152,6 +189,7 @@ def _consume(
     INDEX: gl.constexpr,
     CHAIN: gl.constexpr,
     TAPS: gl.constexpr,
+    STRIDE: gl.constexpr,
     ROWS: gl.constexpr,
     N_PARTS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -162,6 +200,7 @@ def _consume(
 ):
     NS: gl.constexpr = len(N_PARTS)
     TAPS_H: gl.constexpr = TAPS[1]
+    MET: gl.constexpr = met(TAPS, STRIDE)
     BLOCK_N: gl.constexpr = ahead_of(N_PARTS, None)
     SLICES: gl.constexpr = CONSUMERS * LINE // ROWS
     tiles_m = tl.cdiv(TAPS[0] * TAPS[2] * tl.cdiv(group_in, ROWS), SLICES)
@@ -180,33 +219,33 @@ def _consume(
             sums = sums + (gl.zeros([LINE, item(N_PARTS, i // TAPS_H)], gl.float32, item(SUMS, i // TAPS_H)),)
         for column in range(begin // height, tl.cdiv(end, height)):
             low, high = lines_of(column, begin, end, height)
-            for _first in gl.static_range(TAPS_H - 1):
+            for _first in gl.static_range(MET - 1):
                 mbarrier.wait(g_full.index(newest), g_parity)
                 newest, g_parity = next_stage(newest, g_parity, G_STAGES)
             for _line in range(low, high):
                 mbarrier.wait(g_full.index(newest), g_parity)
                 newest, g_parity = next_stage(newest, g_parity, G_STAGES)
-                mbarrier.wait(x_full.index(stage), parity)
-                pixels = x_rows.index(stage * CONSUMERS + WHICH).permute((1, 0)).load(item(PIXELS, 0))
-                for i in gl.static_range(NS * TAPS_H):
-                    line = oldest + (TAPS_H - 1 - i % TAPS_H)
-                    line = tl.where(line >= G_STAGES, line - G_STAGES, line)
-                    a = gl.convert_layout(pixels, item(PIXELS, i // TAPS_H))
-                    started = ()
-                    for j in gl.static_range(NS * TAPS_H):
-                        acc = sums[j]
-                        if j == i:
-                            acc = warpgroup_mma(a, g_rings[i // TAPS_H].index(line), acc, is_async=True)
-                        started = started + (acc,)
-                    sums = started
-                    if i >= _UNDER_WAY:  # each has a copy of the pixels, with Triton 3.9.0
-                        sums = waited(_UNDER_WAY, sums, (pixels,))
-                sums = waited(0, sums, (pixels,))
-                mbarrier.arrive(x_empty.index(stage))
+                for phase in gl.static_range(read(TAPS, STRIDE)):
+                    mbarrier.wait(x_full.index(stage), parity)
+                    pixels = x_rows.index(stage * CONSUMERS + WHICH).permute((1, 0)).load(item(PIXELS, 0))
+                    for i in gl.static_range(NS * TAPS_H):
+                        if i % TAPS_H % STRIDE[1] == phase:
+                            line = oldest + (MET - 1 - i % TAPS_H // STRIDE[1])
+                            line = tl.where(line >= G_STAGES, line - G_STAGES, line)
+                            a = gl.convert_layout(pixels, item(PIXELS, i // TAPS_H))
+                            started = ()
+                            for j in gl.static_range(NS * TAPS_H):
+                                acc = sums[j]
+                                if j == i:
+                                    acc = warpgroup_mma(a, g_rings[i // TAPS_H].index(line), acc, is_async=True)
+                                started = started + (acc,)
+                            sums = waited(_UNDER_WAY, started, (pixels,))
+                    sums = waited(0, sums, (pixels,))
+                    mbarrier.arrive(x_empty.index(stage))
+                    stage, parity = next_stage(stage, parity, STAGES)
                 mbarrier.arrive(g_empty.index(oldest))
-                stage, parity = next_stage(stage, parity, STAGES)
                 oldest = next_stage(oldest, 0, G_STAGES)[0]
-            for _last in gl.static_range(TAPS_H - 1):
+            for _last in gl.static_range(MET - 1):
                 mbarrier.arrive(g_empty.index(oldest))
                 oldest = next_stage(oldest, 0, G_STAGES)[0]
 
@@ -229,10 +268,17 @@ def _consume(
 @gluon.jit
 def line_wgrad_ring(
     dw_ptr,  # float32, for each split one after the other
-    x,  # descriptor of (n, d, h, w, channel)
+    x0,  # descriptors of (n, d, h, w, channel), one for each view, those along W first
+    x1,
+    x2,
+    x3,
     g0,  # descriptors of (n, d, h, w, filter), one for each part of the filters
     g1,
-    start,  # (d, h, w), as every triple: what the first tap of the first pixel reads
+    start,  # (d, h, w), as every triple: what the first tap of the first pixel reads, less whole strides; along d and w
+    first,  # these are so many pixels of a view
+    ahead,  # the line of the gradient that the first step meets through the first tap
+    phases,  # lines of x in a step, and
+    slices,  # of a tile: what is known when compiled is unrolled, and copies spill
     dilation,
     columns,  # of lines, along n, d, h, w; those along h are of a step of the dilation, one part of its lines after the other
     height,  # lines of a column
@@ -246,6 +292,7 @@ def line_wgrad_ring(
     CHAIN: gl.constexpr,  # lines of one accumulator before it joins a total
     BRICK: gl.constexpr,  # a line's pixels along n, d, w
     TAPS: gl.constexpr,
+    STRIDE: gl.constexpr,
     ROWS: gl.constexpr,
     N_PARTS: gl.constexpr,
     STAGES: gl.constexpr,  # lines of x in the ring
@@ -256,10 +303,11 @@ def line_wgrad_ring(
     PIXELS: gl.constexpr,
     WRITTEN: gl.constexpr,
 ):
-    gl.static_assert(G_STAGES > TAPS[1], "a step needs the lines of all taps at once")
+    gl.static_assert(G_STAGES > met(TAPS, STRIDE), "a step needs the lines of all taps at once")
+    xs = (x0, x1, x2, x3)
     grads = (g0, g1)
     SLICES: gl.constexpr = CONSUMERS * LINE // ROWS
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * SLICES, LINE, ROWS], X_RING)
+    x_ring = gl.allocate_shared_memory(x0.dtype, [STAGES * SLICES, LINE, ROWS], X_RING)
     x_rows = beside(x_ring, STAGES * CONSUMERS, LINE, LINE, X_RING)
     g_rings = ()
     for i in gl.static_range(len(N_PARTS)):
@@ -271,19 +319,22 @@ def line_wgrad_ring(
             (
                 _consume,
                 (dw_ptr, columns, height, lines, split_stride, group_in, group_out, splits, tiles, x_rows, g_rings, x_full,
-                 x_empty, g_full, g_empty, 0, INDEX, CHAIN, TAPS, ROWS, N_PARTS, STAGES, G_STAGES, SUMS, PIXELS, WRITTEN),
+                 x_empty, g_full, g_empty, 0, INDEX, CHAIN, TAPS, STRIDE, ROWS, N_PARTS, STAGES, G_STAGES, SUMS, PIXELS,
+                 WRITTEN),
             ),
             (
                 _consume,
                 (dw_ptr, columns, height, lines, split_stride, group_in, group_out, splits, tiles, x_rows, g_rings, x_full,
-                 x_empty, g_full, g_empty, 1, INDEX, CHAIN, TAPS, ROWS, N_PARTS, STAGES, G_STAGES, SUMS, PIXELS, WRITTEN),
+                 x_empty, g_full, g_empty, 1, INDEX, CHAIN, TAPS, STRIDE, ROWS, N_PARTS, STAGES, G_STAGES, SUMS, PIXELS,
+                 WRITTEN),
             ),
             (
                 _produce,
-                (x, grads, start, dilation, columns, height, lines, group_in, group_out, splits, tiles, x_ring, g_rings, x_full,
-                 x_empty, g_full, g_empty, CHAIN, BRICK, TAPS, ROWS, N_PARTS, STAGES, G_STAGES),
+                (xs, grads, start, first, ahead, phases, slices, dilation, columns, height, lines, group_in, group_out, splits,
+                 tiles, x_ring, g_rings, x_full, x_empty, g_full, g_empty, CHAIN, BRICK, TAPS, STRIDE, ROWS, N_PARTS, STAGES,
+                 G_STAGES),
             ),
         ],
         [4, 1],
-        [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+        [_CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

@@ -7,6 +7,9 @@ dilation, so that the taps of one are those of its neighbours. For each tap alon
 (LINES + kh - 1) lines of x, where bricks load kd x kh for every line of y. A line may also be
 half as many pixels of each of two SAMPLES. dgrad is a forward whose taps are turned round.
 
+With a STRIDE x is read at the stride times the place in y: of its planes and lines, those between the ones that a step
+multiplies are read by other taps; along W a tap reads one of the views that have every stride-th pixel.
+
 The ring holds planes of x, each the lines that one tile needs of it, of BLOCK_K channels. A step is a tap along W and one
 along D, and needs PLANES planes; the oldest of them is freed behind it. A second ring holds the taps along H of a step. The
 planes of a tile are halved between two consumers of one warpgroup each, which need not wait for each other. A consumer reads
@@ -23,7 +26,7 @@ import triton.language as tl
 from ..implicit_gemm.taps import live_taps
 from .gather import _write, tile_at
 from .gluon import gl, gluon, load, mbarrier, warpgroup_mma
-from .ring import CONSUMERS, LINE, PRODUCER_REGISTERS, ahead_of, barriers, item, next_stage, waited
+from .ring import CONSUMERS, LINE, PRODUCER_REGISTERS, ahead_of, barriers, item, next_stage, view_at, waited
 
 _CONSUMER_REGISTERS = gl.constexpr(232)
 
@@ -34,28 +37,34 @@ def _first_line(tile, LINES: tl.constexpr, dilation):
     return tile // dilation * (LINES * dilation) + tile % dilation
 
 
+@triton.constexpr_function
+def span(COUNT, STRIDE):
+    """Planes, or lines, from the first that a tap reads for a tile to the last."""
+    return (COUNT - 1) * STRIDE + 1
+
+
 @triton.jit
-def _planes_of(tile, y_size, x_depth, start, kernel, dilation, PLANES: tl.constexpr):
+def _planes_of(tile, y_size, x_depth, start, kernel, dilation, PLANES: tl.constexpr, STRIDE: tl.constexpr):
     """(first plane, lo, hi) of a tile: taps [lo, hi) along depth, without those that only read padding for all its planes."""
     first = _first_line(tile, PLANES, dilation[0])
     last = tl.minimum(first + (PLANES - 1) * dilation[0], y_size[1] - 1)
-    lo, hi = live_taps(first, last, 1, start[0], dilation[0], x_depth, kernel[0])
+    lo, hi = live_taps(first, last, STRIDE[0], start[0], dilation[0], x_depth, kernel[0])
     return first, lo, hi
 
 
 @triton.constexpr_function
-def _tap(at, line, LINES, TAPS_H):
+def _tap(at, line, LINES, TAPS_H, STRIDE):
     """The tap along H through which a line of y reads this one of x, both counted plane by plane; None: through none."""
-    plane, h = divmod(at, LINES + TAPS_H - 1)
-    tap = h - line % LINES
+    plane, h = divmod(at, span(LINES, STRIDE) + TAPS_H - 1)
+    tap = h - line % LINES * STRIDE
     return tap if line // LINES == plane and 0 <= tap < TAPS_H else None
 
 
 @triton.constexpr_function
-def _met(at, LINES, TAPS_H):
+def _met(at, LINES, TAPS_H, STRIDE):
     """By how many lines of y a line of x is read."""
-    h = at % (LINES + TAPS_H - 1)
-    return min(h, LINES - 1) - max(h - TAPS_H + 1, 0) + 1
+    h = at % (span(LINES, STRIDE) + TAPS_H - 1)
+    return sum(_tap(h, line, LINES, TAPS_H, STRIDE) is not None for line in range(LINES))
 
 
 @gluon.jit
@@ -64,6 +73,8 @@ def _produce(
     xs,
     x_depth,
     start,
+    first_w,
+    halo,
     kernel,
     y_size,
     tiles_by,
@@ -81,6 +92,7 @@ def _produce(
     DGRAD: gl.constexpr,
     PLANES: gl.constexpr,
     LINES: gl.constexpr,
+    STRIDE: gl.constexpr,
     SAMPLES: gl.constexpr,
     TAPS_H: gl.constexpr,
     N_PARTS: gl.constexpr,
@@ -88,7 +100,8 @@ def _produce(
     STAGES: gl.constexpr,
     W_STAGES: gl.constexpr,
 ):
-    HALO: gl.constexpr = LINES + TAPS_H - 1
+    HALO: gl.constexpr = span(LINES, STRIDE[1]) + TAPS_H - 1
+    SPAN: gl.constexpr = span(PLANES, STRIDE[0])
     BLOCK_N: gl.constexpr = ahead_of(N_PARTS, None)
     BLOCK_K: gl.constexpr = ahead_of(K_PARTS, None)
     tiles_n = tl.cdiv(produced, BLOCK_N)
@@ -100,23 +113,27 @@ def _produce(
     taps = kernel[0] * TAPS_H * kernel[2]
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         tile_n, n, d, h, w_, _, group, _ = tile_at(tile, tiles_n, tiles_by, 1, groups)
-        first, lo, hi = _planes_of(d, y_size, x_depth, start, kernel, dilation, PLANES)
-        x_d = first + start[0] + lo * dilation[0]
-        x_h = _first_line(h, LINES, dilation[1]) + start[1]
-        x_w = w_ * (LINE // SAMPLES) + start[2]
+        first, lo, hi = _planes_of(d, y_size, x_depth, start, kernel, dilation, PLANES, STRIDE)
+        x_d = first * STRIDE[0] + start[0] + lo * dilation[0]
+        x_h = _first_line(h, LINES, dilation[1]) * STRIDE[1] + start[1]
         for step in range(steps):
             tw = step % kernel[2]
+            view, x_w = view_at(tw, dilation[2], start[2], STRIDE[2])
+            x_w += w_ * (LINE // SAMPLES) + first_w
             channel = step // kernel[2] * BLOCK_K
-            for plane in range(PLANES + hi - lo - 1):
+            for plane in range(SPAN + hi - lo - 1):
                 mbarrier.wait(x_empty.index(stage), parity ^ 1)
                 mbarrier.expect(x_full.index(stage), HALO * BLOCK_K * LINE * 2)
-                for line in range(HALO):
+                for line in range(halo):
+                    at_d, at_h = x_d + plane * dilation[0], x_h + line * dilation[1]
                     for k in gl.static_range(len(K_PARTS)):
-                        at_d, at_h, at_w = x_d + plane * dilation[0], x_h + line * dilation[1], x_w + tw * dilation[2]
-                        x_at = [n * SAMPLES, at_d, at_h, at_w, group * reduced + channel + ahead_of(K_PARTS, k)]
-                        load(xs[k], x_at, x_full.index(stage), x_rings[k].index(stage * HALO + line))
+                        x_at = [n * SAMPLES, at_d, at_h, x_w, group * reduced + channel + ahead_of(K_PARTS, k)]
+                        buffer = x_rings[k].index(stage * HALO + line)
+                        for at in gl.static_range(item(STRIDE, 2)):
+                            if view == at:
+                                load(xs[at * len(K_PARTS) + k], x_at, x_full.index(stage), buffer)
                 stage, parity = next_stage(stage, parity, STAGES)
-                td = lo + plane - (PLANES - 1)  # of the step that this plane is the last of
+                td = lo + plane - (SPAN - 1)  # of the step that this plane is the last of
                 if td >= lo:
                     mbarrier.wait(w_empty.index(w_stage), w_parity ^ 1)
                     mbarrier.expect(w_full.index(w_stage), TAPS_H * BLOCK_N * BLOCK_K * 2)
@@ -164,6 +181,7 @@ def _consume(
     INDEX: gl.constexpr,
     PLANES: gl.constexpr,
     LINES: gl.constexpr,
+    STRIDE: gl.constexpr,
     SAMPLES: gl.constexpr,
     TAPS_H: gl.constexpr,
     N_PARTS: gl.constexpr,
@@ -174,7 +192,8 @@ def _consume(
     PIXELS: gl.constexpr,
     WRITTEN: gl.constexpr,
 ):
-    HALO: gl.constexpr = LINES + TAPS_H - 1
+    HALO: gl.constexpr = span(LINES, STRIDE[1]) + TAPS_H - 1
+    SPAN: gl.constexpr = span(PLANES, STRIDE[0])
     MINE: gl.constexpr = PLANES // CONSUMERS
     NS: gl.constexpr = len(N_PARTS)
     KS: gl.constexpr = len(K_PARTS)
@@ -188,12 +207,12 @@ def _consume(
     w_parity = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         tile_n, n, d, h, w_, _, group, _ = tile_at(tile, tiles_n, tiles_by, 1, groups)
-        d, lo, hi = _planes_of(d, y_size, x_depth, start, kernel, dilation, PLANES)
+        d, lo, hi = _planes_of(d, y_size, x_depth, start, kernel, dilation, PLANES, STRIDE)
         sums = ()  # line by line, part by part
         for i in gl.static_range(MINE * LINES * NS):
             sums = sums + (gl.zeros([LINE, item(N_PARTS, i % NS)], gl.float32, item(SUMS, i % NS)),)
         for _step in range(steps):
-            for _first in gl.static_range(PLANES - 1):
+            for _first in gl.static_range(SPAN - 1):
                 mbarrier.wait(x_full.index(newest), parity)
                 newest, parity = next_stage(newest, parity, STAGES)
             for _td in range(lo, hi):
@@ -202,28 +221,28 @@ def _consume(
                 mbarrier.wait(w_full.index(w_stage), w_parity)
                 read = ()  # by the products under way
                 for part in gl.static_range(MINE * HALO * KS):
-                    plane = stage + (WHICH * MINE + part // HALO % MINE)
+                    plane = stage + (WHICH * MINE + part // HALO % MINE) * STRIDE[0]
                     plane = tl.where(plane >= STAGES, plane - STAGES, plane)
                     pixels = x_rings[part // (MINE * HALO)].index(plane * HALO + part % HALO).load(item(PIXELS, 0))
                     started = ()
                     for i in gl.static_range(MINE * LINES * NS):
                         acc = sums[i]
-                        if _tap(part % (MINE * HALO), i // NS, LINES, TAPS_H) is not None:
-                            tap = w_stage * TAPS_H + _tap(part % (MINE * HALO), i // NS, LINES, TAPS_H)
+                        if _tap(part % (MINE * HALO), i // NS, LINES, TAPS_H, STRIDE[1]) is not None:
+                            tap = w_stage * TAPS_H + _tap(part % (MINE * HALO), i // NS, LINES, TAPS_H, STRIDE[1])
                             b = w_rings[i % NS * KS + part // (MINE * HALO)].index(tap)
                             if not DGRAD:
                                 b = b.permute((1, 0))
                             a = gl.convert_layout(pixels, item(PIXELS, i % NS))
                             acc = warpgroup_mma(a, b, acc, is_async=True)
                         started = started + (acc,)
-                    sums = waited(_met(part, LINES, TAPS_H) * NS, started, read)
+                    sums = waited(_met(part, LINES, TAPS_H, STRIDE[1]) * NS, started, read)
                     read = (pixels,)
                 sums = waited(0, sums, read)
                 mbarrier.arrive(x_empty.index(stage))
                 mbarrier.arrive(w_empty.index(w_stage))
                 stage = next_stage(stage, 0, STAGES)[0]
                 w_stage, w_parity = next_stage(w_stage, w_parity, W_STAGES)
-            for _last in gl.static_range(PLANES - 1):
+            for _last in gl.static_range(SPAN - 1):
                 mbarrier.arrive(x_empty.index(stage))
                 stage = next_stage(stage, 0, STAGES)[0]
 
@@ -247,10 +266,14 @@ def line_ring(
     w1,
     w2,
     w3,
-    x0,  # descriptors of (n, d, h, w, channel), one for each part of the channels
+    x0,  # descriptors of (n, d, h, w, channel), of each view along W one for each part of the channels
     x1,
+    x2,
+    x3,
     x_depth,
-    start,  # (d, h, w), as every triple: what the first tap of the first pixel reads
+    start,  # (d, h, w), as every triple: what the first tap of the first pixel reads; along w less whole strides,
+    first_w,  # which are so many pixels of a view
+    halo,  # lines of a plane, not known when compiled: or their copies would be unrolled, and spill
     kernel,
     y_size,  # (n, d, h, w)
     tiles_by,  # (n, d, h, w)
@@ -269,6 +292,7 @@ def line_ring(
     INDEX: gl.constexpr,
     PLANES: gl.constexpr,
     LINES: gl.constexpr,
+    STRIDE: gl.constexpr,
     SAMPLES: gl.constexpr,
     TAPS_H: gl.constexpr,
     N_PARTS: gl.constexpr,
@@ -281,11 +305,12 @@ def line_ring(
     PIXELS: gl.constexpr,
     WRITTEN: gl.constexpr,
 ):
-    gl.static_assert(STAGES >= PLANES, "a step needs all its planes at once")
+    gl.static_assert(STAGES >= span(PLANES, STRIDE[0]), "a step needs all its planes at once")
     gl.static_assert(PLANES % CONSUMERS == 0 and PLANES * LINES > CONSUMERS, "every consumer has several lines")
     produced = produced * Y_UNIT
     ws = (w0, w1, w2, w3)
-    xs = (x0, x1)
+    xs = (x0, x1, x2, x3)
+    HALO: gl.constexpr = span(LINES, STRIDE[1]) + TAPS_H - 1
     TAPS: gl.constexpr = W_STAGES * TAPS_H
     KS: gl.constexpr = len(K_PARTS)
     w_rings = ()
@@ -297,7 +322,7 @@ def line_ring(
         w_rings = w_rings + (ring,)
     x_rings = ()
     for i in gl.static_range(KS):
-        ring = gl.allocate_shared_memory(x0.dtype, [STAGES * (LINES + TAPS_H - 1), LINE, K_PARTS[i]], item(X_RINGS, i))
+        ring = gl.allocate_shared_memory(x0.dtype, [STAGES * HALO, LINE, K_PARTS[i]], item(X_RINGS, i))
         x_rings = x_rings + (ring,)
     x_full, x_empty = barriers(STAGES, CONSUMERS)
     w_full, w_empty = barriers(W_STAGES, CONSUMERS)
@@ -307,18 +332,21 @@ def line_ring(
                 _consume,
                 (y_ptr, bias_ptr, residual_ptr, slope, x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced,
                  produced, groups, tiles, w_rings, x_rings, x_full, x_empty, w_full, w_empty, 0, DGRAD, BIAS, ACTIVATION,
-                 Y_UNIT, INDEX, PLANES, LINES, SAMPLES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
+                 Y_UNIT, INDEX, PLANES, LINES, STRIDE, SAMPLES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS,
+                 WRITTEN),
             ),
             (
                 _consume,
                 (y_ptr, bias_ptr, residual_ptr, slope, x_depth, start, kernel, y_size, tiles_by, dilation, y_strides, reduced,
                  produced, groups, tiles, w_rings, x_rings, x_full, x_empty, w_full, w_empty, 1, DGRAD, BIAS, ACTIVATION,
-                 Y_UNIT, INDEX, PLANES, LINES, SAMPLES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
+                 Y_UNIT, INDEX, PLANES, LINES, STRIDE, SAMPLES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES, SUMS, PIXELS,
+                 WRITTEN),
             ),
             (
                 _produce,
-                (ws, xs, x_depth, start, kernel, y_size, tiles_by, dilation, reduced, produced, groups, tiles, w_rings, x_rings,
-                 x_full, x_empty, w_full, w_empty, DGRAD, PLANES, LINES, SAMPLES, TAPS_H, N_PARTS, K_PARTS, STAGES, W_STAGES),
+                (ws, xs, x_depth, start, first_w, halo, kernel, y_size, tiles_by, dilation, reduced, produced, groups, tiles,
+                 w_rings, x_rings, x_full, x_empty, w_full, w_empty, DGRAD, PLANES, LINES, STRIDE, SAMPLES, TAPS_H, N_PARTS,
+                 K_PARTS, STAGES, W_STAGES),
             ),
         ],
         [4, 1],

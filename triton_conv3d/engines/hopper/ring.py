@@ -50,10 +50,16 @@ def next_digit(digit, carry, size):
     return tl.where(over, 0, digit + carry), tl.where(over, 1, 0)
 
 
+@triton.jit
+def view_at(tap, step, start, stride):
+    """Along one dimension, a tap -> (which of the views it reads, how far ahead)."""
+    at = tap * step + start
+    return at % stride, at // stride
+
+
 @gluon.jit
 def barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr = 1):
     """(full, empty): for each stage one that the copies complete, and one that all consumers do."""
-    gl.static_assert(STAGES > 1, "a stage is freed by the step after it: the ring needs more than one stage")
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -77,6 +83,7 @@ def multiply(
     STAGES: gl.constexpr,
 ):
     """acc + the products of the next ``steps`` stages, each freed once its product is done; (acc, next stage, parity)."""
+    gl.static_assert(STAGES > 1, "a stage is freed by the step after it: the ring needs more than one stage")
     before = 0  # not ``stage``: Triton carries a name from step to step only if it ends one as another value than it began
     for i in range(steps):
         mbarrier.wait(full.index(stage), parity)
