@@ -269,15 +269,13 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def main_loop(text: str) -> tuple[int, int]:
-    """(instructions, matrix instructions among them) of the smallest loop that has any; zeros without one."""
-    counts = ((len(loop), sum(re.search(_MATRIX, line) is not None for line in loop)) for loop in loops(text) if _ends(loop))
+    """(instructions, matrix instructions among them) of the smallest loop that has any; zeros without one.
+
+    What ends in between is none: that branch goes back from behind the kernel's end, where a wait is gone on with.
+    """
+    whole = (loop for loop in loops(text) if not any(re.search(r"\bEXIT\b", line) for line in loop))
+    counts = ((len(loop), sum(re.search(_MATRIX, line) is not None for line in loop)) for loop in whole)
     return min((count for count in counts if count[1]), default=(0, 0))
-
-
-def _ends(loop: list[str]) -> bool:
-    """Whether the branch back has a condition: of NVIDIA's, what has none comes back from where a wait is gone on with, out of
-    the way."""
-    return "BRA" not in loop[-1] or re.search(r"@!?U?P\w+\s+BRA", loop[-1]) is not None
 
 
 def loops(text: str) -> Iterator[list[str]]:

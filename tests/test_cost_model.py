@@ -274,12 +274,12 @@ def processor_time(function) -> float:
 
 
 def pace() -> float:
-    """Of this machine now, which others may use too: the time that a call of nothing takes, in that of an idle one (75 ns)."""
+    """How much slower this machine is now, which others may use too, than one on which a call of nothing takes 75 ns."""
 
     def nothing() -> None:
         pass
 
-    return processor_time(lambda: [nothing() for _ in range(100_000)]) / 100_000 / 75e-9
+    return max(1.0, processor_time(lambda: [nothing() for _ in range(100_000)]) / 100_000 / 75e-9)
 
 
 def calls(function) -> int:
@@ -300,7 +300,7 @@ def calls(function) -> int:
 
 @pytest.mark.usefixtures("proven")
 def test_ranking_takes_less_than_a_millisecond():
-    """Of a new problem: on average by the clock of an idle machine; in the tail by what is called, 0.15 us a call."""
+    """Of a new problem: on average by the clock, at the machine's pace; in the tail by what is called, 0.15 us a call."""
     draw = random.Random(3)
     problems = [random_problem(draw, *GPUS[i % len(GPUS)]) for i in range(240)]
 
@@ -308,8 +308,11 @@ def test_ranking_takes_less_than_a_millisecond():
         new = [problem.replace(device=f"{problem.device} {run}") for problem in problems]  # no cache knows of them
         return [counted(functools.partial(ranking, problem, measuring=True)) for problem in new]
 
-    timed, paces = zip(*((rank(run, processor_time), pace()) for run in range(4)), strict=True)  # the least of which counts
-    assert statistics.mean(map(min, zip(*timed, strict=True))) < 1e-3 * max(1.0, *paces)
+    timed = []  # of each problem the least counts: others use the machine meanwhile
+    for run in range(4):
+        before, seconds, after = pace(), rank(run, processor_time), pace()
+        timed.append([second / max(before, after) for second in seconds])
+    assert statistics.mean(map(min, zip(*timed, strict=True))) < 1e-3
     assert percentile(rank(4, calls), 0.95) < 6000  # it was 5,720, and 2,610 on average
 
 

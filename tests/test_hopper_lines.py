@@ -193,6 +193,18 @@ def test_bytes_by_design() -> None:
 
 
 @needs_gluon
+def test_bytes_of_a_stride() -> None:
+    """Of nnU-Net's first downsampling: 5 x 9 lines for each tap along W and 2 x 4 lines of the result, and the weight once."""
+    size = (128, 128, 128)
+    problem = Problem("forward", 2, 32, 64, size, (3,) * 3, (2,) * 3, (1,) * 6, dtype="bfloat16", arch="sm_90")
+    (config,) = offered(problem)
+    work = ENGINE.work(problem, config)
+    assert (config.planes, config.lines) == (2, 4)
+    tiles, line, taps = 32 * 16 * 2, 64 * 32 * 2, 27 * 32 * 64 * 2
+    assert work.programs * work.iterations * work.bytes_read == tiles * (5 * 9 * 3 * line + taps)
+
+
+@needs_gluon
 @pytest.mark.parametrize("pass_", ["forward", "dgrad"])
 def test_memory_is_for_copies_alone(pass_: str) -> None:
     problem = Problem(

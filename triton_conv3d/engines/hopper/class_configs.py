@@ -20,7 +20,7 @@ _CHANNELS = (128, 64, 32, 16)  # of a tile
 _SUMS = 256  # channels and classes, and lines, of one consumer, in 128 registers of a thread
 _LINES = 2  # of one consumer, at most
 _MOST_TILES = 4  # of channels, each of which reads the gradient
-_FILTERS = (64, 32, 16)
+_FILTERS = (64, 32, 16)  # of a step
 _PIXELS = 128  # filters and lines of a tile: two lines of 64 filters a consumer spill 18, with Triton 3.6.0
 _STEPS = 4  # whose lines there is room for
 _FEW_STEPS = 2  # of a block of filters: the taps of the next one are to arrive meanwhile
@@ -80,7 +80,7 @@ def axes(problem: Problem) -> tuple[tuple[int, int, int], ...]:
     return tuple((taps, stride, pad % stride) for taps, stride, pad in sides)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _classes(every: tuple[tuple[int, int, int], ...]) -> tuple[int, int, int]:
     """(parity classes, steps of a block of filters, shifts along H)."""
     _, classes, steps = sizes(every)

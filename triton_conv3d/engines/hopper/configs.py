@@ -14,13 +14,7 @@ from ..implicit_gemm.configs import CHAIN, split_counts
 from ..tma.configs import BrickConfig, _fits, best_steps, extent
 from ..tma.geometry import MOST_VIEWS, Brick, best_first, bricks, counts, covered, pixels, views_along
 from .class_configs import LineDgradConfig, class_configs
-from .line_configs import (
-    WARPS,
-    LineConfig,
-    LineWgradConfig,
-    line_configs,
-    line_wgrad_configs,
-)
+from .line_configs import WARPS, LineConfig, LineWgradConfig, line_configs, line_wgrad_configs
 
 __all__ = ["BrickConfig", "Im2colConfig", "configs", "corners", "im2col_tiles", "im2col_work", "one_chain"]
 

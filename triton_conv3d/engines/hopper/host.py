@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 import triton.language as tl
@@ -69,8 +68,8 @@ def lines(
     """forward and dgrad: a line is read once for every tap along it."""
     x = _readable(operands.grad if problem.pass_ == "dgrad" else operands.input)
     by_n, by_k = config.parts
-    strided = _strided(problem, (2,)) if problem.pass_ == "forward" else [(_whole(x), (1, 1, 1))]
-    xs = [_swizzled(_descriptor(x, view, step, (*config.line, k))) for view, step in strided for k in by_k]
+    step = (1, 1, problem.stride[2])  # of dgrad 1: with a stride it goes by classes
+    xs = [_swizzled(_descriptor(x, view, step, (*config.line, k))) for view in _strided(x.shape[2:], step) for k in by_k]
     ws = [_weight(problem, operands, n, k) for n in by_n for k in by_k]
     xs += [None] * (MOST_PARTS * MOST_VIEWS_ALONG_W - len(xs))
     ws += [None] * (MOST_PARTS**2 - len(ws))
@@ -109,8 +108,8 @@ def line_wgrad(
 ) -> None:
     """wgrad: the lines of all columns are shared out among the splits."""
     x, grad = _readable(operands.input), _readable(operands.grad)
-    pixels = brick.brick
-    xs = [_swizzled(_descriptor(x, view, step, (*pixels, config.rows))) for view, step in _strided(problem)]
+    pixels, step = brick.brick, (problem.stride[0], 1, problem.stride[2])
+    xs = [_swizzled(_descriptor(x, view, step, (*pixels, config.rows))) for view in _strided(x.shape[2:], step)]
     xs += [None] * (MOST_STRIDED - len(xs))
     grads = [_swizzled(_descriptor(grad, _whole(grad), (1, 1, 1), (*pixels, n))) for n in config.parts]
     grads += [None] * (MOST_PARTS - len(grads))
@@ -122,12 +121,14 @@ def _whole(tensor: torch.Tensor) -> View:
     return View((0, 0, 0), tensor.shape[2:], (), (), ())
 
 
-def _strided(problem: Problem, axes: tuple[int, ...] = (0, 2)) -> Iterator[tuple[View, tuple]]:
-    """Every stride-th position of the input along some dimensions, from each on, and these strides."""
-    step = tuple(by if axis in axes else 1 for axis, by in enumerate(problem.stride))
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _strided(sizes: torch.Size, step: tuple[int, int, int]) -> tuple[View, ...]:
+    """Every so many positions (d, h, w) of a volume, from each of the first on."""
+    found = []
     for offset in itertools.product(*map(range, step)):
-        sides = zip(problem.input_size, offset, step, strict=True)
-        yield View(offset, tuple(-(-(size - at) // by) for size, at, by in sides), (), (), ()), step
+        sides = zip(sizes, offset, step, strict=True)
+        found.append(View(offset, tuple(-(-(size - at) // by) for size, at, by in sides), (), (), ()))
+    return tuple(found)
 
 
 def _weight(problem: Problem, operands: Operands, n: int, k: int) -> TensorDescriptor:
@@ -177,8 +178,8 @@ def _line_arguments(problem: Problem, config: LineConfig) -> tuple[int, tuple, d
         start = tuple(p - (k - 1) * by for p, k, by in zip(low, kernel, dilation, strict=True))
     else:
         start = tuple(-p for p in low)
-    by = problem.stride[2] if problem.pass_ == "forward" else 1
-    first_w, start = start[2] // by, (*start[:2], start[2] % by)
+    first_w, along_w = divmod(start[2], problem.stride[2])
+    start = (*start[:2], along_w)
     tiles_by = config.tiles(problem)
     last = problem.result_layout == CHANNELS_LAST
     by_n, by_k = config.parts
@@ -244,7 +245,6 @@ def _line_wgrad_arguments(problem: Problem, config: LineWgradConfig) -> tuple[in
     columns, height = config.columns(problem)
     dilation, (by_d, by_h, by_w), (d, _, h, _, w, _) = spacing(problem), problem.stride, problem.padding
     start, first = (-d % by_d, -(h % by_h), -w % by_w), (-d // by_d, -w // by_w)
-    read = min(problem.kernel_size[1], by_h)
     sums = tuple(_sums(LINE, n, 1) for n in config.parts)
     options = dict(
         INDEX=tl.int64 if problem.index64 else tl.int32,
@@ -264,7 +264,7 @@ def _line_wgrad_arguments(problem: Problem, config: LineWgradConfig) -> tuple[in
         num_warps=4,
     )
     arguments = (
-        start, first, h // by_h, read, _ROWS // config.rows, dilation, columns, height, math.prod(columns) * height,
+        start, first, h // by_h, by_h, _ROWS // config.rows, dilation, columns, height, math.prod(columns) * height,
         math.prod(problem.weight_shape), problem.group_in, problem.group_out, config.splits,
     )  # fmt: skip
     return math.prod(config.tiles(problem)) * problem.groups * config.splits, arguments, options

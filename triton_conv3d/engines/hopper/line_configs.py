@@ -294,7 +294,7 @@ def line_wgrad_work(problem: Problem, config: LineWgradConfig) -> Work:
     line, n, taps = problem.itemsize * LINE, config.block_n, problem.kernel_size[1]
     (rows, columns), used, result = config.tiles(problem), tma.memory(problem, config.brick), problem.result_elements
     step, ahead, turned = _wgrad_bytes(problem, config)
-    strides, read = math.prod(problem.stride), min(taps, problem.stride[1])
+    strides, read = math.prod(problem.stride), problem.stride[1]
     return Work(
         programs=rows * columns * problem.groups * config.splits,
         iterations=math.ceil(config.steps(problem) / config.splits),
@@ -305,7 +305,7 @@ def line_wgrad_work(problem: Problem, config: LineWgradConfig) -> Work:
         shared_bytes=config.num_stages * step + ahead + turned,
         extra_bytes=2.0 * used.copies + 2.0 * used.workspace + result * problem.itemsize,
         launches=2,
-        stages=max(2, config.num_stages // read),
+        stages=max(1, config.num_stages // read),
         # Every line comes from memory once for all tiles of a split, whose taps read neighbours of the same ones.
         order=Order(rows, columns, rows, line * strides * problem.group_in / rows, float(line * n)),
         product=(_ROWS, n),

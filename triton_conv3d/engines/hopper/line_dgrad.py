@@ -3,7 +3,7 @@
     line_dgrad_ring  dx[s * m + c, r] = sum over shifts i and filters q of  grad[m + i, q] * w[q, r, c + p - s * i]
 
 for each dimension, with the stride s, the padding p, and the taps that there are. Cell m has one pixel of every class c. Where
-one launch for each class reads the gradient for each of its taps, here a line of 64 cells along n, d and w is loaded once for
+bricks, each of one class, read the gradient for each of its taps, here a line of 64 cells along n, d and w is loaded once for
 all taps that reach it by a shift along D and one along W: with stride 2 and 27 taps 8 times, less what lines of a tile share
 along H, in place of 27.
 
@@ -16,12 +16,12 @@ import triton.language as tl
 
 from .classes import class_of, shifts_of, sizes, strides_of, tap_of, taps_of
 from .gather import _write, tile_at
-from .gluon import gl, gluon, load, mbarrier, warpgroup_mma
-from .ring import CONSUMERS, LINE, barriers, item, next_stage, waited
+from .gluon import gl, gluon, load, mbarrier
+from .ring import CONSUMERS, LINE, UNDER_WAY, barriers, begun, item, next_stage, waited
 
-_CONSUMER_REGISTERS = gl.constexpr(224)
+# Of a thread. With 40, as of the other kernels, the producer of 27 taps spills.
 _PRODUCER_REGISTERS = gl.constexpr(56)
-_UNDER_WAY = gl.constexpr(1)  # products, beside the newest: each has a copy of the pixels, with Triton 3.9.0
+_CONSUMER_REGISTERS = gl.constexpr(224)
 
 
 @gluon.jit
@@ -143,13 +143,7 @@ def _consume(
                     for i in gl.static_range(MINE * CLASSES):
                         if tap_of(i % CLASSES, step, line - i // CLASSES, AXES) is not None:
                             b = w_ring.index(w_stage * TAPS + tap_of(i % CLASSES, step, line - i // CLASSES, AXES))
-                            started = ()
-                            for j in gl.static_range(MINE * CLASSES):
-                                acc = sums[j]
-                                if j == i:
-                                    acc = warpgroup_mma(pixels, b, acc, is_async=True)
-                                started = started + (acc,)
-                            sums = waited(_UNDER_WAY, started, read + (pixels,))
+                            sums = waited(UNDER_WAY, begun(sums, i, pixels, b), read + (pixels,))
                             read = ()
                     read = (pixels,)
                 sums = waited(0, sums, read)

@@ -18,13 +18,16 @@ products of a step. The columns are filters, as powers of two side by side, N_PA
 import triton
 import triton.language as tl
 
-from .gluon import beside, gl, gluon, load, mbarrier, warpgroup_mma
+from .gluon import beside, gl, gluon, load, mbarrier
 from .ring import (
+    CONSUMER_REGISTERS,
     CONSUMERS,
     LINE,
     PRODUCER_REGISTERS,
+    UNDER_WAY,
     ahead_of,
     barriers,
+    begun,
     item,
     next_digit,
     next_stage,
@@ -33,20 +36,11 @@ from .ring import (
     waited,
 )
 
-_CONSUMER_REGISTERS = gl.constexpr(232)
-_UNDER_WAY = gl.constexpr(1)  # products, beside the newest: each has a copy of the pixels, with Triton 3.9.0
-
 
 @triton.constexpr_function
 def met(TAPS, STRIDE):
     """Lines of the gradient that those of a step meet."""
     return -(-TAPS[1] // STRIDE[1])
-
-
-@triton.constexpr_function
-def read(TAPS, STRIDE):
-    """Lines of x in a step; what no tap along H reads of a stride is left out."""
-    return min(TAPS[1], STRIDE[1])
 
 
 @triton.jit
@@ -225,7 +219,7 @@ def _consume(
             for _line in range(low, high):
                 mbarrier.wait(g_full.index(newest), g_parity)
                 newest, g_parity = next_stage(newest, g_parity, G_STAGES)
-                for phase in gl.static_range(read(TAPS, STRIDE)):
+                for phase in gl.static_range(item(STRIDE, 1)):
                     mbarrier.wait(x_full.index(stage), parity)
                     pixels = x_rows.index(stage * CONSUMERS + WHICH).permute((1, 0)).load(item(PIXELS, 0))
                     for i in gl.static_range(NS * TAPS_H):
@@ -233,13 +227,8 @@ def _consume(
                             line = oldest + (MET - 1 - i % TAPS_H // STRIDE[1])
                             line = tl.where(line >= G_STAGES, line - G_STAGES, line)
                             a = gl.convert_layout(pixels, item(PIXELS, i // TAPS_H))
-                            started = ()
-                            for j in gl.static_range(NS * TAPS_H):
-                                acc = sums[j]
-                                if j == i:
-                                    acc = warpgroup_mma(a, g_rings[i // TAPS_H].index(line), acc, is_async=True)
-                                started = started + (acc,)
-                            sums = waited(_UNDER_WAY, started, (pixels,))
+                            sums = begun(sums, i, a, g_rings[i // TAPS_H].index(line))
+                            sums = waited(UNDER_WAY, sums, (pixels,))
                     sums = waited(0, sums, (pixels,))
                     mbarrier.arrive(x_empty.index(stage))
                     stage, parity = next_stage(stage, parity, STAGES)
@@ -277,8 +266,8 @@ def line_wgrad_ring(
     start,  # (d, h, w), as every triple: what the first tap of the first pixel reads, less whole strides; along d and w
     first,  # these are so many pixels of a view
     ahead,  # the line of the gradient that the first step meets through the first tap
-    phases,  # lines of x in a step, and
-    slices,  # of a tile: what is known when compiled is unrolled, and copies spill
+    phases,  # lines of x in a step: the stride along H, and
+    slices,  # of a tile; what is known when compiled is unrolled, and copies spill
     dilation,
     columns,  # of lines, along n, d, h, w; those along h are of a step of the dilation, one part of its lines after the other
     height,  # lines of a column
@@ -336,5 +325,5 @@ def line_wgrad_ring(
             ),
         ],
         [4, 1],
-        [_CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

@@ -26,9 +26,18 @@ import triton.language as tl
 from ..implicit_gemm.taps import live_taps
 from .gather import _write, tile_at
 from .gluon import gl, gluon, load, mbarrier, warpgroup_mma
-from .ring import CONSUMERS, LINE, PRODUCER_REGISTERS, ahead_of, barriers, item, next_stage, view_at, waited
-
-_CONSUMER_REGISTERS = gl.constexpr(232)
+from .ring import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    LINE,
+    PRODUCER_REGISTERS,
+    ahead_of,
+    barriers,
+    item,
+    next_stage,
+    view_at,
+    waited,
+)
 
 
 @triton.jit
@@ -350,5 +359,5 @@ def line_ring(
             ),
         ],
         [4, 1],
-        [_CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

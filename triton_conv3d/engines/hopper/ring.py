@@ -15,6 +15,8 @@ from .gluon import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 PRODUCER_REGISTERS = gl.constexpr(40)
 LINE = gl.constexpr(64)  # pixels of a line: the rows of one matrix instruction, and of wgrad a step of the reduction
 CONSUMERS = gl.constexpr(2)  # of lines, each a warpgroup of its own
+CONSUMER_REGISTERS = gl.constexpr(232)  # of a thread of these
+UNDER_WAY = gl.constexpr(1)  # products, beside the newest, where many read the same registers: each a copy, with Triton 3.9.0
 
 
 @triton.constexpr_function
@@ -101,6 +103,18 @@ def multiply(
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(before), pred=steps > 0)
     return acc, stage, parity
+
+
+@gluon.jit
+def begun(sums, WHICH: gl.constexpr, a, b):
+    """The sums with a product more under way, of one of them."""
+    sums_ = ()
+    for i in gl.static_range(len(sums)):
+        acc = sums[i]
+        if i == WHICH:
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+        sums_ = sums_ + (acc,)
+    return sums_
 
 
 @gluon.jit
