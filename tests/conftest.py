@@ -50,9 +50,9 @@ def quick_interpreter():
     if os.environ.get("TRITON_INTERPRET", "0") == "0":
         yield
     else:
-        from interpreting import prepared_once
+        from interpreting import quick
 
-        with prepared_once():
+        with quick():
             yield
 
 

@@ -11,7 +11,7 @@ import sys
 
 from cases import _READ, DTYPES, LAYOUTS, PRECISIONS, Case, make, run, small
 from guarded import guards, overflow_checked, run_large
-from interpreting import prepared_once
+from interpreting import quick
 
 from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import PASSES, Problem, met_taps
@@ -158,5 +158,5 @@ def main(mode: str) -> None:
 
 
 if __name__ == "__main__":
-    with prepared_once():
+    with quick():
         main(*sys.argv[1:])

@@ -260,7 +260,7 @@ def subprocess_of(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 if __name__ == "__main__":
-    from interpreting import prepared_once
+    from interpreting import quick
 
-    with prepared_once():
+    with quick():
         main(*sys.argv[1:])

@@ -32,9 +32,9 @@ def try_all(engine: str, faults: dict[str, Fault], battery: Callable[[ModuleType
 
     torch.set_num_threads(1)
     import cases  # noqa: F401  what the forks share
-    from interpreting import prepared_once
+    from interpreting import quick
 
-    with prepared_once():
+    with quick():
         for name in names or (SOUND, *faults):
             print(json.dumps([name, _in_a_fork(engine, name, faults.get(name), battery)]), flush=True)
 
