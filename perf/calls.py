@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -57,24 +58,18 @@ def output_padding(case: Case) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def as_module(kind: type[torch.nn.Module], case: Case, tensors: Tensors, layout: str, **more) -> torch.nn.Module:
-    """A module of this kind for the layer, with the case's weight and bias for its parameters."""
+def as_module(case: Case, tensors: Tensors, layout: str, of: ModuleType = torch.nn) -> torch.nn.Module:
+    """The layer as a Conv3d or ConvTranspose3d of torch, or of another module, whose parameters are the case's."""
     layer = case.workload.layer
-    channels = (layer.in_channels, layer.out_channels)
+    kind, channels, more = of.Conv3d, (layer.in_channels, layer.out_channels), {}
     if case.workload.transposed:
-        channels = channels[::-1]
+        kind, channels, more = of.ConvTranspose3d, channels[::-1], {"output_padding": output_padding(case)}
     module = kind(*channels, layer.kernel_size, layer.stride, layer.padding, dilation=layer.dilation,
                   groups=layer.groups, bias=layer.bias, device="meta", **more)  # fmt: skip
     for name in ("weight", "bias"):
         if getattr(module, name) is not None:
             setattr(module, name, torch.nn.Parameter(tensors.get(name, layout)))
     return module
-
-
-def torch_module(case: Case, tensors: Tensors, layout: str) -> torch.nn.Module:
-    if not case.workload.transposed:
-        return as_module(torch.nn.Conv3d, case, tensors, layout)
-    return as_module(torch.nn.ConvTranspose3d, case, tensors, layout, output_padding=output_padding(case))
 
 
 def torch_pass(case: Case, tensors: Tensors, layout: str) -> tuple:

@@ -34,7 +34,7 @@ from triton_conv3d.engines.base import Config
 from triton_conv3d.problem import CHANNELS_LAST, CONTIGUOUS, Operands, Problem
 from triton_conv3d.tuning import Plan, cost_model, select
 
-from .calls import Results, arguments, as_module, outside, single, torch_module, torch_pass, training
+from .calls import Results, arguments, as_module, outside, single, torch_pass, training
 from .machine import tf32
 from .tensors import Tensors
 from .threads import MAIN
@@ -110,11 +110,7 @@ class Ours:
         layer, last = case.workload.layer, case.layout == CHANNELS_LAST
         geometry = (layer.stride, layer.padding_both, layer.dilation, layer.groups)
         if case.pass_ == TRAIN:
-            if case.workload.transposed:
-                module = as_module(_Transposed, case, tensors, case.layout)
-                module.arguments = (layer.input_shape, *geometry, last)
-            else:
-                module = as_module(triton_conv3d.Conv3d, case, tensors, case.layout)
+            module = as_module(case, tensors, case.layout, triton_conv3d)
             call = training(module, *outside(case, tensors, case.layout))
         else:
             (problem,) = tensors.problems
@@ -125,15 +121,6 @@ class Ours:
                 "wgrad": single(ops.conv3d_wgrad, g, x, layer.weight_shape, *geometry, last),
             }[problem.pass_]
         return Prepared(call, lambda: tuple(map(select, tensors.problems)))
-
-
-class _Transposed(torch.nn.ConvTranspose3d):
-    """A transposed convolution by our op, which autograd can differentiate; the package has no module for it."""
-
-    arguments: tuple  # of the op, behind its tensors
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.conv3d_dgrad(x, self.weight, *self.arguments)
 
 
 class Engine:
@@ -196,7 +183,7 @@ class Torch:
         if case.precision == "tf32x3":
             return _NO_TF32X3
         if case.pass_ == TRAIN:
-            call = training(torch_module(case, tensors, self._layout), *outside(case, tensors, self._layout))
+            call = training(as_module(case, tensors, self._layout), *outside(case, tensors, self._layout))
         else:
             call = single(*torch_pass(case, tensors, self._layout))
         return Prepared(call, context=lambda: cudnn_benchmark(self._benchmark))
@@ -219,7 +206,7 @@ class Compile:
         if case.pass_ == TRAIN:
             x, grad = outside(case, tensors, case.layout)
             inputs = (x,)
-            call = training(compiled(torch_module(case, tensors, case.layout)), x, grad)
+            call = training(compiled(as_module(case, tensors, case.layout)), x, grad)
         else:
             function, *inputs = torch_pass(case, tensors, case.layout)
             call = single(compiled(function), *inputs)

@@ -23,7 +23,7 @@ LAYERS = (
     ("posing",),
     ("ops",),
     ("functional",),
-    ("modules", "compile_backend", "workload"),
+    ("modules", "transposed", "compile_backend", "workload"),
     ("convert", "explain", "tryout"),
     ("__init__",),
     ("demo",),

@@ -281,7 +281,7 @@ class TestGet:
 def test_the_module_of_a_layer_is_what_the_model_has(layer):
     case = perf_cases.case(layer)
     tensors = Tensors(case, DEVICE)
-    module = calls.torch_module(case, tensors, "contiguous")
+    module = calls.as_module(case, tensors, "contiguous")
     x, grad = calls.outside(case, tensors, "contiguous")
     assert (module.in_channels, module.out_channels) == (x.shape[1], grad.shape[1])
     assert (module.bias is None) == (layer == "transposed") and x.requires_grad

@@ -3,21 +3,25 @@
 from . import settings
 from .convert import Conversion, convert_conv3d
 from .explain import Explanation, ModelExplanation, explain
-from .functional import conv3d
+from .functional import conv3d, conv_transpose3d
 from .modules import Conv3d, LazyConv3d, materialize
 from .settings import configure
+from .transposed import ConvTranspose3d, LazyConvTranspose3d
 from .tuning.ranks import broadcast_plans
 
 __version__ = "0.1.0"
 __all__ = [
     "Conv3d",
+    "ConvTranspose3d",
     "Conversion",
     "Explanation",
     "LazyConv3d",
+    "LazyConvTranspose3d",
     "ModelExplanation",
     "broadcast_plans",
     "configure",
     "conv3d",
+    "conv_transpose3d",
     "convert_conv3d",
     "explain",
     "inductor_pass",

@@ -13,9 +13,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from .modules import Conv3d, LazyConv3d, become_eager
+from .transposed import ConvTranspose3d, LazyConvTranspose3d
 
-_CLASSES = {nn.Conv3d: Conv3d, nn.LazyConv3d: LazyConv3d}
-_TRANSPOSED = (nn.ConvTranspose3d, nn.LazyConvTranspose3d)
+_CLASSES = {
+    nn.Conv3d: Conv3d,
+    nn.LazyConv3d: LazyConv3d,
+    nn.ConvTranspose3d: ConvTranspose3d,
+    nn.LazyConvTranspose3d: LazyConvTranspose3d,
+}
 
 
 @dataclass
@@ -39,10 +44,10 @@ def convert_conv3d(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]
     """Let every 3-D convolution of a model run through this package, in place.
 
     Only the class of a layer changes: parameters, buffers, hooks, parametrizations, state_dict and training flag stay.
-    Converted are layers of :class:`torch.nn.Conv3d`, of :class:`torch.nn.LazyConv3d`, and of subclasses of the first whose
-    own ``forward``, if they have one, ends in ``super().forward`` or ``self._conv_forward``, as that of a causal
-    convolution does: all that they do themselves stays, only the convolution below is ours. Other subclasses, which may
-    compute something else, and transposed convolutions are left and reported. A second call changes nothing.
+    Converted are layers of :class:`torch.nn.Conv3d` and :class:`torch.nn.ConvTranspose3d`, lazy ones too, and of subclasses
+    of the first whose own ``forward``, if they have one, ends in ``super().forward`` or ``self._conv_forward``, as that of a
+    causal convolution does: all that they do themselves stays, only the convolution below is ours. Other subclasses, which
+    may compute something else, are left and reported. A second call changes nothing.
 
     Args:
         model: a module, or a convolution itself.
@@ -57,7 +62,7 @@ def convert_conv3d(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]
         raise TypeError(f"convert_conv3d: filter_fn must be callable, got {type(filter_fn).__name__}")
     result = Conversion()
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Conv3d, *_TRANSPOSED)) or isinstance(module, (Conv3d, _Marked)):
+        if not isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)) or isinstance(module, _CONVERTED):
             continue
         reason = _why_not(module)
         if reason is None and filter_fn is not None and not filter_fn(module, name):
@@ -77,12 +82,12 @@ def _plain_class(module: nn.Module) -> type:
 
 def _why_not(module: nn.Module) -> str | None:
     kind = _plain_class(module)
-    if isinstance(module, _TRANSPOSED):
-        return "a transposed convolution"
     if "forward" in vars(module) or "_conv_forward" in vars(module):
         return "its forward was replaced on the instance"
     if kind in _CLASSES:
         return None
+    if issubclass(kind, nn.ConvTranspose3d):
+        return f"{kind.__name__} is a subclass of torch.nn.ConvTranspose3d"
     what = _own_convolution(kind)
     return None if what is None else f"{kind.__name__} is a subclass of torch.nn.Conv3d: {what}"
 
@@ -124,6 +129,9 @@ class _Marked:
         if make is not copyreg.__newobj__ or is_parametrized(self):
             return (make, arguments, *state)
         return (_blank, type(self).__bases__[1:], *state)
+
+
+_CONVERTED = (Conv3d, ConvTranspose3d, _Marked)
 
 
 @functools.cache

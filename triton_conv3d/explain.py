@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import engines, modules, ops
+from . import engines, modules, ops, transposed
 from .engines.base import Memory
-from .functional import checked_geometry
+from .functional import checked_geometry, transposed_geometry, transposed_shape
 from .problem import NO_ACTIVATION, PASSES, Problem
 from .tuning import Plan, select
 from .tuning.select import ranking, refusals
@@ -102,10 +102,11 @@ def explain(
     ``torch.compile(model, backend="triton_conv3d")`` makes of a model: ``explain(model, input)``.
 
     Args:
-        input, ..., residual: as :func:`triton_conv3d.conv3d`; or a Conv3d and its input; or any other module, of a subclass
-            that does more than convolve too, compiled or not, and its input, a tuple of inputs if there are several.
-            Gradients and autocast are as where it is called.
-        pass_: ``forward``, ``dgrad`` or ``wgrad``, of a call or layer; all three if None.
+        input, ..., residual: as :func:`triton_conv3d.conv3d`; or a Conv3d or ConvTranspose3d and its input; or any other
+            module, of a subclass that does more than convolve too, compiled or not, and its input, a tuple of inputs if
+            there are several. Gradients and autocast are as where it is called.
+        pass_: ``forward``, ``dgrad`` or ``wgrad``, of a call or layer; all three if None. A transposed layer is computed by
+            ``dgrad``, and the gradient of its input by ``forward``.
 
     Returns:
         Of a model the graphs as ``inner="aot_eager"`` gets them, with the other options as they are by default; Inductor's
@@ -122,6 +123,8 @@ def explain(
         if pass_ is not None:
             raise ValueError(f"pass_={pass_!r} is of one convolution, and {type(input).__name__} is a model: leave it out")
         return _explain_model(input, weight if isinstance(weight, tuple) else (weight,))
+    if isinstance(input, nn.ConvTranspose3d):
+        return _explained(_of_transposed(input, weight), pass_)
     if isinstance(input, nn.Module):
         layer, input = input, weight
         weight, bias = layer.weight, layer.bias
@@ -137,11 +140,29 @@ def explain(
     with torch.no_grad():
         geometry = checked_geometry(input, weight, bias, stride, padding, dilation, groups)
         problems = ops.problems(input, weight, bias, *geometry, residual=residual, activation=activation)
+    return _explained(problems, pass_)
+
+
+def _explained(problems: list[Problem], pass_: str | None) -> Explanation:
     return Explanation({p.pass_: explain_problem(p) for p in problems if pass_ in (None, p.pass_)})
+
+
+def _of_transposed(layer: nn.ConvTranspose3d, input: Tensor) -> list[Problem]:
+    """Of the convolution whose input gradient the layer's output is."""
+    input, weight, bias = input.unsqueeze(0) if input.dim() == 4 else input, layer.weight, layer.bias
+    written = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+    with torch.no_grad():
+        *geometry, extra = transposed_geometry(input, weight, bias, *written)
+        shape = transposed_shape(input.shape, weight.shape, *geometry, extra)
+        last = ops.channels_last_result(input, weight)
+        result = input.new_empty(shape).contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+        return ops.problems(result, weight, None, *geometry)
 
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether its call is one convolution of its input; subclasses may do more, such as pad in front of it."""
+    if isinstance(module, nn.ConvTranspose3d):
+        return type(module).forward in (nn.ConvTranspose3d.forward, transposed.ConvTranspose3d.forward)
     return isinstance(module, nn.Conv3d) and all(
         getattr(type(module), name) in (getattr(nn.Conv3d, name), getattr(modules.Conv3d, name))
         for name in ("forward", "_conv_forward")

@@ -66,7 +66,7 @@ def _suggests_channels_last(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _channels_last_result(input: torch.Tensor, weight: torch.Tensor) -> bool:
+def channels_last_result(input: torch.Tensor, weight: torch.Tensor) -> bool:
     return _suggests_channels_last(input) or _suggests_channels_last(weight)
 
 
@@ -77,7 +77,7 @@ def problems(
     input, weight, bias, stride, padding, dilation, groups, *, residual=None, activation: str = NO_ACTIVATION
 ) -> list[Problem]:
     """The problems of forward, dgrad and wgrad of one call, for real tensors or meta tensors; nothing is computed."""
-    channels_last = _channels_last_result(input, weight)
+    channels_last = channels_last_result(input, weight)
     grad = _empty(input, output_shape(input.shape, weight.shape, stride, padding, dilation), channels_last)
     check_epilogue(grad.shape, activation, residual)
     geometry = (input.shape, weight.shape, stride, padding, dilation, groups, channels_last)
@@ -98,7 +98,7 @@ def _dense(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 def _forward(input, weight, bias, stride, padding, dilation, groups):
     operands = Operands(input, weight, None, _dense(bias))
-    channels_last = _channels_last_result(input, weight)
+    channels_last = channels_last_result(input, weight)
     geometry = (stride, padding, dilation, groups, channels_last)
     return run(*pose("forward", operands, input.shape, weight.shape, *geometry), operands)
 
@@ -106,7 +106,7 @@ def _forward(input, weight, bias, stride, padding, dilation, groups):
 def _fused(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope):
     problem, taps = pose(  # of the convolution alone
         "forward", Operands(input, weight, None, bias), input.shape, weight.shape, stride, padding, dilation, groups,
-        _channels_last_result(input, weight),
+        channels_last_result(input, weight),
     )  # fmt: skip
     _check_fused(input, problem.output_shape, activation, residual)
     problem = with_epilogue(problem, residual is not None, activation)
@@ -161,7 +161,7 @@ def output_shape(input_size, weight_size, stride, padding, dilation) -> list:
 
 def _fake_forward(input, weight, bias, stride, padding, dilation, groups):
     shape = output_shape(input.shape, weight.shape, stride, padding, dilation)
-    return _empty(input, shape, _channels_last_result(input, weight))
+    return _empty(input, shape, channels_last_result(input, weight))
 
 
 def _fake_fused(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope):
@@ -279,7 +279,7 @@ def _sum_bias(grad):
 def _setup_forward(ctx, inputs, output):
     input, weight, bias, *ctx.geometry = inputs
     ctx.save_for_backward(input, weight)
-    ctx.channels_last = _channels_last_result(input, weight)
+    ctx.channels_last = channels_last_result(input, weight)
 
 
 def _backward_forward(ctx, grad):
@@ -311,7 +311,7 @@ _FROM_OUTPUT = {
 def _setup_fused(ctx, inputs, output):
     input, weight, bias, residual, *ctx.geometry, ctx.activation, ctx.negative_slope = inputs
     ctx.save_for_backward(input, weight, None if ctx.activation == NO_ACTIVATION else output)
-    ctx.channels_last = _channels_last_result(input, weight)
+    ctx.channels_last = channels_last_result(input, weight)
 
 
 def _backward_fused(ctx, grad):
@@ -380,16 +380,24 @@ def _autocast(op, tensors: int, device_type: str, key: str):
     """The op's kernel for the dispatcher's autocast key; its first ``tensors`` arguments are tensors."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(tensor, dtype):
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible and tensor.device.type == device_type else tensor
-
     def autocast(*inputs):
-        dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*(cast(tensor, dtype) for tensor in inputs[:tensors]), *inputs[tensors:])
+            return op(*(_cast(tensor, device_type) for tensor in inputs[:tensors]), *inputs[tensors:])
 
     return autocast
+
+
+def _cast(tensor, device_type: str):
+    eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    if eligible and tensor.device.type == device_type:
+        return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor
+
+
+def autocasted(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
+    """For an op that autocast leaves alone, as it does gradients: what it would be given if it were a convolution."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _cast(tensor, device_type) if on else tensor
 
 
 def _register() -> None:
