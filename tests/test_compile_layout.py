@@ -166,3 +166,35 @@ def test_depth_that_data_decide():
         given = torch.compile(cut, backend=backend, options={"inner": "aot_eager"}, fullgraph=True)(*arguments)
     torch.testing.assert_close(given, cut(*arguments))  # which a CPU may add up in another order, laid out otherwise
     assert [r.inserted["leaving"] for r in reports()] == [1]
+
+
+class Noisy(nn.Module):
+    """The bottleneck of a variational autoencoder, or whatever draws numbers for its positions."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.first, self.last = draw, nn.Conv3d(2, 3, 3), nn.Conv3d(3, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(self.draw(x))
+
+
+DRAWN = {
+    "normal": lambda x: x + x.exp() * torch.randn_like(x),
+    "uniform": lambda x: x + torch.rand_like(x, dtype=torch.float64).float(),
+    "of a part": lambda x: x + torch.randn_like(x[:, :1]),
+    "dropout of channels": lambda x: F.dropout3d(x, 0.4, True),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("name", DRAWN)
+def test_each_position_gets_the_random_number_that_it_gets_in_eager_mode(name, training):
+    off, _ = compare(Noisy(DRAWN[name]), torch.randn(2, 2, 5, 4, 6), training)
+    assert off <= COMPILED
+
+
+def test_dropout_draws_in_the_order_of_memory_and_makes_no_conversion():
+    _, made = compare(Noisy(lambda x: F.dropout(x, 0.4, True)), torch.randn(2, 2, 5, 4, 6), True)
+    assert all(not {"inside", "reshape"} & set(r.inserted) for r in made)

@@ -49,7 +49,7 @@ _FOLLOWING = {
     "cudnn_batch_norm_backward max_pool3d_with_indices max_pool3d_with_indices_backward avg_pool3d avg_pool3d_backward "
     "_adaptive_avg_pool3d _adaptive_avg_pool3d_backward adaptive_max_pool3d upsample_nearest3d "
     "_upsample_nearest_exact3d upsample_trilinear3d upsample_nearest3d_backward _upsample_nearest_exact3d_backward "
-    "upsample_trilinear3d_backward empty_like full_like zeros_like ones_like rand_like randn_like new_zeros new_ones "
+    "upsample_trilinear3d_backward empty_like full_like zeros_like ones_like new_zeros new_ones "
     "new_full new_empty native_dropout native_dropout_backward _softmax _log_softmax mm addmm bmm baddbmm "
     # pointwise, though not every torch says so
     "convert_element_type leaky_relu leaky_relu_backward hardswish hardswish_backward elu_backward hardtanh_backward "
@@ -59,6 +59,8 @@ _FOLLOWING = {
 }  # fmt: skip
 # Ops that return contiguous tensors: of contiguous ones, by torch's kernels and fake kernels alike.
 _CONTIGUOUS = (aten.native_layer_norm.default, aten.native_layer_norm_backward.default, aten.roll.default)
+# Numbers drawn in the order of memory: in that of eager mode each position gets the one that it gets there.
+_DRAWN = (aten.rand_like.default, aten.randn_like.default)
 
 
 def channels_last(
@@ -180,6 +182,10 @@ class _Propagation:
         return False
 
     def _propagate(self, node: fx.Node) -> None:
+        if node.target in _DRAWN and "memory_format" not in node.kwargs and is_contiguous(node.meta["val"]):
+            node.update_kwarg("memory_format", torch.contiguous_format)
+            self._revalue(node)
+            return
         if not _follows(node) and not self._reads_contiguous(node):
             for source in [source for source in node.all_input_nodes if source in self.before]:
                 node.replace_input_with(source, self._restored(source, node, f"{node.name}'s operand"))
