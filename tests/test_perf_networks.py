@@ -13,7 +13,7 @@ from torch import nn
 from perf import networks
 from perf.networks import INFER, MODES, TRAIN, Network, wan_vae
 from perf.workloads import real
-from triton_conv3d import Conv3d, configure, convert_conv3d
+from triton_conv3d import Conv3d, ConvTranspose3d, configure, convert_conv3d
 
 ALL = networks.networks()
 every = pytest.mark.parametrize("network", ALL.values(), ids=list(ALL))
@@ -99,12 +99,12 @@ def test_a_wan_latent_of_5_frames_is_a_video_of_17():
 
 @every
 def test_a_tiny_one_runs_converted(network):
-    """Every torch.nn.Conv3d is this package's afterwards, and output and gradients stay the same."""
+    """Every convolution of torch, transposed too, is this package's afterwards; output and gradients stay the same."""
     network = network.shrunk()
     torch_own, ours = network.module(), network.module()
     converted = convert_conv3d(ours).converted
-    assert len(converted) == sum(type(m) is nn.Conv3d for m in torch_own.modules()) > 0
-    assert sum(type(m) is Conv3d for m in ours.modules()) == len(converted)
+    assert len(converted) == sum(type(m) in (nn.Conv3d, nn.ConvTranspose3d) for m in torch_own.modules()) > 0
+    assert sum(type(m) in (Conv3d, ConvTranspose3d) for m in ours.modules()) == len(converted)
     input, target = network.batch(TRAIN, "cpu")
     outputs = []
     with configure(engine="aten"):
