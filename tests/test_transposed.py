@@ -177,6 +177,7 @@ def test_lazy_layers_learn_their_channels():
     waiting = nn.Sequential(LazyConvTranspose3d(3, 2), LazyConvTranspose3d(2, 2))
     triton_conv3d.materialize(waiting, X)
     assert [module.in_channels for module in waiting] == [4, 3]
+    assert triton_conv3d.materialize(LazyConvTranspose3d(6, 2, groups=2), in_channels=4).weight.shape == (4, 3, 2, 2, 2)
 
 
 def test_a_loaded_lazy_layer_is_converted_as_it_is():

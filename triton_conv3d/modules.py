@@ -331,9 +331,11 @@ def materialize(model: nn.Module, *args, in_channels: int | Mapping[str, int] | 
     if in_channels is not None:
         for name, channels in (in_channels.items() if isinstance(in_channels, Mapping) else [("", in_channels)]):
             layer = model.get_submodule(name)
-            if not isinstance(layer, nn.LazyConv3d):
-                kind = type(layer).__name__
-                raise TypeError(f"in_channels={in_channels}: {name or 'model'} must be a LazyConv3d, got {kind}")
+            if not isinstance(layer, (nn.LazyConv3d, nn.LazyConvTranspose3d)):
+                raise TypeError(
+                    f"in_channels={in_channels}: {name or 'model'} must be a LazyConv3d or LazyConvTranspose3d, got "
+                    f"{type(layer).__name__}"
+                )
             if isinstance(channels, bool) or not isinstance(channels, int) or channels <= 0:
                 raise TypeError(f"in_channels={in_channels} must be positive integers")
             layer._infer_parameters(layer, (torch.empty(1, channels, 1, 1, 1, device="meta"),))
