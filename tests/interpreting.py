@@ -70,9 +70,9 @@ def _types_made_once() -> Iterator[None]:
         (core, "_unwrap_if_constexpr"): _unwrapping,
     }
     with contextlib.ExitStack() as stack:
-        for (owner, name), quick in patches.items():
+        for (owner, name), replaced in patches.items():
             if original := getattr(owner, name, None):  # no part of its interface: a later Triton may do without
-                stack.enter_context(mock.patch.object(owner, name, quick(original)))
+                stack.enter_context(mock.patch.object(owner, name, replaced(original)))
         yield
 
 
