@@ -188,10 +188,11 @@ DRAWN = {
 }
 
 
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last_3d), ids=("ncdhw", "ndhwc"))
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("name", DRAWN)
-def test_each_position_gets_the_random_number_that_it_gets_in_eager_mode(name, training):
-    off, _ = compare(Noisy(DRAWN[name]), torch.randn(2, 2, 5, 4, 6), training)
+def test_each_position_gets_the_random_number_that_it_gets_in_eager_mode(name, training, memory_format):
+    off, _ = compare(Noisy(DRAWN[name]), torch.randn(2, 2, 5, 4, 6).contiguous(memory_format=memory_format), training)
     assert off <= COMPILED
 
 

@@ -87,7 +87,7 @@ def _why_not(module: nn.Module) -> str | None:
     if kind in _CLASSES:
         return None
     if issubclass(kind, nn.ConvTranspose3d):
-        return f"{kind.__name__} is a subclass of torch.nn.ConvTranspose3d"
+        return f"{kind.__name__} is a subclass of torch.nn.ConvTranspose3d, which may compute something else"
     what = _own_convolution(kind)
     return None if what is None else f"{kind.__name__} is a subclass of torch.nn.Conv3d: {what}"
 
