@@ -22,7 +22,7 @@ LAYERS = (
     ("tuning", "batching", "flops"),
     ("posing",),
     ("ops",),
-    ("functional",),
+    ("functional", "decompositions"),
     ("modules", "transposed", "compile_backend", "workload"),
     ("convert", "explain", "tryout"),
     ("__init__",),

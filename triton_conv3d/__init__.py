@@ -2,6 +2,7 @@
 
 from . import settings
 from .convert import Conversion, convert_conv3d
+from .decompositions import decompositions
 from .explain import Explanation, ModelExplanation, explain
 from .functional import conv3d, conv_transpose3d
 from .modules import Conv3d, LazyConv3d, materialize
@@ -23,6 +24,7 @@ __all__ = [
     "conv3d",
     "conv_transpose3d",
     "convert_conv3d",
+    "decompositions",
     "explain",
     "inductor_pass",
     "materialize",

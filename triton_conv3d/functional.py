@@ -194,8 +194,10 @@ def _check_transposed(shape, kernel, bias, strides, paddings, dilations, extra, 
 
 
 def _is_torchs(input: Tensor) -> bool:
-    """Sparse, MKL-DNN, nested and complex tensors: what torch can do with them. It computes complex ones by real ones."""
-    return input.layout is not torch.strided or input.is_complex() or input.is_nested
+    """What is left to torch: sparse, MKL-DNN, nested and complex tensors, of which it computes complex ones by real ones; and
+    graphs for other runtimes, which know torch's operators alone."""
+    other_runtime = torch.jit.is_tracing() or torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return other_runtime or input.layout is not torch.strided or input.is_complex() or input.is_nested
 
 
 def _fused(input, weight, bias, residual, geometry, activation, negative_slope) -> Tensor:

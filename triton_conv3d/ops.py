@@ -375,6 +375,8 @@ def _backward_wgrad(ctx, grad_weight):
 
 # Autocast: as torch's own convolution, which is on the list of ops that run in the lower precision.
 
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
 
 def _autocast(op, tensors: int, device_type: str, key: str):
     """The op's kernel for the dispatcher's autocast key; its first ``tensors`` arguments are tensors."""
@@ -396,7 +398,7 @@ def _cast(tensor, device_type: str):
 
 def autocasted(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
     """For an op that autocast leaves alone, as it does gradients: what it would be given if it were a convolution."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    on = device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
     return _cast(tensor, device_type) if on else tensor
 
 
@@ -421,7 +423,7 @@ def _register() -> None:
         },
     )
     flops.register(conv3d, conv3d_fused, conv3d_dgrad, conv3d_wgrad)
-    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    for device_type, key in _AUTOCAST_KEYS.items():
         _library.impl("conv3d", _autocast(conv3d, 3, device_type, key), key)
         _library.impl("conv3d_fused", _autocast(conv3d_fused, 4, device_type, key), key)
 

@@ -82,33 +82,36 @@ def _finished(problem: Problem, operands: Operands) -> torch.Tensor:
 
 
 def _convolution(problem: Problem, operands: Operands) -> torch.Tensor:
-    low, high = problem.padding[::2], problem.padding[1::2]
-    symmetric = low == high
-    input, size = operands.input, problem.input_size
+    input_size = (problem.batch, problem.in_channels, *problem.input_size)
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    return in_format(convolution(problem.pass_, operands, input_size, problem.weight_shape, *geometry), problem.memory_format)
+
+
+def convolution(pass_: str, operands: Operands, input_size, weight_size, stride, padding, dilation, groups) -> torch.Tensor:
+    """A pass as torch's own operators, in whatever memory format they return; sizes may be symbolic."""
+    input, low, high = operands.input, padding[::2], padding[1::2]
+    size, symmetric = tuple(input_size[2:]), tuple(low) == tuple(high)
+    padded = size
     if not symmetric:  # torch pads one side by a copy as well
-        size = tuple(s + a + b for s, a, b in zip(size, low, high, strict=True))
+        padded = tuple(s + a + b for s, a, b in zip(size, low, high, strict=True))
         if input is not None:
-            front, back, top, bottom, left, right = problem.padding
+            front, back, top, bottom, left, right = padding
             input = F.pad(input, (left, right, top, bottom, front, back))
     padding = low if symmetric else (0, 0, 0)
-    if problem.pass_ == "forward":
-        result = F.conv3d(
-            input, operands.weight, operands.bias, problem.stride, padding, problem.dilation, problem.groups
-        )
-        return in_format(result, problem.memory_format)
+    if pass_ == "forward":
+        return F.conv3d(input, operands.weight, operands.bias, stride, padding, dilation, groups)
     # The absent tensor gives a shape only: one element, expanded.
     grad = operands.grad
-    if problem.pass_ == "dgrad":
-        weight, input = operands.weight, grad.new_empty(1).expand(problem.batch, problem.in_channels, *size)
+    if pass_ == "dgrad":
+        weight, input = operands.weight, grad.new_empty(1).expand(*input_size[:2], *padded)
         mask = (True, False, False)
     else:
-        weight = grad.new_empty(1).expand(problem.weight_shape)
+        weight = grad.new_empty(1).expand(weight_size)
         mask = (False, True, False)
     results = torch.ops.aten.convolution_backward(
-        grad, input, weight, None, problem.stride, padding, problem.dilation, False, (0, 0, 0), problem.groups, mask
+        grad, input, weight, None, stride, padding, dilation, False, (0, 0, 0), groups, mask
     )
-    if problem.pass_ == "wgrad":
-        return in_format(results[1], problem.memory_format)
-    inner = tuple(slice(a, a + s) for a, s in zip(low, problem.input_size, strict=True))
-    result = results[0] if symmetric else results[0][(..., *inner)]
-    return in_format(result, problem.memory_format)
+    if pass_ == "wgrad":
+        return results[1]
+    inner = tuple(slice(a, a + s) for a, s in zip(low, size, strict=True))
+    return results[0] if symmetric else results[0][(..., *inner)]
