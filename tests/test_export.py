@@ -64,9 +64,11 @@ def test_a_saved_program_runs_elsewhere(model, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++, and there is no g++")
-def test_a_compiled_package_runs_elsewhere(model, tmp_path):
+@pytest.mark.parametrize("decomposed", [False, True], ids=["as_it_is", "decomposed"])
+def test_a_compiled_package_runs_elsewhere(model, decomposed, tmp_path):
     with torch.no_grad():
         program = torch.export.export(model, (X,))
+        program = program.run_decompositions(decompositions()) if decomposed else program
         torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     torch.save((X, model(X).detach()), tmp_path / "data.pt")
     load_and_run = """
@@ -80,7 +82,7 @@ def test_a_compiled_package_runs_elsewhere(model, tmp_path):
             print("refused")
         """
     assert elsewhere(tmp_path, "import triton_conv3d\n" + textwrap.dedent(load_and_run)) == "same\n"
-    assert elsewhere(tmp_path, load_and_run) == "refused\n"
+    assert elsewhere(tmp_path, load_and_run) == ("same\n" if decomposed else "refused\n")
 
 
 OPS = {ops.conv3d, ops.conv3d_fused, ops.conv3d_dgrad, ops.conv3d_wgrad}
