@@ -108,6 +108,7 @@ LAYERS = (
     Layer("depthwise", 64, 64, groups=64, channels_last=False),
     Layer("toeplitz", 64, 64, groups=64, besides="k5"),
     Layer("toeplitz", 48, 48, groups=48, channels_last=False, besides="k7"),
+    Layer("space_to_depth", 1, 64, besides="k7"),
     *(Layer("tma", c, c, stride) for c, stride in ((256, 1), (128, 2), (192, 1), (96, 1), (48, 1), (24, 1))),  # every tile
     *(Layer("hopper", c, c, stride) for c, stride in ((256, 1), (128, 2), (96, 1), (96, 2), (64, 1), (48, 1), (24, 1))),
     *(Layer("hopper", c, 64, 2, besides=words) for c in (16, 32) for words in ("", "k2", "k4", "flat")),  # classes of dgrad

@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 from cases import LAYOUTS, Case, check_footprint, make, run
-from guarded import guards
+from guarded import guards, overflow_checked, run_large
 
 from triton_conv3d import engines
 from triton_conv3d.engines.space_to_depth import SpaceToDepthConfig, blocked
@@ -40,6 +40,14 @@ GEOMETRIES = {
     "one_tap": dict(input_size=(3, 3, 16), in_channels=8, out_channels=8, kernel_size=(3, 1, 1), padding=(1, 1, 0, 0, 0, 0)),
     "one_tap_strided": dict(input_size=(3, 3, 15), out_channels=16, kernel_size=(1, 2, 1), stride=(1, 1, 2)),
     "head": dict(input_size=(3, 4, 10), in_channels=16, out_channels=3),
+    "tall": dict(
+        input_size=(3, 9, 8), in_channels=1, out_channels=20, kernel_size=(2, 5, 3), stride=(1, 2, 1),
+        padding=(0, 0, 3, 1, 1, 1),
+    ),
+    "tall_dilated": dict(
+        input_size=(2, 7, 9), in_channels=2, out_channels=16, kernel_size=(1, 3, 2), stride=(1, 1, 2), dilation=(1, 3, 1),
+        padding=(0, 0, 4, 2, 0, 1),
+    ),
     "stem": dict(input_size=(2, 4, 8), in_channels=1, out_channels=64, kernel_size=(1, 3, 7), padding=(0, 0, 1, 1, 3, 3)),
 }
 
@@ -49,14 +57,14 @@ def case(pass_: str, name: str, **more) -> Case:
     return Case(pass_, **{**usual, **GEOMETRIES[name], **more})
 
 
-def by_pixels(of: Case) -> dict[int, SpaceToDepthConfig]:
-    """For blocks of each size the portable engine's largest tile, with which the interpreter takes the fewest steps."""
+def by_shape(of: Case) -> dict[tuple[int, int], SpaceToDepthConfig]:
+    """For each (pixels, taps along H) the portable engine's largest tile, with which the interpreter takes the fewest steps."""
     offers = [config for config in ENGINE.configs(make(of)[0]) if config.engine == "implicit_gemm"]
-    return {config.pixels: config for config in reversed(offers)}
+    return {(config.pixels, config.taps_h): config for config in reversed(offers)}
 
 
 def run_smallest(of: Case, **how) -> None:
-    run(of, ENGINE, min(by_pixels(of).items())[1], **how)
+    run(of, ENGINE, min(by_shape(of).items())[1], **how)
 
 
 @pytest.mark.parametrize("pass_, name", [case for case in product(PASSES, GEOMETRIES) if case != ("dgrad", "outside")])
@@ -65,7 +73,7 @@ def test_every_edge(pass_: str, name: str) -> None:
     draw = sum(map(ord, name + pass_))
     dtype, precision = KINDS[draw % len(KINDS)]
     of = case(pass_, name, batch=1, dtype=dtype, precision=precision, channels_last=draw % 2 == 0, bias=pass_ == "forward")
-    for config in by_pixels(of).values():
+    for config in by_shape(of).values():
         run(of, ENGINE, config)
 
 
@@ -94,6 +102,15 @@ def test_what_follows_the_sums(layout: str) -> None:
 def test_layouts(layout: str) -> None:
     pass_ = PASSES[sum(map(ord, layout)) % 3]
     run_smallest(case(pass_, "odd", layouts=(layout, layout), channels_last=False, exact=False))
+    tall = case(PASSES[0], "tall_dilated", layouts=(layout, layout), channels_last=False, exact=False)
+    run(tall, ENGINE, max(by_shape(tall).items(), key=lambda item: item[0][1])[1])
+
+
+@pytest.mark.parametrize("crossing", ("batch", "depth", "width"))
+@pytest.mark.parametrize("pass_", PASSES)
+def test_offsets_of_64_bits(pass_: str, crossing: str) -> None:
+    with overflow_checked():
+        run_large(ENGINE, pass_, crossing)
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -115,10 +132,10 @@ def test_between_pages_that_fault(at_end: bool) -> None:
 
 
 @pytest.mark.parametrize("which", (0, 1))
-@pytest.mark.parametrize("pass_", PASSES)
-def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
+@pytest.mark.parametrize("pass_, name", [*product(PASSES, ["odd"]), ("forward", "tall"), ("wgrad", "tall")])
+def test_one_nan_touches_only_its_footprint(pass_: str, name: str, which: int) -> None:
     """Beside it a weight may touch its own channel, a pixel all of the blocks that meet it, and in wgrad its own channel."""
-    problem, operands = make(case(pass_, "odd"))
+    problem, operands = make(case(pass_, name))
     check_footprint(ENGINE, problem, operands, which, partial(zeros_met, problem, which))
 
 
@@ -128,8 +145,8 @@ def zeros_met(problem: Problem, which: int, where: tuple[int, ...]) -> tuple:
     if which == (problem.pass_ == "forward"):  # of the weight
         return slice(None), where[problem.pass_ == "dgrad"]
     met = torch.zeros(problem.result_shape[4], dtype=torch.bool)
-    for pixels in {config.pixels for config in ENGINE.configs(problem)}:
-        of = blocked(problem, pixels)
+    for pixels, taps_h in {(config.pixels, config.taps_h) for config in ENGINE.configs(problem)}:
+        of = blocked(problem, pixels, taps_h)
         wide = (of.problem.in_channels if of.forward else of.problem.out_channels) // of.channels
         for block in range(of.problem.input_size[2]):
             if block * of.step <= where[4] + of.front < block * of.step + wide:
@@ -177,6 +194,19 @@ def test_lines_without_padding_are_not_copied() -> None:
     config = ENGINE.configs(plain)[-1]
     assert ENGINE.memory(plain, config).copies == 2 * (4 * 8) * 3 * (4 * 8)
     assert not blocked(plain, 4).copied and blocked(LAYER, 4).copied
+
+
+def test_taps_along_h_are_channels_where_fewer_are_summed() -> None:
+    """Of 7x7x7 taps of one channel: a window of 8 pixels with 7 taps and a zero each, in place of 4 channels."""
+    stem = LAYER.replace(in_channels=1, out_channels=64, input_size=(96,) * 3, kernel_size=(7,) * 3, padding=(3,) * 6)
+    config = next(config for config in ENGINE.configs(stem) if (config.pixels, config.taps_h) == (2, 7))
+    apart, together = blocked(stem, 2).problem, blocked(stem, 2, 7).problem
+    assert (apart.in_channels, apart.kernel_size) == (8 * 4, (7, 7, 1))
+    assert (together.in_channels, together.kernel_size) == (8 * 8, (7, 1, 1))
+    copy, weight = 2 * 8 * 96 * 96 * (96 + 6), (2 * 64) * 7 * (8 * 8)
+    assert ENGINE.memory(stem, config).copies == 2 * (copy + weight)
+    for other in (LAYER, stem.replace(pass_="dgrad"), stem.replace(batch=80)):  # the last would copy more than it may
+        assert {config.taps_h for config in ENGINE.configs(other)} == {1}
 
 
 def test_the_other_problem_claims_no_more_than_it_has() -> None:

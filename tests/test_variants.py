@@ -16,6 +16,7 @@ from autotune import suites
 from autotune import variants as choosing
 from perf import workloads
 from triton_conv3d import engines
+from triton_conv3d.engines.hopper.gluon import IM2COL
 from triton_conv3d.problem import Problem
 from triton_conv3d.tuning import variants
 from triton_conv3d.tuning.search import OWN
@@ -75,9 +76,14 @@ def test_little_is_lost_by_the_model():
     assert len(losses) > 50 and statistics.mean(losses) < 0.02 and max(losses) <= 0.25
 
 
+def is_im2col(spelled: str) -> bool:
+    """Of engine hopper, from Triton 3.8 on."""
+    return spelled.startswith("pixels=") and "block_n=" in spelled
+
+
 def test_every_listed_variant_is_one_that_its_engine_offers():
     """To one of the layers that the list was made for."""
-    left = {name: set(listed) for name, listed in variants.listed().items()}
+    left = {name: {item for item in listed if IM2COL or not is_im2col(item)} for name, listed in variants.listed().items()}
     made_for = choosing.problems(suites.layers([str(REAL), suites.DESIGNED]), *GPU)
     for problem in itertools.chain(problems(), made_for):
         for engine in engines.available().values():

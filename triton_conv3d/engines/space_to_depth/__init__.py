@@ -15,13 +15,17 @@ so that a pixel is read once for all of them. One of (P + kw - 1) / kw parts of 
     wgrad     either, so that the windows are those of the narrower side; of the other convolution's gradient, kept in
               float32, the sums along its diagonals
 
-Windows reach beyond the ends of a line: they lie in a copy with zeros there, unless nothing is padded. The name is that of
-the operation that makes channels of blocks of pixels (TensorFlow's tf.nn.space_to_depth), here along W alone.
+Windows reach beyond the ends of a line: they lie in a copy with zeros there, unless nothing is padded. Where an input of
+few channels is copied, a pixel of the copy may have those of all taps along H, (tap, channel), of a line of the output: a
+window of 8 pixels of one channel and 7 taps is then 64 channels of one tap, in place of 7 taps of 32, three quarters of which
+are there so that each window begins at a vector. The name is that of the operation that makes channels of blocks of pixels
+(TensorFlow's tf.nn.space_to_depth), here along W alone.
 
 An infinity or NaN also makes NaN of what its block computes through zeros: results up to a block away along W; in wgrad all
 taps along W of its channel, or of its filter.
 
-Bytes by design: those of the other engine, and the copy of the narrower side once in each direction.
+Bytes by design: those of the other engine, and the copy of the narrower side once in each direction, with taps along H as
+many times as there are.
 """
 
 from __future__ import annotations
@@ -31,11 +35,15 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
-from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
-from . import halo, implicit_gemm, kn2row, matmul, tma
-from .base import MOST_COPIED, Memory, Work, aligned, in_format, refused_by_kernels
-from .through import Float32Sums, Moved, ThroughConfig, memory_through, offers_through, work_through
+from ...problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
+from .. import halo, implicit_gemm, kn2row, matmul, tma
+from ..base import MOST_COPIED, Memory, Work, aligned, in_format, refused_by_kernels
+from ..launching import launch_kernel
+from ..through import Float32Sums, Moved, ThroughConfig, memory_through, offers_through, work_through
+from .kernels import gather_lines
 
 NAME = "space_to_depth"
 MEASURED = ()  # architectures; it has not run on a GPU yet
@@ -43,22 +51,25 @@ _ENGINES = {engine.NAME: engine for engine in (kn2row, halo, tma, implicit_gemm)
 _MOST_NARROW, _MOST_WIDE = 16, 128  # channels of the narrower and of the wider side: others fill tiles by themselves
 _WIDTHS = (128, 64, 32)  # channels of the wider side in a block: by the cost model the best of every layer is one of these
 _MOST_PIXELS = 32  # of a block
-_WORD = 8  # bytes: the widest element type of torch's copies
+_GAIN = 0.8  # of the channels that are summed over without taps along H among them, that may be left with them
+_COPIED = 2048  # elements that a program copies
 
 
 @dataclass(frozen=True)
 class SpaceToDepthConfig(ThroughConfig):
     """
     pixels: of a block, neighbours along W.
+    taps_h: along H, that a pixel of a copied input has the channels of: 1 or all.
     """
 
     pixels: int
+    taps_h: int = 1
 
     def whole(self) -> SpaceToDepthConfig:
-        return super().whole().replace(pixels=1)
+        return super().whole().replace(pixels=1, taps_h=1)
 
     def to_dict(self) -> dict:
-        return {"pixels": self.pixels, **super().to_dict()}
+        return {"pixels": self.pixels, "taps_h": self.taps_h, **super().to_dict()}
 
 
 @dataclass(frozen=True)
@@ -68,9 +79,8 @@ class Blocked:
     problem: the other engine's.
     forward: the windows are of the input, the blocks of the output; else the other way round.
     pixels: of a block. count: pixels of a line that its blocks have. step: pixels from a window to the next.
-    copied: the windows lie in a copy. width: pixels of its lines. channels: of its pixels.
+    copied: the windows lie in a copy. width: pixels of its lines. channels: of its pixels. taps_h: that these are of.
     front: where the line begins in the copy; below 0: as many pixels of it come before the copy.
-    filled: pixels of the copy that are the line's.
     """
 
     problem: Problem
@@ -81,8 +91,8 @@ class Blocked:
     copied: bool
     width: int
     channels: int
+    taps_h: int
     front: int
-    filled: range
 
 
 def supports(problem: Problem) -> str | None:
@@ -125,12 +135,40 @@ def _sizes(problem: Problem) -> tuple[int, ...]:
     return tuple(pixels for pixels in found if pixels <= line) or tuple(found[-1:])
 
 
+def _shapes(problem: Problem) -> list[tuple[int, int]]:
+    """(pixels of a block, taps along H of a pixel) that are offered."""
+    shapes = [(pixels, 1) for pixels in _sizes(problem)]
+    taps = problem.kernel_size[1]
+    if problem.pass_ != "dgrad" and taps > 1:
+        for pixels in _sizes(problem):
+            apart, together = blocked(problem, pixels), blocked(problem, pixels, taps)
+            summed = [_multiple(of.problem.in_channels, 16) * of.problem.kernel_size[1] for of in (apart, together)]
+            fits = _moved(problem, pixels, taps).copies <= MOST_COPIED
+            if apart.forward and fits and summed[1] <= _GAIN * summed[0]:
+                shapes.append((pixels, taps))
+    return shapes
+
+
+def _taps_as_channels(problem: Problem) -> Problem:
+    """The same convolution, of an input with a line for each of the output, the channels of all taps along H in its pixels."""
+    return problem.replace(
+        in_channels=problem.kernel_size[1] * problem.in_channels,
+        input_size=(problem.input_size[0], *problem.output_size[1:2], problem.input_size[2]),
+        kernel_size=(problem.kernel_size[0], 1, problem.kernel_size[2]),
+        stride=(problem.stride[0], 1, problem.stride[2]),
+        padding=(*problem.padding[:2], 0, 0, *problem.padding[4:]),
+        dilation=(problem.dilation[0], 1, problem.dilation[2]),
+    )
+
+
 @functools.lru_cache(maxsize=4096)
-def blocked(problem: Problem, pixels: int) -> Blocked:
+def blocked(problem: Problem, pixels: int, taps_h: int = 1) -> Blocked:
+    if taps_h > 1:
+        problem = _taps_as_channels(problem)
     (inputs, outputs), read, made = (problem.input_size[2], problem.output_size[2]), problem.in_channels, problem.out_channels
     reach, stride, front = problem.dilation[2] * (problem.kernel_size[2] - 1), problem.stride[2], problem.padding[4]
     line, count, role, item = inputs, outputs, 0, problem.itemsize
-    forward = problem.pass_ == "forward" or (problem.pass_ == "wgrad" and (stride > 1 or read <= made))
+    forward = taps_h > 1 or problem.pass_ == "forward" or (problem.pass_ == "wgrad" and (stride > 1 or read <= made))
     window, step = (pixels - 1) * stride + reach + 1, pixels * stride
     if not forward:
         met = [(first - (taps - 1) * problem.dilation[2], first) for _, taps, first in _classes(problem) if taps]
@@ -141,8 +179,9 @@ def blocked(problem: Problem, pixels: int) -> Blocked:
     whole = vector // math.gcd(vector, channels)  # pixels of which are whole vectors
     length = _multiple(window, whole)
     width = _multiple((blocks - 1) * step + length, whole)
-    copied = front != 0 or width > line or channels != read or line % whole > 0 or problem.layouts[role] != CHANNELS_LAST
-    wide, window, start = pixels * made, length * channels, max(0, front)
+    vectors = channels == read and line % whole == 0 and problem.layouts[role] == CHANNELS_LAST
+    copied = taps_h > 1 or front != 0 or width > line or not vectors
+    wide, window = pixels * made, length * channels
     values = problem.replace(
         in_channels=window if forward else wide,
         out_channels=wide if forward else window,
@@ -165,8 +204,8 @@ def blocked(problem: Problem, pixels: int) -> Blocked:
         copied=copied,
         width=width if copied else line,
         channels=channels,
+        taps_h=taps_h,
         front=front,
-        filled=range(start, max(start, min(width, front + line))),
     )
 
 
@@ -187,20 +226,21 @@ def _multiple(count: int, of: int) -> int:
 
 def configs(problem: Problem) -> tuple[SpaceToDepthConfig, ...]:
     return tuple(
-        SpaceToDepthConfig(offer.engine, offer.config, pixels)
-        for pixels in _sizes(problem)
-        for offer in offers_through(_ENGINES, blocked(problem, pixels).problem)
+        SpaceToDepthConfig(offer.engine, offer.config, *shape)
+        for shape in _shapes(problem)
+        for offer in offers_through(_ENGINES, blocked(problem, *shape).problem)
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _moved(problem: Problem, pixels: int) -> Moved:
-    of, item, wgrad = blocked(problem, pixels), problem.itemsize, problem.pass_ == "wgrad"
+def _moved(problem: Problem, pixels: int, taps_h: int = 1) -> Moved:
+    of, item, wgrad = blocked(problem, pixels, taps_h), problem.itemsize, problem.pass_ == "wgrad"
     inner, copies, moved, launches = of.problem, 0, 0, 0
     read, made = (problem.input_shape, problem.output_shape)[:: 1 if of.forward else -1]
     if of.copied:
-        copy = item * math.prod((read[0], of.channels, *read[2:4], of.width))
-        copies, moved, launches = copy, copy + item * math.prod(read), 3
+        lines = inner.input_size[:2] if of.forward else read[2:4]
+        copy = item * math.prod((read[0], of.channels, *lines, of.width))
+        copies, moved, launches = copy, copy + item * math.prod(read), 1
     weight = math.prod(inner.weight_shape) * (4 if wgrad else item)
     parts = 1 if of.forward else 2 * problem.stride[2]
     copies, moved, launches = copies + weight, moved + 2 * weight, launches + 1 + parts + inner.bias
@@ -213,17 +253,19 @@ def _moved(problem: Problem, pixels: int) -> Moved:
 
 def memory(problem: Problem, config: SpaceToDepthConfig) -> Memory:
     """An operand that is read as it is is copied too where its address is no multiple of 16: not counted."""
-    return memory_through(_ENGINES, blocked(problem, config.pixels).problem, config, _moved(problem, config.pixels))
+    shape = config.pixels, config.taps_h
+    return memory_through(_ENGINES, blocked(problem, *shape).problem, config, _moved(problem, *shape))
 
 
 def work(problem: Problem, config: SpaceToDepthConfig) -> Work:
     """The launches as the cost model sees them."""
-    return work_through(_ENGINES, blocked(problem, config.pixels).problem, config, _moved(problem, config.pixels))
+    shape = config.pixels, config.taps_h
+    return work_through(_ENGINES, blocked(problem, *shape).problem, config, _moved(problem, *shape))
 
 
 def launch(problem: Problem, operands: Operands, config: SpaceToDepthConfig) -> torch.Tensor:
-    of, other = blocked(problem, config.pixels), _ENGINES[config.engine]
-    windows = _windows(of, operands.input if of.forward else operands.grad)
+    of, other = blocked(problem, config.pixels, config.taps_h), _ENGINES[config.engine]
+    windows = _windows(problem, of, operands.input if of.forward else operands.grad)
     if problem.pass_ == "wgrad":
         blocks = _blocks(of, operands.grad if of.forward else operands.input)
         input, grad = (windows, blocks) if of.forward else (blocks, windows)
@@ -243,38 +285,32 @@ def launch(problem: Problem, operands: Operands, config: SpaceToDepthConfig) -> 
     return in_format(lines.permute(0, 4, 1, 2, 3), problem.memory_format)
 
 
-def _windows(of: Blocked, tensor: torch.Tensor) -> torch.Tensor:
+def _windows(problem: Problem, of: Blocked, tensor: torch.Tensor) -> torch.Tensor:
     """(N, pixels of a window x channels, D, H, blocks), which overlap, of a tensor (N, channels, D, H, W)."""
-    lines = tensor.permute(0, 2, 3, 4, 1)
-    if of.copied or not aligned(tensor):
-        copy = lines.new_empty((*lines.shape[:3], of.width, of.channels))
-        start, stop = of.filled.start, of.filled.stop
-        if of.channels > lines.shape[4]:
-            copy.zero_()
-        else:
-            copy[..., :start, :] = 0
-            copy[..., stop:, :] = 0
-        filled, lines = copy[..., start:stop, : lines.shape[4]], lines[..., start - of.front : stop - of.front, :]
-        if _in_words(filled) and _in_words(lines):  # torch copies 16-bit elements one at a time
-            filled, lines = (part.flatten(3).view(torch.int64) for part in (filled, lines))
-        filled.copy_(lines)
-        lines = copy
+    copied = of.copied or not aligned(tensor)
+    lines = _copied(problem, of, tensor) if copied else tensor.permute(0, 2, 3, 4, 1)
     (n, d, h), inner = lines.stride()[:3], of.problem
     window = inner.in_channels if of.forward else inner.out_channels
     shape = (lines.shape[0], window, *lines.shape[1:3], inner.input_size[2])
     return lines.as_strided(shape, (n, 1, d, h, of.step * of.channels))
 
 
-def _in_words(lines: torch.Tensor) -> bool:
-    """Whether what a tensor (N, D, H, W, C) has of a line is whole words, one after another, and so are the lines."""
-    word = _WORD // lines.element_size()
-    return (
-        lines.numel() > 0
-        and lines.data_ptr() % _WORD == 0
-        and lines.stride()[3:] == (lines.shape[4], 1)
-        and lines.shape[3] * lines.shape[4] % word == 0
-        and all(stride % word == 0 for stride in lines.stride()[:3])
-    )
+def _copied(problem: Problem, of: Blocked, tensor: torch.Tensor) -> torch.Tensor:
+    """(N, D, lines, pixels, channels), with zeros where there is nothing of a tensor (N, channels, D, H, W)."""
+    batch, channels, depth, *size = tensor.shape
+    first, step, dilation, lines = 0, 1, 1, size[0]
+    if of.taps_h > 1:
+        first, step, dilation, lines = -problem.padding[2], problem.stride[1], problem.dilation[1], of.problem.input_size[1]
+    copy = tensor.new_empty((batch, depth, lines, of.width, of.channels))
+    pixels, columns = copy.numel() // of.channels, triton.next_power_of_2(of.channels)
+    block = max(1, _COPIED // columns)
+    source = (tuple(size), tensor.stride(), channels, of.taps_h, (first, -of.front), step, dilation)
+    large = problem.index64 or copy.numel() * copy.element_size() > INT32_BYTES
+    index = tl.int64 if large else tl.int32
+    options = dict(CHANNELS=of.channels, BLOCK=block, COLUMNS=columns, INDEX=index, num_warps=4)
+    grid = (-(-pixels // block), 1)
+    launch_kernel(gather_lines, grid, (tensor, copy, *source, depth, lines, of.width, pixels), options)
+    return copy
 
 
 def _blocks(of: Blocked, tensor: torch.Tensor) -> torch.Tensor:
@@ -308,11 +344,14 @@ def _diagonals(problem: Problem, of: Blocked, matrix: torch.Tensor) -> list[tupl
     """[taps along W, a view (pixels of a block, K, kd, kh, taps, C) of what of (filters, kd, kh, 1, channels) is theirs].
 
     Pixel p of a block meets pixel p * stride + t * dilation of its window. Where the windows are of the gradient, of
-    each parity class along W its own pixels of the block do, through its own taps, the last one first.
+    each parity class along W its own pixels of the block do, through its own taps, the last one first. Taps along H are
+    those of the matrix, or of its channels.
     """
     inner, (kernel_d, kernel_h, kernel_w), dilation = of.problem, problem.kernel_size, problem.dilation[2]
     stride, filters, columns = problem.stride[2], problem.out_channels, inner.in_channels
-    row = kernel_d * kernel_h * columns
+    line = columns if of.taps_h == 1 else problem.in_channels  # from a tap along H to the next
+    plane = math.prod(inner.kernel_size[1:]) * columns
+    row = kernel_d * plane
     if of.forward:  # rows (p, k), columns (r, c)
         pixel, tap = filters * row + stride * of.channels, dilation * of.channels
         parts = [(slice(None), of.pixels, kernel_w, pixel, tap, 0)]
@@ -327,7 +366,7 @@ def _diagonals(problem: Problem, of: Blocked, matrix: torch.Tensor) -> list[tupl
             which,
             matrix.as_strided(
                 (pixels, filters, kernel_d, kernel_h, taps, problem.in_channels),
-                (pixel, row, kernel_h * columns, columns, tap, 1),
+                (pixel, row, plane, line, tap, 1),
                 matrix.storage_offset() + at,
             ),
         )
