@@ -15,8 +15,8 @@ so that a pixel is read once for all of them. One of (P + kw - 1) / kw parts of 
     wgrad     either, so that the windows are those of the narrower side; of the other convolution's gradient, kept in
               float32, the sums along its diagonals
 
-Windows reach beyond the ends of a line: they lie in a copy with zeros there, unless nothing is padded. Where an input of
-few channels is copied, a pixel of the copy may have those of all taps along H, (tap, channel), of a line of the output: a
+Windows reach beyond the ends of a line: they lie in a copy with zeros there, unless nothing is padded. Where that leaves
+fewer to sum over, a pixel of an input's copy has the channels of all taps along H, (tap, channel), of a line of the output: a
 window of 8 pixels of one channel and 7 taps is then 64 channels of one tap, in place of 7 taps of 32, three quarters of which
 are there so that each window begins at a vector. The name is that of the operation that makes channels of blocks of pixels
 (TensorFlow's tf.nn.space_to_depth), here along W alone.
@@ -51,7 +51,10 @@ _ENGINES = {engine.NAME: engine for engine in (kn2row, halo, tma, implicit_gemm)
 _MOST_NARROW, _MOST_WIDE = 16, 128  # channels of the narrower and of the wider side: others fill tiles by themselves
 _WIDTHS = (128, 64, 32)  # channels of the wider side in a block: by the cost model the best of every layer is one of these
 _MOST_PIXELS = 32  # of a block
-_GAIN = 0.8  # of the channels that are summed over without taps along H among them, that may be left with them
+_LEAST_SUMMED = 16  # channels of a product of tensor cores
+# Of what is summed over without taps along H as channels, what may be left with them: with taps along D, which read the larger
+# copy again, and without.
+_GAIN, _FLAT_GAIN = 0.8, 0.5
 _COPIED = 2048  # elements that a program copies
 
 
@@ -59,17 +62,15 @@ _COPIED = 2048  # elements that a program copies
 class SpaceToDepthConfig(ThroughConfig):
     """
     pixels: of a block, neighbours along W.
-    taps_h: along H, that a pixel of a copied input has the channels of: 1 or all.
     """
 
     pixels: int
-    taps_h: int = 1
 
     def whole(self) -> SpaceToDepthConfig:
-        return super().whole().replace(pixels=1, taps_h=1)
+        return super().whole().replace(pixels=1)
 
     def to_dict(self) -> dict:
-        return {"pixels": self.pixels, "taps_h": self.taps_h, **super().to_dict()}
+        return {"pixels": self.pixels, **super().to_dict()}
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,22 @@ def _sizes(problem: Problem) -> tuple[int, ...]:
     return tuple(pixels for pixels in found if pixels <= line) or tuple(found[-1:])
 
 
-def _shapes(problem: Problem) -> list[tuple[int, int]]:
-    """(pixels of a block, taps along H of a pixel) that are offered."""
-    shapes = [(pixels, 1) for pixels in _sizes(problem)]
-    taps = problem.kernel_size[1]
-    if problem.pass_ != "dgrad" and taps > 1:
-        for pixels in _sizes(problem):
-            apart, together = blocked(problem, pixels), blocked(problem, pixels, taps)
-            summed = [_multiple(of.problem.in_channels, 16) * of.problem.kernel_size[1] for of in (apart, together)]
-            fits = _moved(problem, pixels, taps).copies <= MOST_COPIED
-            if apart.forward and fits and summed[1] <= _GAIN * summed[0]:
-                shapes.append((pixels, taps))
-    return shapes
+@functools.lru_cache(maxsize=4096)
+def blocked(problem: Problem, pixels: int) -> Blocked:
+    """With taps along H as channels where fewer are summed over then, of a copy that is not too large."""
+    apart, taps = _blocked(problem, pixels, 1), problem.kernel_size[1]
+    gain = _GAIN if problem.kernel_size[0] > 1 else _FLAT_GAIN
+    if taps == 1 or problem.pass_ == "dgrad" or not apart.forward or problem.in_channels > gain * apart.channels:
+        return apart
+    together = _blocked(problem, pixels, taps)
+    summed = [_multiple(of.problem.in_channels, _LEAST_SUMMED) * of.problem.kernel_size[1] for of in (apart, together)]
+    return together if summed[1] <= gain * summed[0] and _copy_bytes(problem, together) <= MOST_COPIED else apart
+
+
+def _copy_bytes(problem: Problem, of: Blocked) -> int:
+    """Of what the windows lie in."""
+    lines = of.problem.input_size[:2] if of.forward else problem.output_size[:2]
+    return problem.itemsize * math.prod((problem.batch, of.channels, *lines, of.width))
 
 
 def _taps_as_channels(problem: Problem) -> Problem:
@@ -161,8 +166,7 @@ def _taps_as_channels(problem: Problem) -> Problem:
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def blocked(problem: Problem, pixels: int, taps_h: int = 1) -> Blocked:
+def _blocked(problem: Problem, pixels: int, taps_h: int) -> Blocked:
     if taps_h > 1:
         problem = _taps_as_channels(problem)
     (inputs, outputs), read, made = (problem.input_size[2], problem.output_size[2]), problem.in_channels, problem.out_channels
@@ -226,20 +230,19 @@ def _multiple(count: int, of: int) -> int:
 
 def configs(problem: Problem) -> tuple[SpaceToDepthConfig, ...]:
     return tuple(
-        SpaceToDepthConfig(offer.engine, offer.config, *shape)
-        for shape in _shapes(problem)
-        for offer in offers_through(_ENGINES, blocked(problem, *shape).problem)
+        SpaceToDepthConfig(offer.engine, offer.config, pixels)
+        for pixels in _sizes(problem)
+        for offer in offers_through(_ENGINES, blocked(problem, pixels).problem)
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _moved(problem: Problem, pixels: int, taps_h: int = 1) -> Moved:
-    of, item, wgrad = blocked(problem, pixels, taps_h), problem.itemsize, problem.pass_ == "wgrad"
+def _moved(problem: Problem, pixels: int) -> Moved:
+    of, item, wgrad = blocked(problem, pixels), problem.itemsize, problem.pass_ == "wgrad"
     inner, copies, moved, launches = of.problem, 0, 0, 0
     read, made = (problem.input_shape, problem.output_shape)[:: 1 if of.forward else -1]
     if of.copied:
-        lines = inner.input_size[:2] if of.forward else read[2:4]
-        copy = item * math.prod((read[0], of.channels, *lines, of.width))
+        copy = _copy_bytes(problem, of)
         copies, moved, launches = copy, copy + item * math.prod(read), 1
     weight = math.prod(inner.weight_shape) * (4 if wgrad else item)
     parts = 1 if of.forward else 2 * problem.stride[2]
@@ -253,18 +256,16 @@ def _moved(problem: Problem, pixels: int, taps_h: int = 1) -> Moved:
 
 def memory(problem: Problem, config: SpaceToDepthConfig) -> Memory:
     """An operand that is read as it is is copied too where its address is no multiple of 16: not counted."""
-    shape = config.pixels, config.taps_h
-    return memory_through(_ENGINES, blocked(problem, *shape).problem, config, _moved(problem, *shape))
+    return memory_through(_ENGINES, blocked(problem, config.pixels).problem, config, _moved(problem, config.pixels))
 
 
 def work(problem: Problem, config: SpaceToDepthConfig) -> Work:
     """The launches as the cost model sees them."""
-    shape = config.pixels, config.taps_h
-    return work_through(_ENGINES, blocked(problem, *shape).problem, config, _moved(problem, *shape))
+    return work_through(_ENGINES, blocked(problem, config.pixels).problem, config, _moved(problem, config.pixels))
 
 
 def launch(problem: Problem, operands: Operands, config: SpaceToDepthConfig) -> torch.Tensor:
-    of, other = blocked(problem, config.pixels, config.taps_h), _ENGINES[config.engine]
+    of, other = blocked(problem, config.pixels), _ENGINES[config.engine]
     windows = _windows(problem, of, operands.input if of.forward else operands.grad)
     if problem.pass_ == "wgrad":
         blocks = _blocks(of, operands.grad if of.forward else operands.input)
