@@ -110,7 +110,7 @@ def test_offsets_of_64_bits(pass_: str, crossing: str, contiguous: bool) -> None
 @pytest.mark.parametrize("which", (0, 1))
 @pytest.mark.parametrize("pass_", PASSES)
 def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
-    """Of its channel the results of blocks that meet its own; of a weight, or of wgrad, all."""
+    """The results of blocks that meet its own, of all channels of a tile; of a weight, or of wgrad, all of its channel."""
     problem, operands = make(case(pass_, "fives", input_size=(3, 4, 48)))
     reach = 2 * max(config.block_w for config in ENGINE.configs(problem))
 
@@ -121,7 +121,7 @@ def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
             return (slice(None), where[0])
         near = slice(max(0, where[4] - reach), where[4] + reach)
         assert near.stop - near.start < problem.result_shape[4]
-        return (*where[:2], slice(None), slice(None), near)
+        return (where[0], slice(None), slice(None), slice(None), near)
 
     check_footprint(ENGINE, problem, operands, which, beyond)
 

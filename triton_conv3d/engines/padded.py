@@ -20,12 +20,12 @@ import math
 import torch
 
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
-from . import folded, halo, implicit_gemm, tma
+from . import folded, halo, hopper, implicit_gemm, tma
 from .base import READ, Memory, Work, aligned, in_format, refused_by_kernels
 from .through import Moved, ThroughConfig, memory_through, offers_through, work_through
 
 NAME = "padded"
-_ENGINES = {engine.NAME: engine for engine in (tma, halo, implicit_gemm)}  # the one that takes everything last
+_ENGINES = {engine.NAME: engine for engine in (tma, hopper, halo, implicit_gemm)}  # the one that takes everything last
 _RESULT = {"forward": 2, "dgrad": 0, "wgrad": 1}
 
 

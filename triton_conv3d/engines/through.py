@@ -13,7 +13,8 @@ import torch
 from ..problem import Problem
 from .base import Config, Memory, Work
 
-_MOST_TILES = 3  # of each engine, and its smallest
+_MOST_TILES, _MOST_PARTS = 2, 2  # of each engine, and its smallest tile; numbers of splits of one
+_BY_LINES = "hopper"
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,16 @@ class Float32Sums(Problem):
 
 def offers_through(engines: Mapping[str, ModuleType], problem: Problem) -> tuple[ThroughConfig, ...]:
     """Of each engine, in this order, the largest tiles that it offers for the rewritten problem, whole and in the fewest
-    parts that fill a GPU, and its smallest last."""
+    parts that fill a GPU, and its smallest last. Of ``hopper`` its first tile by lines: its bricks are those of ``tma``."""
     found = []
     for name, engine in engines.items():
-        if engine.supports(problem) is None:
-            *offers, smallest = engine.configs(problem)
-            tiles = itertools.groupby(offers, key=Config.whole)
-            few = [config for _, parts in itertools.islice(tiles, _MOST_TILES) for config in itertools.islice(parts, 2)]
-            found += [ThroughConfig(name, config) for config in (*few, smallest)]
+        if engine.supports(problem) is not None:
+            continue
+        *offers, smallest = engine.configs(problem)
+        most, last = _MOST_TILES, [smallest]
+        if name == _BY_LINES:
+            most, last, offers = 1, [], (config for config in offers if hasattr(config, "line"))
+        tiles = itertools.islice(itertools.groupby(offers, key=Config.whole), most)
+        few = [config for _, parts in tiles for config in itertools.islice(parts, _MOST_PARTS)]
+        found += [ThroughConfig(name, config) for config in few + last]
     return tuple(found)

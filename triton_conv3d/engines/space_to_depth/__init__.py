@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 
 from ...problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
-from .. import halo, implicit_gemm, kn2row, matmul, tma
+from .. import halo, hopper, implicit_gemm, kn2row, matmul, tma
 from ..base import MOST_COPIED, Memory, Work, aligned, in_format, refused_by_kernels
 from ..launching import launch_kernel
 from ..through import Float32Sums, Moved, ThroughConfig, memory_through, offers_through, work_through
@@ -47,7 +47,7 @@ from .kernels import gather_lines
 
 NAME = "space_to_depth"
 MEASURED = ()  # architectures; it has not run on a GPU yet
-_ENGINES = {engine.NAME: engine for engine in (kn2row, halo, tma, implicit_gemm)}  # the one that takes everything last
+_ENGINES = {engine.NAME: engine for engine in (kn2row, halo, tma, hopper, implicit_gemm)}  # what takes everything last
 _MOST_NARROW, _MOST_WIDE = 16, 128  # channels of the narrower and of the wider side: others fill tiles by themselves
 _WIDTHS = (128, 64, 32)  # channels of the wider side in a block: by the cost model the best of every layer is one of these
 _MOST_PIXELS = 32  # of a block

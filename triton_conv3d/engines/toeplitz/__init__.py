@@ -15,7 +15,8 @@ times the products that float32 arithmetic makes.
     wgrad     of the other convolution's gradient, kept in float32, the sums along its diagonals
 
 Pixels that a dilation keeps apart never meet: they are samples of their own (phases), and the kernel that they meet is dense.
-An infinity or NaN also makes NaN of what its block meets through zeros: results up to a block away, in its own channel.
+An infinity or NaN also makes NaN of what its block meets through zeros: results up to a block away, in its own channel and, by
+``implicit_gemm``, in those of its tile.
 
 Bytes by design: those of the other engine, and a copy of what is read and of what is computed, once in each direction.
 """
