@@ -54,6 +54,7 @@ KERNELS = {
     "tma": {"gather_bricks", "wgrad_bricks"},
     "hopper": {"gather_ring", "wgrad_ring", "line_ring", "line_dgrad_ring", "line_wgrad_ring"},
     "rounded": {"rounded_copy", "rounded_wgrad"},
+    "padded": {"gather_lines"},
     "space_to_depth": {"gather_lines"},
     "toeplitz": {"move_blocks", "expand", "collect"},
 }

@@ -22,6 +22,7 @@ import torch
 from ..problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
 from . import folded, halo, hopper, implicit_gemm, tma
 from .base import READ, Memory, Work, aligned, in_format, refused_by_kernels
+from .space_to_depth.lines import gathered
 from .through import Moved, ThroughConfig, memory_through, offers_through, work_through
 
 NAME = "padded"
@@ -95,8 +96,8 @@ def _moved(problem: Problem) -> Moved:
     copied, cut = _copied(problem, wide), _cut(problem, wide)
     copies = item * sum(large[role] for role in (*copied, *cut))
     moved = item * (sum(small[role] + large[role] for role in copied) + sum(2 * small[role] for role in cut))
-    sides = sum(a != b for role in copied for a, b in zip(_shapes(problem)[role], _shapes(wide)[role], strict=True))
-    return Moved(copies, moved, len(copied) + sides + len(cut))  # each side with something new is filled by itself
+    filled = sum(_shapes(problem)[role][0] != _shapes(wide)[role][0] for role in copied)  # filters, by themselves
+    return Moved(copies, moved, len(copied) + filled + len(cut))
 
 
 def memory(problem: Problem, config: ThroughConfig) -> Memory:
@@ -112,7 +113,7 @@ def work(problem: Problem, config: ThroughConfig) -> Work:
 def launch(problem: Problem, operands: Operands, config: ThroughConfig) -> torch.Tensor:
     wide = widened(problem)
     input, weight, grad = (
-        None if tensor is None else _filled(tensor, shape, layout)
+        None if tensor is None else _filled(tensor, shape, layout, problem.index64)
         for tensor, shape, layout in zip(operands[:3], _shapes(wide), wide.layouts, strict=True)
     )
     result = _ENGINES[config.engine].launch(wide, operands._replace(input=input, weight=weight, grad=grad), config.config)
@@ -121,18 +122,12 @@ def launch(problem: Problem, operands: Operands, config: ThroughConfig) -> torch
     return in_format(result[: problem.result_shape[0], : problem.result_shape[1]], problem.memory_format)
 
 
-def _filled(tensor: torch.Tensor, shape: tuple[int, ...], layout: str) -> torch.Tensor:
+def _filled(tensor: torch.Tensor, shape: tuple[int, ...], layout: str, index64: bool) -> torch.Tensor:
     """The tensor in this larger shape, zeros after it; itself where the other engine can read it as it is, or copies it."""
     rows, channels = tensor.shape[:2]
     if (rows, channels) == shape[:2] and (layout != CHANNELS_LAST or _readable(tensor)):
         return tensor
-    copy = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=torch.channels_last_3d)
-    copy[:rows, :channels] = tensor
-    if channels < shape[1]:
-        copy[:rows, channels:] = 0
-    if rows < shape[0]:
-        copy[rows:] = 0
-    return copy
+    return gathered(tensor, (*shape[3:], shape[1]), rows=shape[0], index64=index64).permute(0, 4, 1, 2, 3)
 
 
 def _readable(tensor: torch.Tensor) -> bool:

@@ -35,15 +35,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from ...problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, VIEW, Operands, Problem
 from .. import halo, hopper, implicit_gemm, kn2row, matmul, tma
 from ..base import MOST_COPIED, Memory, Work, aligned, in_format, refused_by_kernels
-from ..launching import launch_kernel
 from ..through import Float32Sums, Moved, ThroughConfig, memory_through, offers_through, work_through
-from .kernels import gather_lines
+from .lines import ONE_TAP, Taps, gathered
 
 NAME = "space_to_depth"
 MEASURED = ()  # architectures; it has not run on a GPU yet
@@ -55,7 +52,6 @@ _LEAST_SUMMED = 16  # channels of a product of tensor cores
 # Of what is summed over without taps along H as channels, what may be left with them: with taps along D, which read the larger
 # copy again, and without.
 _GAIN, _FLAT_GAIN = 0.8, 0.5
-_COPIED = 2048  # elements that a program copies
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,7 @@ def _taps_as_channels(problem: Problem) -> Problem:
     """The same convolution, of an input with a line for each of the output, the channels of all taps along H in its pixels."""
     return problem.replace(
         in_channels=problem.kernel_size[1] * problem.in_channels,
-        input_size=(problem.input_size[0], *problem.output_size[1:2], problem.input_size[2]),
+        input_size=(problem.input_size[0], problem.output_size[1], problem.input_size[2]),
         kernel_size=(problem.kernel_size[0], 1, problem.kernel_size[2]),
         stride=(problem.stride[0], 1, problem.stride[2]),
         padding=(*problem.padding[:2], 0, 0, *problem.padding[4:]),
@@ -298,20 +294,11 @@ def _windows(problem: Problem, of: Blocked, tensor: torch.Tensor) -> torch.Tenso
 
 def _copied(problem: Problem, of: Blocked, tensor: torch.Tensor) -> torch.Tensor:
     """(N, D, lines, pixels, channels), with zeros where there is nothing of a tensor (N, channels, D, H, W)."""
-    batch, channels, depth, *size = tensor.shape
-    first, step, dilation, lines = 0, 1, 1, size[0]
+    lines, taps = tensor.shape[3], ONE_TAP
     if of.taps_h > 1:
-        first, step, dilation, lines = -problem.padding[2], problem.stride[1], problem.dilation[1], of.problem.input_size[1]
-    copy = tensor.new_empty((batch, depth, lines, of.width, of.channels))
-    pixels, columns = copy.numel() // of.channels, triton.next_power_of_2(of.channels)
-    block = max(1, _COPIED // columns)
-    source = (tuple(size), tensor.stride(), channels, of.taps_h, (first, -of.front), step, dilation)
-    large = problem.index64 or copy.numel() * copy.element_size() > INT32_BYTES
-    index = tl.int64 if large else tl.int32
-    options = dict(CHANNELS=of.channels, BLOCK=block, COLUMNS=columns, INDEX=index, num_warps=4)
-    grid = (-(-pixels // block), 1)
-    launch_kernel(gather_lines, grid, (tensor, copy, *source, depth, lines, of.width, pixels), options)
-    return copy
+        lines = of.problem.input_size[1]
+        taps = Taps(of.taps_h, -problem.padding[2], problem.stride[1], problem.dilation[1])
+    return gathered(tensor, (lines, of.width, of.channels), -of.front, taps, index64=problem.index64)
 
 
 def _blocks(of: Blocked, tensor: torch.Tensor) -> torch.Tensor:
