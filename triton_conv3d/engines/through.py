@@ -74,10 +74,11 @@ def offers_through(engines: Mapping[str, ModuleType], problem: Problem) -> tuple
     for name, engine in engines.items():
         if engine.supports(problem) is not None:
             continue
-        *offers, smallest = engine.configs(problem)
-        most, last = _MOST_TILES, [smallest]
         if name == _BY_LINES:
-            most, last, offers = 1, [], (config for config in offers if hasattr(config, "line"))
+            most, offers, last = 1, engine.by_lines(problem), []
+        else:
+            most, (*offers, smallest) = _MOST_TILES, engine.configs(problem)
+            last = [smallest]
         tiles = itertools.islice(itertools.groupby(offers, key=Config.whole), most)
         few = [config for _, parts in tiles for config in itertools.islice(parts, _MOST_PARTS)]
         found += [ThroughConfig(name, config) for config in few + last]

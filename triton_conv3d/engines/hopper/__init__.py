@@ -30,12 +30,12 @@ from ...problem import Operands, Problem
 from .. import tma
 from ..base import Memory, Work, refused_by_kernels
 from .class_configs import LineDgradConfig, class_work
-from .configs import BrickConfig, Im2colConfig, configs, im2col_work
+from .configs import BrickConfig, Im2colConfig, by_lines, configs, im2col_work
 from .line_configs import LineConfig, LineWgradConfig, line_wgrad_work, line_work
 
 __all__ = [
-    "NAME", "BrickConfig", "Im2colConfig", "LineConfig", "LineDgradConfig", "LineWgradConfig", "configs", "launch", "memory",
-    "supports", "work",
+    "NAME", "BrickConfig", "Im2colConfig", "LineConfig", "LineDgradConfig", "LineWgradConfig", "by_lines", "configs", "launch",
+    "memory", "supports", "work",
 ]  # fmt: skip
 
 HopperConfig = BrickConfig | Im2colConfig | LineConfig | LineDgradConfig | LineWgradConfig

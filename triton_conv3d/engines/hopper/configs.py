@@ -16,7 +16,7 @@ from ..tma.geometry import MOST_VIEWS, Brick, best_first, bricks, counts, covere
 from .class_configs import LineDgradConfig, class_configs
 from .line_configs import WARPS, LineConfig, LineWgradConfig, line_configs, line_wgrad_configs
 
-__all__ = ["BrickConfig", "Im2colConfig", "configs", "corners", "im2col_tiles", "im2col_work", "one_chain"]
+__all__ = ["BrickConfig", "Im2colConfig", "by_lines", "configs", "corners", "im2col_tiles", "im2col_work", "one_chain"]
 
 _MOST_TILES = 3  # of those that fit, the largest, are offered
 _MOST_SPLITS = 2  # of each of them: the whole, and the fewest parts that fill a GPU
@@ -189,10 +189,15 @@ def _views(problem: Problem, brick: Brick) -> int:
     return math.prod(views_along(problem, brick))
 
 
+def by_lines(problem: Problem) -> list[LineConfig | LineDgradConfig | LineWgradConfig]:
+    """Those of :func:`configs` that go by lines, the most promising first."""
+    return line_configs(problem) + class_configs(problem) + line_wgrad_configs(problem)
+
+
 def configs(problem: Problem) -> tuple[BrickConfig | Im2colConfig | LineConfig | LineDgradConfig | LineWgradConfig, ...]:
     """Every configuration that this problem can take, lines first, the smallest last."""
     base = _WGRAD if problem.pass_ == "wgrad" else _GATHER
-    lines = line_configs(problem) + class_configs(problem) + line_wgrad_configs(problem)
+    lines = by_lines(problem)
     tiles = [tile for tile in base if _fits(problem, tile)]
     tiles = (tiles if problem.pass_ == "wgrad" else best_steps(problem, tiles))[:_MOST_TILES]
     if problem.pass_ == "wgrad" and lines:  # which read less than bricks of narrow tiles
