@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from cases import LAYOUTS, Case, check_footprint, make, run
@@ -110,20 +112,24 @@ def test_offsets_of_64_bits(pass_: str, crossing: str, contiguous: bool) -> None
 @pytest.mark.parametrize("which", (0, 1))
 @pytest.mark.parametrize("pass_", PASSES)
 def test_one_nan_touches_only_its_footprint(pass_: str, which: int) -> None:
-    """The results of blocks that meet its own, of all channels of a tile; of a weight, or of wgrad, all of its channel."""
+    """Of its channel the results of blocks that meet its own; of a weight, or of wgrad, all. By ``implicit_gemm`` the other
+    channels of a tile too."""
     problem, operands = make(case(pass_, "fives", input_size=(3, 4, 48)))
     reach = 2 * max(config.block_w for config in ENGINE.configs(problem))
 
-    def beyond(where: tuple[int, ...]) -> tuple:
+    def beyond(packed: bool, where: tuple[int, ...]) -> tuple:
         if pass_ == "wgrad":
             return (where[1],)
         if which == (pass_ == "forward"):
             return (slice(None), where[0])
         near = slice(max(0, where[4] - reach), where[4] + reach)
         assert near.stop - near.start < problem.result_shape[4]
-        return (where[0], slice(None), slice(None), slice(None), near)
+        return (where[0], slice(None) if packed else where[1], slice(None), slice(None), near)
 
-    check_footprint(ENGINE, problem, operands, which, beyond)
+    for packed in (True, False):
+        offers = [config for config in ENGINE.configs(problem) if (config.engine == "implicit_gemm") == packed]
+        some = SimpleNamespace(configs=lambda problem: offers, launch=ENGINE.launch)
+        check_footprint(some, problem, operands, which, partial(beyond, packed))
 
 
 @pytest.mark.parametrize("changes, reason", [

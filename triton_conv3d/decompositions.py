@@ -16,7 +16,7 @@ from .problem import Operands
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
     """What each op of this package is in operators of ATen, as :meth:`torch.export.ExportedProgram.run_decompositions` takes
-    it: the program then needs this package no more, and neither do ONNX, TensorRT or a C++ program that it is translated for.
+    it: the program then needs this package no more.
 
     A new dictionary at every call, for torch's to be added: ``torch.export.default_decompositions()``.
     """
@@ -38,13 +38,10 @@ def _dgrad(grad, weight, input_size, stride, padding, dilation, groups, channels
     """By a transposed convolution, which other runtimes know; ``convolution_backward`` they do not."""
     low, high = padding[::2], padding[1::2]
     symmetric = tuple(low) == tuple(high)
-    reached = [
-        (grad.shape[i + 2] - 1) * stride[i] + dilation[i] * (weight.shape[i + 2] - 1) + 1 for i in range(3)
-    ]  # by the taps, of the padded input
+    # Of the padded input, by the taps:
+    reached = [(grad.shape[i + 2] - 1) * stride[i] + dilation[i] * (weight.shape[i + 2] - 1) + 1 for i in range(3)]
     left = [input_size[i + 2] + low[i] + high[i] - reached[i] for i in range(3)]  # fewer than a stride
-    result = F.conv_transpose3d(
-        grad, weight, None, stride, low if symmetric else (0, 0, 0), left, groups, dilation
-    )
+    result = F.conv_transpose3d(grad, weight, None, stride, low if symmetric else (0, 0, 0), left, groups, dilation)
     if not symmetric:
         result = result[(..., *(slice(a, a + s) for a, s in zip(low, input_size[2:], strict=True)))]
     return _in_format(result, channels_last)

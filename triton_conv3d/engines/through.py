@@ -14,7 +14,7 @@ from ..problem import Problem
 from .base import Config, Memory, Work
 
 _MOST_TILES, _MOST_PARTS = 2, 2  # of each engine, and its smallest tile; numbers of splits of one
-_BY_LINES = "hopper"
+_BY_LINES = "hopper"  # offers these alone
 
 
 @dataclass(frozen=True)
