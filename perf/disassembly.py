@@ -24,7 +24,8 @@ from triton_conv3d.problem import Problem
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = r"\b(HGMMA|UTC\w*MMA|HMMA|IGMMA|QGMMA)|v_mfma_\w+"
 _FROM_SHARED = r"\bHGMMA\S* R\d+, gdesc|\bUTC\w*MMA\S* gdesc\[\w+\], gdesc"  # both operands
-AROUND = ("reduce_", "rounded_copy", "move_blocks", "expand", "collect", "gather_lines")  # kernels without products begin so
+# Kernels without products begin so.
+AROUND = ("reduce_", "rounded_copy", "move_blocks", "expand", "collect", "gather_lines", "transpose")
 # Engines whose threads copy into shared memory, kernels whose blocks the copy engine does, and engines written so that
 # products of sm_90 and sm_100 read shared memory.
 _COPIED_BY_THREADS = ("implicit_gemm", "halo", "kn2row", "rounded")

@@ -50,7 +50,7 @@ LAYERS = [
 ]
 # What each engine starts of its own for these layers, by the first three configs of a problem.
 KERNELS = {
-    "implicit_gemm": {"gather_gemm", "wgrad_gemm", "reduce_splits"},
+    "implicit_gemm": {"gather_gemm", "wgrad_gemm", "reduce_splits", "transpose"},
     "tma": {"gather_bricks", "wgrad_bricks"},
     "hopper": {"gather_ring", "wgrad_ring", "line_ring", "line_dgrad_ring", "line_wgrad_ring"},
     "rounded": {"rounded_copy", "rounded_wgrad"},
@@ -75,8 +75,10 @@ def launches(names: list[str], most: int | None, problems: int | None) -> Iterat
     import made_up_gpu
 
     from autotune import suites
+    from triton_conv3d.engines import base
 
     made_up_gpu.install()
+    base.LEAST_TRANSPOSED = 0  # of any size
     for case in suites.cases(LAYERS, layouts=tuple(LAYOUTS))[:problems]:
         problem, operands = case.on(made_up_gpu.DEVICE)
         for engine in map(engines.get, names):

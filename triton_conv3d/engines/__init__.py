@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from types import ModuleType
 
-# Triton exists for Linux only; engines without kernels of their own are plain torch.
+from .base import HAS_TRITON
+
+# Engines without kernels of their own are plain torch.
 _NEED_TRITON = (
     "depthwise", "folded", "implicit_gemm", "halo", "kn2row", "tma", "hopper", "padded", "subpixel", "rounded",
     "space_to_depth", "block_diagonal", "toeplitz",
@@ -18,8 +19,7 @@ _MODULES = ("matmul", *_NEED_TRITON, "aten")
 @functools.cache
 def available() -> dict[str, ModuleType]:
     """Every engine that can be imported here, by name. See :mod:`.base` for what an engine offers."""
-    triton = importlib.util.find_spec("triton") is not None
-    names = [name for name in _MODULES if triton or name not in _NEED_TRITON]
+    names = [name for name in _MODULES if HAS_TRITON or name not in _NEED_TRITON]
     return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
 

@@ -53,8 +53,8 @@ def memory(problem: Problem, config: AtenConfig) -> Memory:
 
 def launch(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Tensor:
     if config.channels_last:
-        last = {"memory_format": torch.channels_last_3d}
-        input, weight, grad = (t if t is None else t.contiguous(**last) for t in operands[:3])
+        last = torch.channels_last_3d
+        input, weight, grad = (t if t is None else in_format(t, last) for t in operands[:3])
         operands = operands._replace(input=input, weight=weight, grad=grad)
     cudnn, searched = torch.backends.cudnn, _searched.__dict__.setdefault("launches", set())
     # A search measures, which would break the capture of a CUDA graph, unless it is done before.

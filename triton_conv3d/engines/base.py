@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ from ..problem import NO_ACTIVATION, VECTOR_BYTES, Operands, Problem, interprete
 from .launching import GRID_LIMIT
 
 READ = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}  # roles of what a pass reads: 0 input, 1 weight, 2 output
+LEAST_TRANSPOSED = 2**20  # elements: a smaller copy takes less time than launching a kernel from Python
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # which exists for Linux only
 MOST_COPIED = 2**30  # bytes of copies that only save time: a GPU's memory has better uses
 _switching = threading.RLock()  # torch's switches
 
@@ -149,12 +152,26 @@ def switched(owner: object, name: str, value: object) -> Iterator[None]:
             setattr(owner, name, before)
 
 
-def in_format(result: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """``result`` with exactly the strides of a fresh tensor of this memory format; a copy only if they differ."""
-    wanted = format_strides(result.shape, memory_format)
-    if result.stride() == wanted:
-        return result
-    return torch.empty_strided(result.shape, wanted, dtype=result.dtype, device=result.device).copy_(result)
+def in_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """A volume with exactly the strides of a fresh one of this memory format; a copy only where elements have to move."""
+    wanted = format_strides(tensor.shape, memory_format)
+    if tensor.stride() == wanted:
+        return tensor
+    if tensor.is_contiguous(memory_format=memory_format):  # torch is indifferent to some: of one channel, of one pixel
+        return tensor.as_strided(tensor.shape, wanted)
+    copy = _transposed(tensor, memory_format)
+    if copy is None:
+        copy = torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return copy
+
+
+def _transposed(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor | None:
+    """A copy by a kernel of this package, where there is one that may be faster than torch's."""
+    if tensor.numel() < LEAST_TRANSPOSED or not HAS_TRITON or (tensor.device.type == "cpu" and not interpreted()):
+        return None
+    from .transposing import transposed
+
+    return transposed(tensor, memory_format == torch.channels_last_3d)
 
 
 @functools.lru_cache(maxsize=4096)

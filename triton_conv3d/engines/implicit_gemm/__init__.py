@@ -41,6 +41,7 @@ from ..base import (
     Work,
     aligned,
     format_strides,
+    in_format,
     refused_by_kernels,
     residual_and_slope,
     upcast,
@@ -159,11 +160,8 @@ def channels_last(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Dense in channels-last order. Where torch is indifferent (one channel, one pixel) strides are made canonical."""
-    strides = format_strides(tensor.shape, torch.channels_last_3d)
-    if tensor.stride() == strides:
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last_3d).as_strided(tensor.shape, strides)
+    """Dense in channels-last order: itself where it is so, else a copy."""
+    return in_format(tensor, torch.channels_last_3d)
 
 
 def pixel_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, int]:
