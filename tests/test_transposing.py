@@ -143,3 +143,9 @@ def test_engines_copy_by_it(engine, config, pass_, copied):
     case = Case(pass_, 2, 16, 8, (3, 4, 6), padding=(1,) * 6, layouts=("contiguous",) * 2, channels_last=False)
     run(case, engine, config)
     assert copied and all(copied)
+
+
+def test_the_last_resort_needs_no_kernel(copied):
+    """torch's own convolution on a CPU is contiguous, whatever it is asked for."""
+    run(Case("forward", 2, 16, 8, (3, 4, 6), padding=(1,) * 6), aten, aten.AtenConfig())
+    assert copied == []

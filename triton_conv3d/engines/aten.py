@@ -63,7 +63,7 @@ def launch(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Te
         switched(cudnn, "benchmark", search or None),
         switched(cudnn.conv, "fp32_precision", _precision(problem)),
     ):
-        result = _finished(problem, operands)
+        result = _finished(problem, operands, config)
     if search:
         searched.add((problem, config))
     return result
@@ -76,15 +76,17 @@ def _precision(problem: Problem) -> str | None:
     return "tf32" if problem.precision == "tf32" else "ieee"
 
 
-def _finished(problem: Problem, operands: Operands) -> torch.Tensor:
-    result = _convolution(problem, operands)
+def _finished(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Tensor:
+    result = _convolution(problem, operands, config)
     return finish(problem, operands, result) if problem.fused else result
 
 
-def _convolution(problem: Problem, operands: Operands) -> torch.Tensor:
+def _convolution(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Tensor:
     input_size = (problem.batch, problem.in_channels, *problem.input_size)
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    return in_format(convolution(problem.pass_, operands, input_size, problem.weight_shape, *geometry), problem.memory_format)
+    result = convolution(problem.pass_, operands, input_size, problem.weight_shape, *geometry)
+    # The plain call is what is left where kernels fail.
+    return in_format(result, problem.memory_format, by_kernels=config.channels_last)
 
 
 def convolution(pass_: str, operands: Operands, input_size, weight_size, stride, padding, dilation, groups) -> torch.Tensor:

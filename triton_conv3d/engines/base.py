@@ -152,21 +152,24 @@ def switched(owner: object, name: str, value: object) -> Iterator[None]:
             setattr(owner, name, before)
 
 
-def in_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """A volume with exactly the strides of a fresh one of this memory format; a copy only where elements have to move."""
+def in_format(tensor: torch.Tensor, memory_format: torch.memory_format, by_kernels: bool = True) -> torch.Tensor:
+    """A volume with exactly the strides of a fresh one of this memory format; a copy only where elements have to move.
+
+    ``by_kernels``: a large one by a kernel of this package, which may fail as any kernel may; else by torch.
+    """
     wanted = format_strides(tensor.shape, memory_format)
     if tensor.stride() == wanted:
         return tensor
     if tensor.is_contiguous(memory_format=memory_format):  # torch is indifferent to some: of one channel, of one pixel
         return tensor.as_strided(tensor.shape, wanted)
-    copy = _transposed(tensor, memory_format)
+    copy = _transposed(tensor, memory_format) if by_kernels else None
     if copy is None:
         copy = torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return copy
 
 
 def _transposed(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor | None:
-    """A copy by a kernel of this package, where there is one that may be faster than torch's."""
+    """None where torch's copy is the faster one, or there is no kernel for it."""
     if tensor.numel() < LEAST_TRANSPOSED or not HAS_TRITON or (tensor.device.type == "cpu" and not interpreted()):
         return None
     from .transposing import transposed
