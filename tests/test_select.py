@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_conv3d import configure, engines
 from triton_conv3d.engines.aten import AtenConfig
-from triton_conv3d.engines.base import Config, Memory
+from triton_conv3d.engines.base import Config, Memory, in_format, sharing
 from triton_conv3d.problem import Operands, Problem
 from triton_conv3d.tuning import measure, quarantine, run, select, table
 from triton_conv3d.tuning.cache import Entry, PlanCache
@@ -312,7 +312,10 @@ class TestRun:
                 with pytest.raises(torch.OutOfMemoryError, match="no room"):
                     run(GPU, OPERANDS)
                 return
-            assert run(GPU, OPERANDS).shape == GPU.output_shape
+            with sharing(OPERANDS.input):
+                copy = in_format(OPERANDS.input, torch.channels_last_3d)
+                assert run(GPU, OPERANDS).shape == GPU.output_shape
+                assert in_format(OPERANDS.input, torch.channels_last_3d) is not copy  # it took memory
             assert len(world["aten"].launches) == 1 and select(GPU).engine == "fast"
             world["fast"].error = None
             run(GPU, OPERANDS)

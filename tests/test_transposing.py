@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cases import DEVICE, Case, run
@@ -9,6 +11,7 @@ from cases import DEVICE, Case, run
 pytest.importorskip("triton")
 import triton.language as tl
 
+from triton_conv3d import configure, conv3d, conv_transpose3d
 from triton_conv3d.engines import aten, base, implicit_gemm, transposing
 from triton_conv3d.engines.base import in_format
 from triton_conv3d.engines.launching import launch_kernel
@@ -143,6 +146,51 @@ def test_engines_copy_by_it(engine, config, pass_, copied):
     case = Case(pass_, 2, 16, 8, (3, 4, 6), padding=(1,) * 6, layouts=("contiguous",) * 2, channels_last=False)
     run(case, engine, config)
     assert copied and all(copied)
+
+
+LAYERS = {  # of contiguous tensors, and how often backward copies what both of its passes read
+    "convolution": (conv3d, (3, 4, 6), True, True, 1),
+    "transposed": (conv_transpose3d, (3, 4, 6), True, True, 1),
+    "input_alone": (conv3d, (3, 4, 6), True, False, 1),
+    "weight_alone": (conv3d, (3, 4, 6), False, True, 1),
+    "neither": (conv3d, (3, 4, 6), False, False, 0),
+}
+
+
+@pytest.mark.parametrize("function, size, of_input, of_weight, expected", LAYERS.values(), ids=LAYERS)
+def test_two_passes_share_a_copy(function, size, of_input, of_weight, expected, monkeypatch):
+    """Of the gradient that both read, for as long as backward takes."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 16, *size, device=DEVICE), torch.randn(16, 16, 3, 3, 3, device=DEVICE)
+    bias = torch.randn(16, device=DEVICE, requires_grad=True)
+    x.requires_grad_(of_input), weight.requires_grad_(of_weight)
+    inputs = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
+    with configure(engine="implicit_gemm"):
+        y = function(x, weight, bias, padding=1)
+        grad, copies = torch.randn_like(y), []
+        move = transposing.transposed
+
+        def noted(tensor, channels_last):
+            copies.append(tensor.data_ptr() == grad.data_ptr())
+            return move(tensor, channels_last)
+
+        monkeypatch.setattr(transposing, "transposed", noted)
+        gradients = torch.autograd.grad(y, inputs, grad)
+    assert copies.count(True) == expected
+    assert base._shared.tensor is None and not base._shared.copies
+    reference = getattr(torch.nn.functional, function.__name__)(x, weight, bias, padding=1)
+    for ours, torchs in zip(gradients, torch.autograd.grad(reference, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-3)
+
+
+def test_another_threads_copies_are_its_own():
+    x = volume(SHAPES["odd"])
+    with base.sharing(x), ThreadPoolExecutor(1) as pool:
+        first, again, elsewhere = in_format(x, LAST), in_format(x, LAST), pool.submit(in_format, x, LAST).result()
+        assert first is again and elsewhere is not first
+        base.forget_copies()
+        assert in_format(x, LAST) is not first
+    assert in_format(x, LAST) is not in_format(x, LAST)
 
 
 def test_the_last_resort_needs_no_kernel(copied):

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from . import batching, flops
-from .engines.base import activate
+from .engines.base import activate, sharing
 from .posing import pose, run, with_epilogue
 from .problem import ACTIVATIONS, NO_ACTIVATION, Operands, Problem
 
@@ -290,11 +290,12 @@ def _gradients(ctx, grad, input, weight):
     """Of input, weight and bias."""
     of_input, of_weight = _wanted(ctx)
     geometry = (*ctx.geometry, ctx.channels_last)
-    return (
-        conv3d_dgrad(grad, weight, input.shape, *geometry) if of_input else None,
-        conv3d_wgrad(grad, input, weight.shape, *geometry) if of_weight else None,
-        _sum_bias(grad) if ctx.needs_input_grad[3] else None,
-    )
+    with sharing(grad):
+        return (
+            conv3d_dgrad(grad, weight, input.shape, *geometry) if of_input else None,
+            conv3d_wgrad(grad, input, weight.shape, *geometry) if of_weight else None,
+            _sum_bias(grad) if ctx.needs_input_grad[3] else None,
+        )
 
 
 # The derivatives of the activations that their output tells. Of the others torch's own needs the input.
@@ -351,11 +352,12 @@ def _setup_dgrad(ctx, inputs, output):
 def _backward_dgrad(ctx, grad_input):
     grad, weight = ctx.saved_tensors
     of_grad, of_weight = _wanted(ctx)
-    return (
-        conv3d(grad_input, weight, None, *ctx.geometry) if of_grad else None,
-        conv3d_wgrad(grad, grad_input, weight.shape, *ctx.geometry, ctx.channels_last) if of_weight else None,
-        *[None] * 6,
-    )
+    with sharing(grad_input):
+        return (
+            conv3d(grad_input, weight, None, *ctx.geometry) if of_grad else None,
+            conv3d_wgrad(grad, grad_input, weight.shape, *ctx.geometry, ctx.channels_last) if of_weight else None,
+            *[None] * 6,
+        )
 
 
 def _setup_wgrad(ctx, inputs, output):

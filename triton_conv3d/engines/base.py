@@ -162,10 +162,47 @@ def in_format(tensor: torch.Tensor, memory_format: torch.memory_format, by_kerne
         return tensor
     if tensor.is_contiguous(memory_format=memory_format):  # torch is indifferent to some: of one channel, of one pixel
         return tensor.as_strided(tensor.shape, wanted)
-    copy = _transposed(tensor, memory_format) if by_kernels else None
+    shared = _shared.copies if _shared.tensor is tensor else {}
+    copy = shared.get(memory_format)
+    if copy is None and by_kernels:
+        copy = _transposed(tensor, memory_format)
     if copy is None:
         copy = torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    shared[memory_format] = copy
     return copy
+
+
+class _Shared(threading.local):
+    """The tensor of a :class:`sharing`, if one is under way, and its copies by memory format."""
+
+    tensor: torch.Tensor | None = None
+    copies: dict[torch.memory_format, torch.Tensor]
+
+
+_shared = _Shared()
+
+
+class sharing:
+    """Within the block :func:`in_format` copies this tensor once, and not for each pass that reads it.
+
+    The copy takes memory until the block ends, or :func:`forget_copies` says that it is wanted elsewhere.
+    """
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor = tensor
+
+    def __enter__(self) -> None:
+        _shared.tensor, _shared.copies = self._tensor, {}
+
+    def __exit__(self, *_) -> None:
+        _shared.tensor, _shared.copies = None, {}
+
+
+def forget_copies() -> None:
+    """Of a :class:`sharing`, as none was made."""
+    _shared.copies = {}
 
 
 def _transposed(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from .. import engines, settings
-from ..engines.base import Config
+from ..engines.base import Config, forget_copies
 from ..problem import Operands, Problem
 from . import cost_model, measure, proof, quarantine, transfer, variants
 from .cache import Entry, PlanCache
@@ -93,6 +93,7 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor:
             if is_illegal_access(error):
                 raise blamed(plan.engine, plan.config, problem, error) from error
             if is_out_of_memory(error):
+                forget_copies()
                 leaner = _leaner(problem, plan)
                 if leaner is None:
                     raise
