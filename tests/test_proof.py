@@ -184,13 +184,13 @@ class TestProcess:
         assert proof._try("new", 0) == expected
 
     @pytest.mark.parametrize("text, expected", (
-        (RUN + "time.sleep(100)", (True, "a kernel did not end within 2 s")),
-        (RUN + "for _ in range(100): print('right', flush=True); time.sleep(0.5)", (False, "it did not end within 6 s")),
-        ("time.sleep(100)", (False, "it did not end within 6 s")),
+        (RUN + "time.sleep(100)", (True, "a kernel did not end within 1 s")),
+        (RUN + "for _ in range(100): print('right', flush=True); time.sleep(0.1)", (False, "it did not end within 3 s")),
+        ("time.sleep(100)", (False, "it did not end within 3 s")),
     ), ids=("running", "slow", "compiling"))  # fmt: skip
     def test_does_not_end(self, program, monkeypatch, tmp_path, text, expected):
-        monkeypatch.setattr(proof, "SECONDS", 6)
-        monkeypatch.setattr(proof, "SILENT", 2)
+        monkeypatch.setattr(proof, "SECONDS", 3)
+        monkeypatch.setattr(proof, "SILENT", 1)
         number = tmp_path / "number"
         program(f"import os, time; open({str(number)!r}, 'w').write(str(os.getpid()))\n{text}")
         assert proof._try("new", 0) == expected
