@@ -71,6 +71,19 @@ def test_info_names_versions_and_every_setting(capsys, cache, monkeypatch):
     assert rows["strict"][1:] == ["False", "default", "(TRITON_CONV3D_STRICT)"]
 
 
+def test_without_a_cache_directory(capsys, tmp_path, monkeypatch):
+    PlanCache(tmp_path).store(some_entry())
+    PlanCache(tmp_path).export(tmp_path / "plans.json")
+    monkeypatch.setenv("TRITON_CONV3D_CACHE_DIR", "")
+    settings.reload()
+    out = call(capsys, "info")[1]
+    assert "memory only: TRITON_CONV3D_CACHE_DIR is empty" in out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("  ")}
+    assert rows["cache_dir"][1:] == ["None", "TRITON_CONV3D_CACHE_DIR"]
+    for command in (("import", str(tmp_path / "plans.json")), ("clear",)):
+        assert "nowhere: there is no cache directory" in call(capsys, "cache", *command)[1]
+
+
 def test_cache_list_export_clear_import(capsys, cache, tmp_path):
     for batch in (1, 2):
         assert PlanCache(cache).store(some_entry(batch))

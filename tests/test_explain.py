@@ -63,9 +63,38 @@ def test_without_a_batch():
     assert explain(X[0], W, pass_="forward").passes["forward"].problem.batch == 1
 
 
-def test_wrong_calls_are_conv3ds():
-    with pytest.raises(RuntimeError, match="channels"):
-        explain(X[:, :3], W)
+def test_without_a_batch_but_a_residual():
+    residual = X.new_empty(8, 5, 6, 7)
+    assert explain(X[0], W, padding=1, residual=residual).passes["forward"].problem.residual
+
+
+@pytest.mark.parametrize("layer", (torch.nn.Conv3d, torch.nn.ConvTranspose3d, None), ids=("layer", "transposed", "call"))
+@pytest.mark.parametrize("cast", (True, False))
+def test_under_autocast(layer, cast):
+    called = (X, W, None) if layer is None else (layer(4, 8, 3), X)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        told = explain(*called)
+    assert {p.problem.dtype for p in told.passes.values()} == {"bfloat16" if cast else "float32"}
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ((X[:, :3], W), RuntimeError, "channels"),
+    ((X, None), TypeError, "explain: weight must be a Tensor, got NoneType"),
+    ((X, W.tolist()), TypeError, "explain: weight must be a Tensor, got list"),
+    ((X, W, 1.0), TypeError, "explain: bias must be a Tensor or None, got float"),
+    (("x", W), TypeError, "explain: input must be a tensor, or a module and then its input, got str"),
+], ids=("channels", "none", "list", "number", "text"))  # fmt: skip
+def test_wrong_calls_are_conv3ds(arguments, error, message):
+    with pytest.raises(error, match=message):
+        explain(*arguments)
+
+
+@pytest.mark.parametrize("residual, message", [
+    (X.new_empty(2, 8, 3, 4, 5).half(), "residual is torch.float16"), (X[:1], "must be"),
+], ids=("dtype", "shape"))  # fmt: skip
+def test_a_wrong_residual(residual, message):
+    with pytest.raises(RuntimeError, match=message):
+        explain(X, W, residual=residual)
 
 
 def test_the_text_names_it_all():

@@ -61,6 +61,16 @@ def test_complex_numbers_train(fused):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(activation="swish"), ValueError, "activation='swish' is not known"),
+    (dict(residual=torch.ones(1, 1, 1, 1, 1, dtype=torch.complex64)), RuntimeError, "residual of shape .* must be"),
+], ids=("activation", "residual"))  # fmt: skip
+def test_a_wrong_epilogue_of_complex_numbers(arguments, error, message):
+    x, w = (torch.ones(shape, dtype=torch.complex64) for shape in ((1, 2, 4, 4, 4), (3, 2, 2, 2, 2)))
+    with pytest.raises(error, match=message):
+        conv3d(x, w, **arguments)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_torchs():
     nested = torch.nested.nested_tensor([torch.zeros(2, 3, 3, 3), torch.zeros(2, 4, 3, 3)])

@@ -89,6 +89,19 @@ class TestSelect:
             assert select(CPU).source == "forced"
         assert select(CPU) == plan
 
+    @pytest.mark.parametrize("value, on", ((1, True), ("on", True), (True, True), (0, False), ("", False), (False, False)))
+    def test_a_switch_as_it_is_written(self, value, on):
+        with configure(strict=value) as now:
+            assert now.strict is on
+
+    @pytest.mark.parametrize("name, value, expected", [
+        ("strict", 2, "strict=2 is not a switch"), ("strict", None, "strict=None"), ("log", 1, "log=1 is not known"),
+        ("cache_dir", 5, "cache_dir=5 is no directory: expected a path"), ("tables", "~no.such.user", "no such user"),
+    ])  # fmt: skip
+    def test_a_value_that_a_setting_does_not_take(self, name, value, expected):
+        with pytest.raises(ValueError, match=expected):
+            configure(**{name: value})
+
 
 class TestModes:
     @pytest.fixture(autouse=True)

@@ -157,7 +157,7 @@ def _info(options: argparse.Namespace) -> None:
     print("\nsettings")
     for name, value in dataclasses.asdict(settings.current()).items():
         variable = settings.variable(name)
-        print(f"  {name:<10} {value!s:<32} {variable if os.environ.get(variable) else f'default ({variable})'}")
+        print(f"  {name:<10} {value!s:<32} {f'default ({variable})' if settings.given(name) is None else variable}")
 
 
 def _tables(gpu: str) -> list[Path]:
@@ -169,7 +169,7 @@ def _tables(gpu: str) -> list[Path]:
 def _cache_state() -> str:
     cache = _cache()
     if cache.directory is None:
-        return "memory only: no directory is set and there is no home"
+        return "memory only: TRITON_CONV3D_CACHE_DIR is empty, or there is no home"
     try:
         storage.check_directory(cache.directory)
     except FileNotFoundError:
@@ -216,7 +216,7 @@ def _cache_import(options: argparse.Namespace) -> int:
     report = _cache().import_(options.file)
     for reason, count in report.skipped.items():
         print(f"skipped {count}: {reason}", file=sys.stderr)
-    print(f"{_count(report.added, 'plan')} added to {_cache().directory}")
+    print(f"{_count(report.added, 'plan')} added to {_cache().directory or 'nowhere: there is no cache directory'}")
     return 0 if report.added or set(report.skipped) <= {"already in the cache"} else 2
 
 

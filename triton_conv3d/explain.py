@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import engines, modules, ops, transposed
 from .engines.base import Memory
-from .functional import checked_geometry, transposed_geometry, transposed_shape
+from .functional import checked_geometry, refuse_types, transposed_geometry, transposed_shape
 from .problem import NO_ACTIVATION, PASSES, Problem
 from .tuning import Plan, select
 from .tuning.select import ranking, refusals
@@ -64,7 +64,7 @@ class Explanation:
 
 
 def explain_problem(problem: Problem) -> PassExplanation:
-    """Explain one problem. Nothing is measured, launched or kept."""
+    """Explain one problem. Nothing is measured or launched."""
     candidates = tuple(
         Candidate(engine.NAME, str(config), seconds, engine.memory(problem, config))
         for seconds, engine, config in ranking(problem)
@@ -134,11 +134,13 @@ def explain(
             input, padding = nn.functional.pad(input, sides, mode=layer.padding_mode), 0
     if not isinstance(input, Tensor):
         raise TypeError(f"explain: input must be a tensor, or a module and then its input, got {type(input).__name__}")
+    refuse_types("explain", weight=weight, bias=bias, residual=residual)
     if input.dim() == 4:
-        input = input.unsqueeze(0)
+        input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
     activation = NO_ACTIVATION if activation is None else activation
     with torch.no_grad():
         geometry = checked_geometry(input, weight, bias, stride, padding, dilation, groups)
+        input, weight, bias, residual = (ops.autocasted(t, input.device.type) for t in (input, weight, bias, residual))
         problems = ops.problems(input, weight, bias, *geometry, residual=residual, activation=activation)
     return _explained(problems, pass_)
 
@@ -153,6 +155,7 @@ def _of_transposed(layer: nn.ConvTranspose3d, input: Tensor) -> list[Problem]:
     written = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
     with torch.no_grad():
         *geometry, extra = transposed_geometry(input, weight, bias, *written)
+        input, weight = (ops.autocasted(tensor, input.device.type) for tensor in (input, weight))
         shape = transposed_shape(input.shape, weight.shape, *geometry, extra)
         last = ops.channels_last_result(input, weight)
         result = input.new_empty(shape).contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)

@@ -68,7 +68,7 @@ def conv3d(
         overridden = (input, weight, bias)
         return handle_torch_function(conv3d, overridden, *overridden, stride, padding, dilation, groups)
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
-        _refuse_types(_CONV, input=input, weight=weight, bias=bias)
+        refuse_types(_CONV, input=input, weight=weight, bias=bias)
     if _is_torchs(input):
         return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
     unbatched = input.dim() == 4
@@ -112,7 +112,7 @@ def conv_transpose3d(
     rest = (stride, padding, output_padding, groups, dilation)
     if has_torch_function_variadic(*given):
         return handle_torch_function(conv_transpose3d, given, *given, *rest)
-    _refuse_types(_TRANSPOSED, input=input, weight=weight, bias=bias)
+    refuse_types(_TRANSPOSED, input=input, weight=weight, bias=bias)
     if _is_torchs(input):
         return F.conv_transpose3d(*given, *rest)
     unbatched = input.dim() == 4
@@ -206,7 +206,7 @@ def _fused(input, weight, bias, residual, geometry, activation, negative_slope) 
     if has_torch_function_variadic(*given):
         more = {"activation": activation, "residual": residual, "negative_slope": negative_slope}
         return handle_torch_function(conv3d, given, input, weight, bias, *geometry, **more)
-    _refuse_types(_CONV, input=input, weight=weight, bias=bias, residual=residual)
+    refuse_types(_CONV, input=input, weight=weight, bias=bias, residual=residual)
     if not (activation is None or isinstance(activation, str)):
         raise TypeError(f"conv3d: activation must be a str or None, got {type(activation).__name__}: {activation!r}")
     activation = NO_ACTIVATION if activation is None else activation
@@ -214,6 +214,8 @@ def _fused(input, weight, bias, residual, geometry, activation, negative_slope) 
         raise TypeError(f"conv3d: negative_slope must be a number, got {_brief(negative_slope)}")
     if _is_torchs(input):
         sums = F.conv3d(input, weight, bias, *geometry)
+        # Of what is traced, sizes are tensors: comparing them warns.
+        ops.check_epilogue(sums.shape, activation, None if torch.jit.is_tracing() else residual)
         return activate(sums if residual is None else sums + residual, activation, negative_slope)
     unbatched = input.dim() == 4
     if unbatched:
@@ -258,7 +260,8 @@ def _remembered(check: Callable, signature: tuple, *written) -> tuple:
     return geometry
 
 
-def _refuse_types(of: str, **tensors) -> None:
+def refuse_types(of: str, **tensors) -> None:
+    """Raises TypeError, naming the argument of ``of``, for what is no tensor; bias and residual may be None."""
     for name, value in tensors.items():
         optional = name in ("bias", "residual")
         if not isinstance(value, Tensor) and not (value is None and optional):

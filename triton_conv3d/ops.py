@@ -79,7 +79,7 @@ def problems(
     """The problems of forward, dgrad and wgrad of one call, for real tensors or meta tensors; nothing is computed."""
     channels_last = channels_last_result(input, weight)
     grad = _empty(input, output_shape(input.shape, weight.shape, stride, padding, dilation), channels_last)
-    check_epilogue(grad.shape, activation, residual)
+    _check_fused(input, grad.shape, activation, residual)
     geometry = (input.shape, weight.shape, stride, padding, dilation, groups, channels_last)
     return [
         with_epilogue(pose("forward", Operands(input, weight, None, bias), *geometry)[0], residual is not None, activation),

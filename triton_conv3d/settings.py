@@ -47,12 +47,10 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _flag(name: str, value: str | bool) -> bool:
-    if isinstance(value, bool):
-        return value
-    if value.lower() in ("1", "true", "yes", "on"):
+def _flag(name: str, value: str | int) -> bool:
+    if str(value).lower() in ("1", "true", "yes", "on"):
         return True
-    if value.lower() in ("", "0", "false", "no", "off"):
+    if str(value).lower() in ("", "0", "false", "no", "off"):
         return False
     raise ValueError(f"{name}={value!r} is not a switch: expected 1 or 0")
 
@@ -62,6 +60,8 @@ def _directory(name: str, value: str | os.PathLike | None) -> Path | None:
         return Path(value).expanduser() if value else None
     except RuntimeError:
         raise ValueError(f"{name}={str(value)!r} is no directory: there is no such user, or no home") from None
+    except TypeError:
+        raise ValueError(f"{name}={value!r} is no directory: expected a path, or None") from None
 
 
 _PARSERS = {
@@ -80,12 +80,18 @@ def variable(setting: str) -> str:
     return _PREFIX + setting.upper()
 
 
+def given(setting: str) -> str | None:
+    """What its environment variable says; None for nothing. Only of the cache's directory an empty one says something."""
+    raw = os.environ.get(variable(setting))
+    return raw if raw or setting == "cache_dir" else None
+
+
 def from_environment() -> Settings:
     """Settings as the environment asks for them. Raises ValueError naming the variable, its value and what is allowed."""
     values: dict = {"cache_dir": _default_cache_dir()}
     for name, parse in _PARSERS.items():
-        raw = os.environ.get(variable(name))
-        if raw is not None and (raw or name == "cache_dir"):
+        raw = given(name)
+        if raw is not None:
             values[name] = parse(variable(name), raw)
     return Settings(**values)
 

@@ -141,8 +141,7 @@ def plans(run: Run, network: nn.Module, slab: Slab) -> dict[str, list]:
 
     def look(name: str):
         def hook(layer, inputs, output):
-            operands = (t if t is None else t.detach().to(output.dtype) for t in (inputs[0], layer.weight, layer.bias))
-            passes = explain(*operands, layer.stride, layer.padding, layer.dilation, layer.groups).passes
+            passes = explain(layer, inputs[0]).passes
             found[name] = [p for p in passes.values() if p.problem.pass_ != "dgrad" or inputs[0].requires_grad]
 
         return hook
