@@ -147,7 +147,7 @@ def operands_of(problem: Problem) -> Operands:
     """Dense tensors without memory, in the layouts of the problem."""
 
     def empty(role: int) -> torch.Tensor:
-        shape = (problem.input_shape, problem.weight_shape, problem.output_shape)[role]
+        shape = problem.shapes[role]
         like = {"dtype": problem.torch_dtype, "device": "meta"}
         return torch.empty(shape, **like, memory_format=LAYOUTS[problem.layouts[role]])
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_MOST = 200  # characters of a cell
 
-def cell(value: object, most: int = 200) -> str:
-    """Text on one line, cut at ``most`` characters, that cannot break a table; None is a dash."""
+
+def cell(value: object) -> str:
+    """Text on one line, not a long one, that cannot break a table; None is a dash."""
     text = "-" if value is None else " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
-    return text if len(text) <= most else text[: most - 3].rstrip("\\") + "..."
+    return text if len(text) <= _MOST else text[: _MOST - 3].rstrip("\\") + "..."
 
 
 def table(header: str, rows: Iterable[Iterable[object]]) -> str:

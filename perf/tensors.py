@@ -44,10 +44,9 @@ class Tensors:
             self._made[name, layout] = self._make(name, layout)
         return self._made[name, layout]
 
-    def operands(self, problem: Problem, layout: str | None = None) -> Operands:
-        """What this problem reads, in this layout or the case's own."""
-        layout = layout or self.case.layout
-        return Operands(**{name: self.get(name, layout) for name in _READ[problem.pass_]})
+    def operands(self, problem: Problem) -> Operands:
+        """What this problem reads, in the case's layout."""
+        return Operands(**{name: self.get(name, self.case.layout) for name in _READ[problem.pass_]})
 
     @property
     def bytes_read(self) -> int:

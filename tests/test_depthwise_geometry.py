@@ -8,8 +8,8 @@ import pytest
 from cases import make
 from depthwise_cases import ENGINE, FIRST, LAST, depthwise, large
 
-from triton_conv3d.engines.base import Memory
-from triton_conv3d.engines.depthwise.configs import CHAIN, WORKSPACE_LIMIT, smallest
+from triton_conv3d.engines.base import CHAIN, WORKSPACE_LIMIT, Memory
+from triton_conv3d.engines.depthwise.configs import smallest
 from triton_conv3d.engines.depthwise.geometry import plan
 from triton_conv3d.problem import PASSES, Problem, met_taps
 

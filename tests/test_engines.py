@@ -223,7 +223,7 @@ def test_large_tiles_take_steps_that_walk_few_channels_beyond_the_last(channels:
 
 def test_wgrad_chain_longer_than_one_accumulator() -> None:
     """More pixels than CHAIN: the partial accumulators join one total, the last of them short."""
-    from triton_conv3d.engines.implicit_gemm.configs import CHAIN
+    from triton_conv3d.engines.base import CHAIN
 
     case = Case("wgrad", in_channels=1, out_channels=2, input_size=(17, 31, 32), kernel_size=(1, 1, 1), dtype="float16")
     assert CHAIN < 17 * 31 * 32 < 2 * CHAIN

@@ -11,8 +11,7 @@ from cases import Case, run, seeds
 from folded_cases import draw
 
 from triton_conv3d import engines
-from triton_conv3d.engines.base import format_strides
-from triton_conv3d.engines.implicit_gemm.configs import CHAIN
+from triton_conv3d.engines.base import CHAIN, format_strides
 from triton_conv3d.problem import PASSES, Problem
 
 

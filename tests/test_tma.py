@@ -100,7 +100,7 @@ def test_splits(pass_: str, splits: int) -> None:
 
 
 def test_wgrad_chain_longer_than_one_accumulator() -> None:
-    from triton_conv3d.engines.implicit_gemm.configs import CHAIN
+    from triton_conv3d.engines.base import CHAIN
 
     case = Case("wgrad", in_channels=8, out_channels=8, input_size=(17, 31, 32), kernel_size=(1, 1, 1), dtype="float16")
     assert CHAIN < 17 * 31 * 32 < 2 * CHAIN

@@ -149,7 +149,16 @@ class Problem:
     @functools.cached_property
     def result_shape(self) -> tuple[int, ...]:
         """Shape of what this pass computes."""
-        return {"forward": self.output_shape, "dgrad": self.input_shape, "wgrad": self.weight_shape}[self.pass_]
+        return self.shapes[self.result_role]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of input, weight and output: by role."""
+        return self.input_shape, self.weight_shape, self.output_shape
+
+    @property
+    def result_role(self) -> int:
+        return {"forward": 2, "dgrad": 0, "wgrad": 1}[self.pass_]
 
     @functools.cached_property
     def result_elements(self) -> int:
@@ -157,7 +166,7 @@ class Problem:
 
     @property
     def result_layout(self) -> str:
-        return self.layouts[{"forward": 2, "dgrad": 0, "wgrad": 1}[self.pass_]]
+        return self.layouts[self.result_role]
 
     @functools.cached_property
     def memory_format(self) -> torch.memory_format:
@@ -177,14 +186,18 @@ class Problem:
     @functools.cached_property
     def min_bytes(self) -> int:
         """Bytes of input, weight, output, bias and residual, each once: what any kernel has to move."""
-        sizes = (self.input_shape, self.weight_shape, self.output_shape)
         added = self.out_channels * self.bias + math.prod(self.output_shape) * self.residual
-        return self.itemsize * (sum(map(math.prod, sizes)) + added)
+        return self.itemsize * (sum(map(math.prod, self.shapes)) + added)
 
     @functools.cached_property
     def fused(self) -> bool:
         """More than a convolution with its bias: what is done to the sums before they are rounded."""
         return self.residual or self.activation != NO_ACTIVATION
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether they can multiply what this package's kernels do: all but float32 in full precision."""
+        return self.dtype != "float32" or self.precision != "ieee"
 
     @property
     def empty(self) -> bool:
@@ -202,7 +215,7 @@ class Problem:
 
     @classmethod
     def from_dict(cls, values: dict) -> Problem:
-        """Raises ValueError or TypeError for anything that :meth:`to_dict` would not have written."""
+        """Raises ValueError for other fields than those of :meth:`to_dict`; values are taken as they are."""
         names = {field.name for field in dataclasses.fields(cls)}
         if set(values) != names:
             raise ValueError(f"a problem has the fields {sorted(names)}, got {sorted(values)}")
@@ -218,8 +231,8 @@ class Problem:
     def __str__(self) -> str:
         """One line a person reads: ``forward 2x32x128x128x128 -> 64, kernel 3x3x3, ...``."""
         cross = "x".join
-        text = f"{self.pass_} {cross(map(str, self.input_shape))} -> {self.out_channels}"
-        text += f", kernel {cross(map(str, self.kernel_size))}"
+        sizes, kernel = cross(map(str, self.input_shape)), cross(map(str, self.kernel_size))
+        text = f"{self.pass_} {sizes} -> {self.out_channels}, kernel {kernel}"
         if self.stride != (1, 1, 1):
             text += f", stride {cross(map(str, self.stride))}"
         if any(self.padding):
@@ -229,8 +242,7 @@ class Problem:
             text += f", dilation {cross(map(str, self.dilation))}"
         if self.groups != 1:
             text += f", groups {self.groups}"
-        if self.residual:
-            text += ", residual"
+        text += ", residual" * self.residual
         if self.activation != NO_ACTIVATION:
             text += f", {self.activation}"
         return f"{text}, {self.dtype}" + (f" {self.precision}" if self.dtype == "float32" else "")

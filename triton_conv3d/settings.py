@@ -7,10 +7,13 @@ thread-local), because torch runs backward passes in threads of its own and they
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+logger = logging.getLogger("triton_conv3d")
 _PREFIX = "TRITON_CONV3D_"
 AUTOTUNE_MODES = ("off", "quick", "full")
 FP32_MODES = ("torch", "ieee", "tf32", "tf32x3")
@@ -151,6 +154,15 @@ class configure:
 
     def __exit__(self, *exc) -> None:
         _install(self._before)
+
+
+def show(message: str, *args: object) -> None:
+    """What the setting ``log`` asked for, on stderr unless the program has handlers of its own."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+    logger.info(message, *args)
 
 
 def reload() -> Settings:

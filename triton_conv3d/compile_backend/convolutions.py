@@ -9,7 +9,7 @@ from torch import fx
 
 from .. import ops
 from .report import Report
-from .rewriting import DGRAD, WGRAD, Rewriter, aten, is_channels_last, is_contiguous
+from .rewriting import DGRAD, WGRAD, Rewriter, aten, is_last
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -68,7 +68,7 @@ def _forward(rewriter: Rewriter, node: fx.Node, report: Report) -> None:
         report.count("replaced", "conv3d")
     else:  # the input gradient of the convolution that has this weight
         size = _transposed_size(rewriter, node, geometry, _three(output_padding))
-        last = _is_last(node.meta["val"])
+        last = is_last(node.meta["val"])
         result = rewriter.call(node, DGRAD, input, weight, size, *geometry, last)
         if bias is not None:
             column = rewriter.call(node, aten.reshape.default, bias, [-1, 1, 1, 1])
@@ -97,7 +97,7 @@ def _backward(rewriter: Rewriter, node: fx.Node, report: Report) -> None:
         index = user.args[1]
         if not mask[index]:
             continue
-        last = _is_last(user.meta["val"])
+        last = is_last(user.meta["val"])
         if index == 2:
             result, name = rewriter.call(node, aten.sum.dim_IntList, grad, [0, 2, 3, 4]), "bias gradient"
         elif index == 1:
@@ -111,9 +111,4 @@ def _backward(rewriter: Rewriter, node: fx.Node, report: Report) -> None:
             result, name = rewriter.call(node, DGRAD, grad, weight, size, *geometry, last), "conv3d_dgrad"
         report.count("replaced", name)
         rewriter.take_over(user, result)
-
-
-def _is_last(value: torch.Tensor) -> bool:
-    """The memory format of the node that is replaced."""
-    return is_channels_last(value) and not is_contiguous(value)
 

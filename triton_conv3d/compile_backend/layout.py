@@ -28,6 +28,7 @@ from .rewriting import (
     is_channels_last,
     is_contiguous,
     is_dense,
+    is_last,
     is_ours,
     is_view,
     prims,
@@ -81,7 +82,7 @@ class _Propagation:
     def __init__(self, rewriter: Rewriter, report: Report, convert: bool):
         self.rewriter, self.report, self.convert = rewriter, report, convert
         self.before: dict[fx.Node, object] = dict(rewriter.stale)  # values of the nodes whose strides have changed
-        self.copies: dict[tuple, fx.Node] = {}  # (source, strides) -> copy
+        self.copies: dict[tuple, fx.Node] = {}  # (source, what was asked for) -> copy
 
     def run(self, visible: set[int], inputs: Sequence | None) -> None:
         self.visible = visible
@@ -162,7 +163,7 @@ class _Propagation:
             return
         source = node.args[0]
         value, changed = source.meta["val"], source in self.before
-        needless = _is_last(value) and (changed or not _is_last(node.meta["val"]))  # else asked for as a copy
+        needless = is_last(value) and (changed or not is_last(node.meta["val"]))  # else asked for as a copy
         needless |= changed and memory_format is torch.contiguous_format and not _is_expanded(value)
         needless |= changed and memory_format is torch.channels_last and is_channels_last(value)
         if needless and not is_changed(source) and not self._is_asked_for(node):
@@ -276,18 +277,11 @@ class _Propagation:
         if order != sorted(order):
             copy = call(before, aten.permute.default, copy, order)
         copy = call(before, aten.clone.default, copy, memory_format=torch.contiguous_format)
-        if order != sorted(order):
-            copy = call(before, aten.permute.default, copy, [order.index(dim) for dim in range(len(order))])
-        return copy
+        return copy if order == sorted(order) else moving.moved_back(self.rewriter, before, copy, order)
 
 
 def _is_weight(node: fx.Node, index: int) -> bool:
     return index == 1 and node.target is not WGRAD
-
-
-def _is_last(value: torch.Tensor) -> bool:
-    """Channels-last and nothing else."""
-    return value.dim() == 5 and is_channels_last(value) and not is_contiguous(value)
 
 
 def _readable(value: torch.Tensor, is_weight: bool) -> bool:

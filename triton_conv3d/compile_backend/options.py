@@ -35,7 +35,7 @@ class Options:
             raise ValueError(f"options={unknown} are not known: the options of triton_conv3d are {', '.join(known)}")
         for name, allowed in (("inner", INNER), ("autotune", (None, *AUTOTUNE_MODES)), ("layout", (True, False)),
                               ("fuse", (True, False))):  # fmt: skip
-            if name in values and not any(values[name] is choice or values[name] == choice for choice in allowed):
+            if name in values and values[name] not in allowed:
                 raise ValueError(
                     f"options={{{name!r}: {values[name]!r}}} is not known: expected one of {', '.join(map(repr, allowed))}"
                 )

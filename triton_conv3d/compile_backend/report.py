@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .. import settings
-
-logger = logging.getLogger("triton_conv3d")
 
 _KEPT = 64  # reports; a training step of a model without graph breaks makes two
 
@@ -27,7 +23,8 @@ class Report:
         fused: what went into each fused convolution, as ``bias + relu``.
         removed, inserted: layout conversions taken out of the graph and put into it; ``inserted`` says where:
             ``weight``, ``entering`` (of graph inputs and what other ops return contiguous), ``leaving`` (graph outputs),
-            ``inside`` (between two convolutions).
+            ``inside`` (between two convolutions), ``reshape`` (a view that has to copy now), ``NODE's operand`` (which is given
+            back the strides that it had).
         left: what was not improved, and why.
         nodes: the final graph as text.
     """
@@ -91,18 +88,14 @@ def keep(report: Report) -> None:
     """Remember a report, and show it where the setting ``log`` asks for plans."""
     remember([report])
     if settings.current().log == "plan":
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
-        if not logger.hasHandlers():
-            logger.addHandler(logging.StreamHandler(sys.stderr))
-        logger.info("%s", report)
+        settings.show("%s", report)
 
 
 def notice(key: object, message: str, *args: object) -> None:
     """One warning line for each key."""
     if key not in _noticed:
         _noticed.add(key)
-        logger.warning(message, *args)
+        settings.logger.warning(message, *args)
 
 
 def failed(what: str, error: Exception) -> None:

@@ -129,6 +129,11 @@ def is_contiguous(value: torch.Tensor) -> bool:
     return is_dense(value, range(value.dim()))
 
 
+def is_last(value: torch.Tensor) -> bool:
+    """A volume that is channels-last and nothing else."""
+    return value.dim() == 5 and is_channels_last(value) and not is_contiguous(value)
+
+
 def is_dense(value: torch.Tensor, order: Sequence[int]) -> bool:
     """Dense with its dimensions in that order, from the outermost in."""
     expected = 1

@@ -51,6 +51,7 @@ class Run:
 
 
 # The interpreter needs seconds for what a GPU does in microseconds: few, small patches of a coarser image.
+_STEPS_TIMED = 30
 DEFAULTS = {
     "cuda": Run("cuda", steps=200, width=32, patch=64, amp=True, learning_rate=0.005),
     "interpreter": Run("interpreter", steps=12, width=8, patch=16, batch=1, levels=2, spacing=2, held_out_patches=4),
@@ -157,7 +158,7 @@ def plans(run: Run, network: nn.Module, slab: Slab) -> dict[str, list]:
     return found
 
 
-def print_step_times(run: Run, network: nn.Module, slab: Slab, repeats: int = 30) -> None:
+def print_step_times(run: Run, network: nn.Module, slab: Slab) -> None:
     """Median milliseconds of a training step, beside the same weights in torch's own convolution in both layouts."""
     torchs = with_torch_convolution(network)
     rows = (
@@ -171,16 +172,16 @@ def print_step_times(run: Run, network: nn.Module, slab: Slab, repeats: int = 30
         torch.backends.cudnn.benchmark = benchmark
         try:
             model = copy.deepcopy(source).to(memory_format=layout)
-            print(f"  {name:<42} {_median_step_ms(run, model, slab, layout, repeats):8.2f} ms")
+            print(f"  {name:<42} {_median_step_ms(run, model, slab, layout):8.2f} ms")
         finally:
             torch.backends.cudnn.benchmark = before
 
 
-def _median_step_ms(run: Run, model: nn.Module, slab: Slab, layout: torch.memory_format, repeats: int) -> float:
+def _median_step_ms(run: Run, model: nn.Module, slab: Slab, layout: torch.memory_format) -> float:
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
     image, labels = _batch(run, slab, torch.Generator().manual_seed(run.seed))
     image = image.contiguous(memory_format=layout)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_STEPS_TIMED + 1)]
     for _ in range(5):
         _step(run, model, optimiser, image, labels)
     for mark in marks[:-1]:

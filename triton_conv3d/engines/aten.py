@@ -31,7 +31,7 @@ def supports(problem: Problem) -> str | None:
 
 
 def configs(problem: Problem) -> tuple[AtenConfig, ...]:
-    """On a GPU: as called and channels-last, each with cuDNN's benchmark; the plain call is last."""
+    """On a GPU as called and channels-last; on NVIDIA's each with cuDNN's benchmark and without. The plain call is last."""
     if problem.arch in ("cpu", "interpreter"):
         return (AtenConfig(),)
     layouts = (False,) if all(layout == CHANNELS_LAST for layout in problem.layouts) else (True, False)

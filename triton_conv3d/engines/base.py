@@ -31,6 +31,8 @@ import torch
 from ..problem import NO_ACTIVATION, VECTOR_BYTES, Operands, Problem, interpreted
 from .launching import GRID_LIMIT
 
+CHAIN = 16_384  # products of one wgrad accumulator before they join a float32 total: bounds the drift of tensor cores
+WORKSPACE_LIMIT = 64 * 2**20  # bytes of float32 partial sums
 READ = {"forward": (0, 1), "dgrad": (1, 2), "wgrad": (0, 2)}  # roles of what a pass reads: 0 input, 1 weight, 2 output
 LEAST_TRANSPOSED = 2**20  # elements: a smaller copy takes less time than launching a kernel from Python
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # which exists for Linux only
@@ -119,6 +121,14 @@ def refused_by_kernels(problem: Problem) -> str | None:
     if problem.pass_ == "dgrad" and math.prod(problem.stride) > GRID_LIMIT[1]:
         return f"stride {problem.stride} makes more than {GRID_LIMIT[1]} parity classes"
     return None
+
+
+def dgrad_steps(stride: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(steps in the gradient, steps in taps) of a position i of the input, dimension by dimension: it meets tap t at
+    (i + padding - t * dilation) / stride, if that divides, and so every so many-th tap."""
+    common = tuple(map(math.gcd, stride, dilation))
+    back, taps = (tuple(a // b for a, b in zip(by, common, strict=True)) for by in (dilation, stride))
+    return tuple(-step for step in back), taps
 
 
 def aligned(tensor: torch.Tensor) -> bool:

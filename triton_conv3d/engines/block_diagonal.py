@@ -22,7 +22,7 @@ import torch
 from ..problem import CHANNELS_LAST, VECTOR_BYTES, VIEW, Operands, Problem
 from . import halo
 from .base import READ, Memory, Work, refused_by_kernels
-from .through import ThroughConfig, offers_through
+from .through import Moved, ThroughConfig, memory_through, offers_through, work_through
 
 NAME = "block_diagonal"
 MEASURED = ()  # architectures; it has not run on a GPU yet
@@ -87,21 +87,19 @@ def configs(problem: Problem) -> tuple[BlockDiagonalConfig, ...]:
     )
 
 
-def _copied_bytes(problem: Problem, together: int) -> int:
-    return problem.itemsize * math.prod(merged(problem, together).weight_shape)
+def _moved(problem: Problem, together: int) -> Moved:
+    """The weight's blocks."""
+    copied = problem.itemsize * math.prod(merged(problem, together).weight_shape)
+    return Moved(copied, 2 * copied, 1 if problem.pass_ == "wgrad" else 2)
 
 
 def memory(problem: Problem, config: BlockDiagonalConfig) -> Memory:
-    other = halo.memory(merged(problem, config.together), config.config)
-    return Memory(other.workspace, other.copies + _copied_bytes(problem, config.together))
+    return memory_through(_ENGINES, merged(problem, config.together), config, _moved(problem, config.together))
 
 
 def work(problem: Problem, config: BlockDiagonalConfig) -> Work:
     """The launches as the cost model sees them."""
-    work = halo.work(merged(problem, config.together), config.config)
-    work.extra_bytes += 2 * _copied_bytes(problem, config.together)
-    work.launches += 1 if problem.pass_ == "wgrad" else 2
-    return work
+    return work_through(_ENGINES, merged(problem, config.together), config, _moved(problem, config.together))
 
 
 def launch(problem: Problem, operands: Operands, config: BlockDiagonalConfig) -> torch.Tensor:

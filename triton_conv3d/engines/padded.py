@@ -27,7 +27,6 @@ from .through import Moved, ThroughConfig, memory_through, offers_through, work_
 
 NAME = "padded"
 _ENGINES = {engine.NAME: engine for engine in (tma, hopper, halo, implicit_gemm)}  # the one that takes everything last
-_RESULT = {"forward": 2, "dgrad": 0, "wgrad": 1}
 
 
 def supports(problem: Problem) -> str | None:
@@ -35,7 +34,7 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.groups > 1:
         return f"groups={problem.groups}: the channels of each would have to be moved apart"
-    if problem.dtype == "float32" and problem.precision == "ieee":
+    if not problem.on_tensor_cores:
         return "float32 as ieee: its products take longer than loads of any width"
     read = (problem.in_channels,) if problem.pass_ == "forward" else (problem.in_channels, problem.out_channels)
     odd = [channels for channels in read if channels != _rounded(problem, channels)]
@@ -62,12 +61,8 @@ def widened(problem: Problem) -> Problem:
     )
     changed = (*_copied(problem, wide), *_cut(problem, wide))
     layouts = tuple(CHANNELS_LAST if role in changed else layout for role, layout in enumerate(problem.layouts))
-    largest = max(map(math.prod, _shapes(wide))) * wide.itemsize
+    largest = max(map(math.prod, wide.shapes)) * wide.itemsize
     return wide.replace(layouts=layouts, index64=problem.index64 or largest > INT32_BYTES)
-
-
-def _shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
-    return problem.input_shape, problem.weight_shape, problem.output_shape
 
 
 def _copied(problem: Problem, wide: Problem) -> tuple[int, ...]:
@@ -75,14 +70,14 @@ def _copied(problem: Problem, wide: Problem) -> tuple[int, ...]:
     return tuple(
         role
         for role in READ[problem.pass_]
-        if _shapes(problem)[role] != _shapes(wide)[role] or problem.layouts[role] == VIEW
+        if problem.shapes[role] != wide.shapes[role] or problem.layouts[role] == VIEW
     )
 
 
 def _cut(problem: Problem, wide: Problem) -> tuple[int, ...]:
     """The role of the result, if it has new channels."""
-    role = _RESULT[problem.pass_]
-    return (role,) if _shapes(problem)[role] != _shapes(wide)[role] else ()
+    role = problem.result_role
+    return (role,) if problem.shapes[role] != wide.shapes[role] else ()
 
 
 def configs(problem: Problem) -> tuple[ThroughConfig, ...]:
@@ -92,11 +87,11 @@ def configs(problem: Problem) -> tuple[ThroughConfig, ...]:
 @functools.lru_cache(maxsize=4096)
 def _moved(problem: Problem) -> Moved:
     wide, item = widened(problem), problem.itemsize
-    small, large = (tuple(map(math.prod, _shapes(p))) for p in (problem, wide))
+    small, large = (tuple(map(math.prod, p.shapes)) for p in (problem, wide))
     copied, cut = _copied(problem, wide), _cut(problem, wide)
     copies = item * sum(large[role] for role in (*copied, *cut))
     moved = item * (sum(small[role] + large[role] for role in copied) + sum(2 * small[role] for role in cut))
-    filled = sum(_shapes(problem)[role][0] != _shapes(wide)[role][0] for role in copied)  # filters, by themselves
+    filled = sum(problem.shapes[role][0] != wide.shapes[role][0] for role in copied)  # filters, by themselves
     return Moved(copies, moved, len(copied) + filled + len(cut))
 
 
@@ -114,7 +109,7 @@ def launch(problem: Problem, operands: Operands, config: ThroughConfig) -> torch
     wide = widened(problem)
     input, weight, grad = (
         None if tensor is None else _filled(tensor, shape, layout, problem.index64)
-        for tensor, shape, layout in zip(operands[:3], _shapes(wide), wide.layouts, strict=True)
+        for tensor, shape, layout in zip(operands[:3], wide.shapes, wide.layouts, strict=True)
     )
     result = _ENGINES[config.engine].launch(wide, operands._replace(input=input, weight=weight, grad=grad), config.config)
     if result.shape == problem.result_shape:

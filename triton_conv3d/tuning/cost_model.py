@@ -300,9 +300,7 @@ def _shared_reads(order: Order, iterations: int, programs: int, cache: int) -> f
 
 def _peak(problem: Problem, gpu: Rates, tensor_cores: bool = True) -> float:
     """Products and additions a second; tf32 runs at half the rate of bf16, tf32x3 takes three of its products."""
-    if not tensor_cores or problem.dtype not in ("float16", "bfloat16", "float32"):
-        return gpu.fma
-    if problem.dtype == "float32" and problem.precision == "ieee":
+    if not tensor_cores or problem.dtype not in ("float16", "bfloat16", "float32") or not problem.on_tensor_cores:
         return gpu.fma
     return gpu.tensor / {"tf32": 2, "tf32x3": 6}.get(problem.precision, 1)
 

@@ -7,8 +7,6 @@ problem's first call on a GPU measures candidates and keeps the winner.
 from __future__ import annotations
 
 import functools
-import logging
-import sys
 import threading
 import warnings
 from types import ModuleType
@@ -24,8 +22,6 @@ from .environment import environment, source_hash
 from .faults import blamed, is_illegal_access, is_out_of_memory, is_out_of_resources
 from .plan import Plan, offered
 from .table import lookup
-
-logger = logging.getLogger("triton_conv3d")
 
 _ATEN = "aten"
 _TENSORS = (torch.Tensor, torch.nn.Parameter)  # a fake or otherwise special tensor is of a class of its own
@@ -416,9 +412,5 @@ def _log(problem: Problem, plan: Plan) -> None:
     if settings.current().log != "plan" or _logged.get(problem) == plan:
         return
     _logged[problem] = plan
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler(sys.stderr))
     time = "" if plan.time_us is None else f", {plan.time_us:.1f} us"
-    logger.info("%s: %s [%s] from %s%s", problem, plan.engine, plan.config, plan.source, time)
+    settings.show("%s: %s [%s] from %s%s", problem, plan.engine, plan.config, plan.source, time)

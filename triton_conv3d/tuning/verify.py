@@ -7,12 +7,12 @@ import math
 import torch
 
 from ..engines import aten
+from ..engines.base import CHAIN
 from ..problem import NO_ACTIVATION, Operands, Problem
-from ..reference import steepest
+from ..reference import reduction, steepest
 
 _SEED = 20_170_427
 _CHUNKS = 16  # parts of a result that are compared one by one, so that differences need little memory
-_CHAIN = 16_384  # products after which errors of a sum are taken to grow as a random walk
 _ACTIVATION_ERROR = 16 * 2.0**-24  # of exp, erf and a division of a few units in the last place, up to 6
 _DEVIATIONS = 8  # standard deviations that no element of a tensor of any size exceeds
 
@@ -85,10 +85,10 @@ def is_right(
         coarse: partial sums may be rounded to the result's type too, as some of torch's own algorithms do.
         stepwise: the sum may be rounded before the residual is added, and before the activation.
     """
-    length = _products(problem)
+    length = max(1, reduction(problem))
     deviation = math.sqrt(length) / 3
     unit = torch.finfo(result.dtype).eps / 2
-    chain = min(length, _CHAIN) * math.sqrt(max(1.0, length / _CHAIN))
+    chain = min(length, CHAIN) * math.sqrt(max(1.0, length / CHAIN))
     rounded = {"tf32": 2.0**-5, "tf32x3": 2.0**-16}.get(problem.precision, 0.0)
     absolute = (rounded + 2 * chain * 2.0**-24) * deviation + 2 * unit * problem.bias
     if coarse:
@@ -108,10 +108,3 @@ def is_right(
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two results of the same launch have the same bits; those of no number count as one."""
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _products(problem: Problem) -> int:
-    """Products summed into one element of the result, at most."""
-    if problem.pass_ == "wgrad":
-        return max(1, problem.pixels)
-    return max(1, problem.taps * (problem.group_in if problem.pass_ == "forward" else problem.group_out))

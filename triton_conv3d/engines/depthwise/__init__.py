@@ -50,9 +50,19 @@ import torch
 import triton.language as tl
 
 from ...problem import STRIDED, VECTOR_BYTES, Operands, Problem, met_taps
-from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..base import (
+    WORKSPACE_LIMIT,
+    Memory,
+    Work,
+    aligned,
+    dgrad_steps,
+    format_strides,
+    refused_by_kernels,
+    residual_and_slope,
+    upcast,
+)
 from ..launching import launch_kernel
-from .configs import WORKSPACE_LIMIT, DepthwiseConfig, configs, partial_bytes, register_limit, smallest
+from .configs import DepthwiseConfig, configs, partial_bytes, register_limit, smallest
 from .geometry import Plan, plan, unsplit, whole_plan
 from .kernels import rows, slide
 from .strips import ROWS, SLIDE, axes, channels_dense, parts_of_row, ring_size, strip_step
@@ -127,7 +137,7 @@ class _Side:
     """
 
     def __init__(self, problem: Problem, role: int, strides: tuple[int, ...], aligned: bool, whole_steps: int):
-        shape = (problem.input_shape, problem.weight_shape, problem.output_shape)[role]
+        shape = problem.shapes[role]
         n, c, d, h, w = (0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
         self.last = last = channels_dense(problem.layouts[role], shape[1])
         self.pixel = w if last else 1
@@ -227,13 +237,10 @@ def _rows_launch(
     step = strip_step(config.columns, axis.width, dgrad)
     sizes, x, y, options = _sides(problem, config, strides, aligned, step if whole else math.gcd(step, shift))
     pad, stride, dilation = met.pad[:2], problem.stride[:2], problem.dilation[:2]
-    common = tuple(map(math.gcd, stride, dilation))
-    tap_step = (1, 1)
-    if dgrad:  # output o reads the gradient at (o + pad - t * dilation) / stride, for the taps that divide
-        scale, start, step = (1, 1), pad, tuple(-d // g for d, g in zip(dilation, common, strict=True))
-        tap_step = tuple(s // g for s, g in zip(stride, common, strict=True))
+    if dgrad:
+        scale, start, (step, tap_step) = (1, 1), pad, dgrad_steps(stride, dilation)
     else:
-        scale, start, step = stride, tuple(-p for p in pad), dilation
+        scale, start, step, tap_step = stride, tuple(-p for p in pad), dilation, (1, 1)
     arguments = (
         *sizes, met.kernel, scale, start, step, at.classes, dilation, tap_step, x.strides, y.strides,
         axis.channels // unit, problem.out_channels // unit, problem.out_channels // problem.in_channels, parts,

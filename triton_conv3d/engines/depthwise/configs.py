@@ -7,12 +7,10 @@ import math
 from dataclasses import dataclass
 
 from ...problem import VECTOR_BYTES, Problem, met_taps
-from ..base import Config
+from ..base import CHAIN, WORKSPACE_LIMIT, Config
 from .geometry import Plan, whole_plan
 from .strips import ROWS, SLIDE, Strip, axes
 
-CHAIN = 16_384  # products of one wgrad accumulator: bounds its rounding errors
-WORKSPACE_LIMIT = 64 * 2**20  # bytes of float32 partial sums
 # Registers of a thread's 255 that values may take, seen in SASS: the rest are addresses and masks.
 _REGISTERS = {"forward": 232, "dgrad": 232, "wgrad": 208}
 _THIRD = {False: 120, True: 140}  # up to which three programs share a multiprocessor; True: Hopper and later

@@ -66,7 +66,6 @@ def axes(problem: Problem) -> Axes:
     read, channels = problem.in_channels, problem.out_channels
     if dgrad:
         read, channels = channels, read
-    shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
     operands = {"forward": (0,), "dgrad": (2,), "wgrad": (0, 2)}[problem.pass_]
     last = channels_dense(problem.layouts[2 if dgrad else 0], read)
     return Axes(
@@ -84,7 +83,7 @@ def axes(problem: Problem) -> Axes:
         products=met.count / (math.prod(stride) if dgrad else 1),
         planes=1 / stride[0] if dgrad else stride[0],
         ring=ring_size(depth, dgrad),
-        copies=sum(problem.itemsize * math.prod(shapes[i]) for i in operands if problem.layouts[i] == STRIDED),
+        copies=sum(problem.itemsize * math.prod(problem.shapes[i]) for i in operands if problem.layouts[i] == STRIDED),
     )
 
 

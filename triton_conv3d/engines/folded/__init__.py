@@ -38,10 +38,20 @@ import torch
 import triton.language as tl
 
 from ...problem import Operands, Problem, Triple
-from ..base import Memory, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..base import (
+    CHAIN,
+    Memory,
+    Work,
+    aligned,
+    dgrad_steps,
+    format_strides,
+    refused_by_kernels,
+    residual_and_slope,
+    upcast,
+)
 from ..blocks import blocks_of, columns
 from ..implicit_gemm import pixel_strides, reduce, unit, wgrad_roles
-from ..implicit_gemm.configs import CHAIN, exchanged, sides
+from ..implicit_gemm.configs import exchanged, refused_by_tensor_cores, sides
 from ..launching import GRID_LIMIT, launch_kernel
 from .configs import (
     MOST_CHANNELS,
@@ -81,9 +91,7 @@ def supports(problem: Problem) -> str | None:
         return f"kernel sizes {problem.kernel_size} add up to more than {_MOST_TAP_BITS}"
     if problem.groups * classes(problem) > GRID_LIMIT[1]:
         return f"groups={problem.groups}, of {classes(problem)} parity classes: more than {GRID_LIMIT[1]}"
-    if problem.arch == "gfx942" and problem.precision == "tf32x3":
-        return "tf32x3 needs NVIDIA's tensor cores"
-    return None
+    return refused_by_tensor_cores(problem)
 
 
 def memory(problem: Problem, config: FoldedConfig) -> Memory:
@@ -108,7 +116,7 @@ def work(problem: Problem, config: FoldedConfig) -> Work:
         bytes_written=float(problem.itemsize * m * n),
         num_warps=config.num_warps,
         shared_bytes=problem.itemsize * (m + n) * k * config.num_stages,
-        tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+        tensor_cores=problem.on_tensor_cores,
         sums=m * n,
         product=(n, m),
         vector_bytes=problem.itemsize,
@@ -129,7 +137,7 @@ def _wgrad_work(problem: Problem, config: FoldedWgradConfig) -> Work:
         shared_bytes=item * n * k * config.num_stages,
         extra_bytes=float(problem.result_elements * (4 * config.splits + item)) if split else 0.0,
         launches=1 + split,
-        tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+        tensor_cores=problem.on_tensor_cores,
         sums=m * n,
         product=(m, n),
         vector_bytes=item,
@@ -223,10 +231,10 @@ def _launch(
     produced, reduced = sides(problem)
     wide = produced
     low, parity, blocks, copies = problem.padding[::2], None, None, problem.groups
-    if problem.pass_ == "dgrad":  # position i reads grad at (i + pad - t * dilation) / stride, where that divides
+    if problem.pass_ == "dgrad":
         x_shape, y_shape = problem.output_shape, problem.input_shape
         rows = tuple(-(-size // s) for size, s in zip(problem.input_size, problem.stride, strict=True))
-        step = tuple(-d // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
+        step, _ = dgrad_steps(problem.stride, problem.dilation)
         scale, start = (1, 1, 1), low
         w_channels = (w_strides[1], w_strides[0])
         if by_blocks(config):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ...problem import Problem, Triple
-from ..base import Config
+from ..base import Config, dgrad_steps
 from ..blocks import blocks_of, columns, unblocked
 from ..implicit_gemm.configs import sides, split_counts, walked
 
@@ -111,7 +111,7 @@ def by_blocks(config: FoldedConfig) -> bool:
 
 def _has_blocks(problem: Problem) -> bool:
     """float32 as ``ieee`` spills by blocks, and multiplies by their zeros at the rate of FMA."""
-    return unblocked(problem) is None and (problem.dtype != "float32" or problem.precision != "ieee")
+    return unblocked(problem) is None and problem.on_tensor_cores
 
 
 def wgrad_by_blocks(problem: Problem) -> bool:
@@ -129,7 +129,7 @@ def tap_step(problem: Problem) -> Triple:
     """Taps from one that a parity class meets to the next."""
     if problem.pass_ != "dgrad":
         return (1, 1, 1)
-    return tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
+    return dgrad_steps(problem.stride, problem.dilation)[1]
 
 
 def class_taps(problem: Problem) -> Triple:

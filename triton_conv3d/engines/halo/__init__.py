@@ -40,7 +40,12 @@ from ..implicit_gemm import channels_last, copied_bytes, dense, in_units, pixel_
 from ..implicit_gemm.configs import channels
 from ..launching import launch_kernel
 from .configs import (
+    INTERPRETED,
+    INTERPRETED_LOAD,
+    INTERPRETED_PRODUCT,
+    LOAD,
     MOST_TILES,
+    PRODUCT,
     WIDEST,
     HaloConfig,
     HaloWgradConfig,
@@ -61,8 +66,6 @@ NAME = "halo"
 MEASURED = ()  # architectures; it has not run on a GPU yet
 _DEPTHS = range(2, 6)  # of a kernel: with one plane nothing is shared, and each depth is a kernel to compile
 _LEAST_CHANNELS, _LEAST_OF_GROUP = 9, 16  # below, half of the smallest product of tensor cores is empty; of groups any part
-_LOAD, _PRODUCT = 12.0, 14.0  # instructions of a warp for each load and for each product of two tiles: SASS, sm_80 and sm_90
-_INTERPRETED, _INTERPRETED_LOAD, _INTERPRETED_PRODUCT = 12.0, 4.0, 2.0  # operations on tiles of a step, in the interpreter
 # Of wgrad, by bytes of an element: of a step, of a load, of a product of tensor cores (16 x 8 x 32 bytes). Least squares.
 _WGRAD_CODE = {2: (85.0, 10.0, 1.2), 4: (0.0, 24.0, 2.3)}
 _WITHOUT = ("sm_70", "sm_72", "sm_75")  # asynchronous copies: Triton 3.6 and 3.9 make no tensor core's code, and spill
@@ -137,8 +140,8 @@ def work(problem: Problem, config: HaloConfig) -> Work:
         order=Order(down, across, 1, float(item * k * m * read), float(item * k * n * depth), met),
         product=(m, n),
         tiles=(read, depth),
-        instructions=_LOAD * loads + _PRODUCT * products,
-        operations=_INTERPRETED + _INTERPRETED_LOAD * (read + depth) + _INTERPRETED_PRODUCT * products,
+        instructions=LOAD * loads + PRODUCT * products,
+        operations=INTERPRETED + INTERPRETED_LOAD * (read + depth) + INTERPRETED_PRODUCT * products,
     )
 
 
@@ -169,7 +172,7 @@ def _wgrad_work(problem: Problem, config: HaloWgradConfig) -> Work:
         product=(m, n),
         tiles=(planes, lines),
         instructions=fixed + each_load * loads + each_product * products * m * n * k * item / (4096 * config.num_warps),
-        operations=_INTERPRETED + _INTERPRETED_LOAD * (planes + lines) + _INTERPRETED_PRODUCT * products,
+        operations=INTERPRETED + INTERPRETED_LOAD * (planes + lines) + INTERPRETED_PRODUCT * products,
     )
 
 

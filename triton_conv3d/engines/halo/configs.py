@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from ...problem import VECTOR_BYTES, Problem
-from ..base import Config
-from ..implicit_gemm.configs import CHAIN, channels, gelu_spills, shared_limit, split_counts, walks_less
+from ..base import CHAIN, Config
+from ..implicit_gemm.configs import channels, gelu_spills, shared_limit, split_counts, walks_less
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,10 @@ _WGRAD_32 = (
     (16, 16, 16, 2, 1, 2, False),
 )
 
-# Stages in shared memory beside num_stages, as perf/machine_code.py finds: where products read registers (sm_80 and all
-# others but these) the last one is there; on sm_100 Triton 3.6 keeps what is multiplied once more.
-_MORE_STAGES = {"sm_90": 0, "sm_100": 1, "interpreter": 0}
+# Of a step of :func:`.kernels.add_planes`: instructions of a warp for each load and for each product of two tiles (SASS,
+# sm_80 and sm_90); operations on tiles in the interpreter, at all and for each.
+LOAD, PRODUCT = 12.0, 14.0
+INTERPRETED, INTERPRETED_LOAD, INTERPRETED_PRODUCT = 12.0, 4.0, 2.0
 _LEAST_STAGES = 2
 _LONG_STEP, _SHORT_STEP = 32, 16  # channels of 16-bit types
 WIDEST = 64  # columns of a tile, and rows of one of wgrad
@@ -92,7 +93,9 @@ _MOST_WGRAD_SUMS = (96, 144)  # of a thread: 9 taps of 32 x 32 in two warps spil
 _MOST_ALONG_D = 3 * 64 * 64  # sums of all threads for one tap of H: 4 taps of 64 x 64 spill on sm_80 in 16-bit types
 _MOST_TAPS = 9  # that a program of wgrad holds where it holds more than one along H: of 12 and 15 some tiles spill
 _TCGEN05 = "sm_10"  # of these architectures Triton 3.6 makes an empty kernel of several products of 64 filters
-_MOST_COLUMNS = 384  # of tensor memory, which has 512: for each product its own. With all of them the kernel is empty, too
+# Columns of tensor memory, which has 512, that the products of a step have on sm_100, each its own: of all of them, as of 640,
+# Triton 3.6 makes an empty kernel.
+MOST_TENSOR_MEMORY = 384
 
 
 def side_by_side(problem: Problem) -> int:
@@ -122,10 +125,16 @@ def shared_bytes(problem: Problem, config: HaloConfig) -> int:
     return step_bytes(problem, config) * (config.num_stages + _more_stages(problem, config))
 
 
+def more_stages(problem: Problem) -> int:
+    """Stages in shared memory beside num_stages, as perf/machine_code.py finds: where products read registers (sm_80 and all
+    others but these) the last one is there; on sm_100 Triton 3.6 keeps what is multiplied once more."""
+    return {"sm_90": 0, "sm_100": 1, "interpreter": 0}.get(problem.arch, -1)
+
+
 def _more_stages(problem: Problem, config: HaloConfig) -> int:
     if problem.pass_ == "wgrad" and config.block_m < 64:  # of fewer rows products read registers everywhere
         return 0 if problem.arch == "interpreter" else -1
-    return _MORE_STAGES.get(problem.arch, -1)
+    return more_stages(problem)
 
 
 def four_planes_spill(problem: Problem, planes: int) -> bool:
@@ -159,7 +168,7 @@ def configs(problem: Problem) -> tuple[HaloConfig, ...]:
         sums = tile.planes * tile.block_m * tile.block_n / (32 * tile.num_warps)
         spills = gelu_spills(problem, sums, splits=1) or (sums > _MOST_SUMS and problem.arch not in ("sm_90", "interpreter"))
         spills |= four_planes_spill(problem, tile.planes)
-        spills |= problem.arch.startswith(_TCGEN05) and tile.planes * problem.kernel_size[0] * tile.block_n > _MOST_COLUMNS
+        spills |= problem.arch.startswith(_TCGEN05) and tile.planes * problem.kernel_size[0] * tile.block_n > MOST_TENSOR_MEMORY
         if fits and not spills and stages >= _LEAST_STAGES:
             found.append(tile.replace(num_stages=stages))
     return (*found, smallest)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from ...problem import Problem
 from .. import tma
 from ..base import Config, Order, Work
-from ..tma.configs import SHARED_BYTES, BrickConfig
+from ..implicit_gemm.configs import shared_limit
+from ..tma.configs import BrickConfig
 from ..tma.geometry import Brick, pixels
 from .classes import shifts, shifts_of, sizes
 from .line_configs import BARRIERS, FLAT_LINES, LINE, WARPS, line_of, spacing
@@ -108,7 +109,7 @@ def class_configs(problem: Problem) -> list[LineDgradConfig]:
     for block_k in _FILTERS:
         config = LineDgradConfig(n, d, w, lines, block_n, block_k, _STEPS)
         step, taps, turned = _bytes(problem, config)
-        free = SHARED_BYTES - BARRIERS - turned - taps
+        free = shared_limit(problem) - BARRIERS - turned - taps
         if free < _STEPS * step or lines * block_k > _PIXELS or problem.groups > 1 and problem.group_out % block_k:
             continue
         if block_k > _FILTERS[-1] and block_k >= 2 * problem.group_out:  # most of it would be nothing

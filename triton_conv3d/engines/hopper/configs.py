@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ...problem import Problem, live_depth
 from .. import tma
-from ..base import Config, Work
-from ..implicit_gemm.configs import CHAIN, split_counts
+from ..base import CHAIN, Config, Work
+from ..implicit_gemm.configs import split_counts
 from ..tma.configs import BrickConfig, _fits, best_steps, extent
 from ..tma.geometry import MOST_VIEWS, Brick, best_first, bricks, counts, covered, pixels, views_along
 from .class_configs import LineDgradConfig, class_configs

@@ -10,8 +10,8 @@ import torch
 import triton.language as tl
 
 from ...problem import CHANNELS_LAST, Operands, Problem
+from ..base import CHAIN
 from ..implicit_gemm import dense
-from ..implicit_gemm.configs import CHAIN
 from ..launching import GRID_LIMIT, launch_kernel
 from ..tma import _KNOWN_LAUNCHES, _descriptor, _gather_launch, _readable, _wgrad_launch
 from ..tma.geometry import MOST_VIEWS, View, Views, views

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ...problem import Problem, live_depth
 from .. import tma
 from ..base import Config, Order, Work
-from ..implicit_gemm.configs import split_counts
-from ..tma.configs import SHARED_BYTES, BrickConfig, produced, reduced
+from ..implicit_gemm.configs import shared_limit, split_counts
+from ..tma.configs import BrickConfig, produced, reduced
 from ..tma.geometry import Brick, covered, pixels
 
 __all__ = ["LINE", "LineConfig", "LineWgradConfig", "line_configs", "line_wgrad_configs", "line_wgrad_work", "line_work"]
@@ -221,7 +221,7 @@ def _lines_that_fit(problem: Problem, tiles: tuple[tuple[int, int], ...], n: int
     for planes, lines in tiles:
         config = LineConfig(planes, lines, n, k, 0, samples)
         plane, taps, turned = _line_bytes(problem, config)
-        stages = min((SHARED_BYTES - BARRIERS - taps - turned) // plane, _MOST_PLANES)
+        stages = min((shared_limit(problem) - BARRIERS - taps - turned) // plane, _MOST_PLANES)
         sums = planes * lines * config.block_n
         most = _SUMS // 2 if problem.activation in _LONG else _SUMS
         if sums <= most and stages > config.span(problem):
@@ -278,7 +278,7 @@ def line_wgrad_configs(problem: Problem) -> list[LineWgradConfig]:
     sliced = (LineWgradConfig(n, d, w, rows, block_n, 0) for rows in slices)
     whole = min(sliced, key=lambda config: config.tiles(problem)[0])
     step, ahead, turned = _wgrad_bytes(problem, whole)
-    whole = whole.replace(num_stages=min((SHARED_BYTES - BARRIERS - turned - ahead) // step, _MOST_STAGES))
+    whole = whole.replace(num_stages=min((shared_limit(problem) - BARRIERS - turned - ahead) // step, _MOST_STAGES))
     counts = split_counts(problem, math.prod(whole.tiles(problem)) * problem.groups, whole.steps(problem))
     return [whole.replace(splits=number) for number in counts if number > 1][:_SPLITS]
 

@@ -112,7 +112,6 @@ def _consume(
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
-    W_STAGES: gl.constexpr,
     SUMS: gl.constexpr,
     PIXELS: gl.constexpr,
     WRITTEN: gl.constexpr,
@@ -214,13 +213,13 @@ def line_dgrad_ring(
                 _consume,
                 (dx_ptr, bias_ptr, residual_ptr, slope, dx_size, tiles_by, dx_strides, reduced, produced, groups, tiles, w_ring,
                  ring, full, empty, w_full, w_empty, w_last, 0, BIAS, ACTIVATION, Y_UNIT, INDEX, BRICK, LINES, AXES, STAYS,
-                 BLOCK_N, BLOCK_K, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
+                 BLOCK_N, BLOCK_K, STAGES, SUMS, PIXELS, WRITTEN),
             ),
             (
                 _consume,
                 (dx_ptr, bias_ptr, residual_ptr, slope, dx_size, tiles_by, dx_strides, reduced, produced, groups, tiles, w_ring,
                  ring, full, empty, w_full, w_empty, w_last, 1, BIAS, ACTIVATION, Y_UNIT, INDEX, BRICK, LINES, AXES, STAYS,
-                 BLOCK_N, BLOCK_K, STAGES, W_STAGES, SUMS, PIXELS, WRITTEN),
+                 BLOCK_N, BLOCK_K, STAGES, SUMS, PIXELS, WRITTEN),
             ),
             (
                 _produce,

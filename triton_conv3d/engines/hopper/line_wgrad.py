@@ -165,7 +165,6 @@ def _produce(
 @gluon.jit
 def _consume(
     dw_ptr,
-    columns,
     height,
     lines,
     split_stride,
@@ -307,13 +306,13 @@ def line_wgrad_ring(
         [
             (
                 _consume,
-                (dw_ptr, columns, height, lines, split_stride, group_in, group_out, splits, tiles, x_rows, g_rings, x_full,
+                (dw_ptr, height, lines, split_stride, group_in, group_out, splits, tiles, x_rows, g_rings, x_full,
                  x_empty, g_full, g_empty, 0, INDEX, CHAIN, TAPS, STRIDE, ROWS, N_PARTS, STAGES, G_STAGES, SUMS, PIXELS,
                  WRITTEN),
             ),
             (
                 _consume,
-                (dw_ptr, columns, height, lines, split_stride, group_in, group_out, splits, tiles, x_rows, g_rings, x_full,
+                (dw_ptr, height, lines, split_stride, group_in, group_out, splits, tiles, x_rows, g_rings, x_full,
                  x_empty, g_full, g_empty, 1, INDEX, CHAIN, TAPS, STRIDE, ROWS, N_PARTS, STAGES, G_STAGES, SUMS, PIXELS,
                  WRITTEN),
             ),

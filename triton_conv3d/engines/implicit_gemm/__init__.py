@@ -34,12 +34,14 @@ import triton.language as tl
 
 from ...problem import CHANNELS_LAST, CONTIGUOUS, NO_ACTIVATION, STRIDED, VECTOR_BYTES, VIEW, Operands, Problem
 from ..base import (
+    CHAIN,
     NO_EPILOGUE,
     READ,
     Memory,
     Order,
     Work,
     aligned,
+    dgrad_steps,
     format_strides,
     in_format,
     refused_by_kernels,
@@ -48,13 +50,13 @@ from ..base import (
 )
 from ..launching import launch_kernel
 from .configs import (
-    CHAIN,
     GROUP_M,
     GemmConfig,
     configs,
     depths,
     exchanged,
     packed_groups,
+    refused_by_tensor_cores,
     sides,
     walked,
     workspace_bytes,
@@ -74,19 +76,17 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.pass_ != "wgrad" and sum(problem.kernel_size) > _MOST_TAP_BITS:
         return f"kernel sizes {problem.kernel_size} add up to more than {_MOST_TAP_BITS}"
-    if problem.arch == "gfx942" and problem.precision == "tf32x3":
-        return "tf32x3 needs NVIDIA's tensor cores"
-    return None
+    return refused_by_tensor_cores(problem)
 
 
 def memory(problem: Problem, config: GemmConfig) -> Memory:
     return Memory(workspace_bytes(problem, config), copied_bytes(problem))
 
 
+@functools.lru_cache(maxsize=4096)
 def copied_bytes(problem: Problem, walks_views: bool = False) -> int:
     """Of the operands that are copied for their layout. ``walks_views``: what wgrad walks along may be a view, too."""
-    shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
-    copied = [shapes[i] for i in READ[problem.pass_] if problem.layouts[i] in _copied_layouts(problem, i, walks_views)]
+    copied = [problem.shapes[i] for i in READ[problem.pass_] if problem.layouts[i] in _copied_layouts(problem, i, walks_views)]
     return problem.itemsize * sum(map(math.prod, copied))
 
 
@@ -140,7 +140,7 @@ def work(problem: Problem, config: GemmConfig) -> Work:
         shared_bytes=item * (m + n) * k * config.num_stages,
         extra_bytes=2.0 * copies + (workspace_bytes(problem, config) + problem.result_elements * item if splits > 1 else 0.0),
         launches=1 + (splits > 1),
-        tensor_cores=problem.dtype != "float32" or problem.precision != "ieee",
+        tensor_cores=problem.on_tensor_cores,
         sums=m * n,
         vector_bytes=max(math.gcd(problem.alignment, together * reduced * item), item),
         stages=config.num_stages,
@@ -217,13 +217,11 @@ def _gather_launch(
     produced, reduced = (together * count for count in sides(problem))
     low, stride, dilation = problem.padding[::2], problem.stride, problem.dilation
     strided = dgrad and stride != (1, 1, 1)
-    common = tuple(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
-    if dgrad:  # position i reads grad at (i + pad - t * dilation) / stride, for the taps that divide
+    step, tap_step = dgrad_steps(stride, dilation)
+    if dgrad:
         scale, start = (1, 1, 1), low
-        step = tuple(-d // g for d, g in zip(dilation, common, strict=True))
     else:
         scale, start, step = stride, tuple(-pad for pad in low), dilation
-    tap_step = tuple(s // g for s, g in zip(stride, common, strict=True))
     classes = math.prod(stride) if strided else 1
     largest = tuple(-(-size // s) for size, s in zip(y_shape[2:], stride, strict=True)) if strided else y_shape[2:]
     tiles_m = -(-problem.batch * math.prod(largest) // config.block_m)
@@ -304,12 +302,17 @@ def _wgrad_launch(
     return (tiles_m * tiles_n * -(-problem.groups // together) * config.splits, 1), arguments, options
 
 
-def wgrad_roles(problem: Problem, split: bool) -> tuple[tuple, tuple, tuple, tuple]:
-    """What a wgrad kernel gathers as x, and walks along as grad: (shape of x, shape of grad, (stride, pad, dilation),
-    strides of the weight's gradient by (channel of grad, tap, channel of x)); partial sums have channels last."""
+def weight_strides(problem: Problem, split: bool) -> tuple[int, int, int]:
+    """Of wgrad's result, by (filter, tap, channel); partial sums have channels last."""
     columns = problem.taps * problem.group_in
     last = split or problem.result_layout == CHANNELS_LAST
-    filters, tap, channel = (columns, problem.group_in, 1) if last else (columns, 1, problem.taps)
+    return (columns, problem.group_in, 1) if last else (columns, 1, problem.taps)
+
+
+def wgrad_roles(problem: Problem, split: bool) -> tuple[tuple, tuple, tuple, tuple]:
+    """What a wgrad kernel gathers as x, and walks along as grad: (shape of x, shape of grad, (stride, pad, dilation),
+    strides of the weight's gradient by (channel of grad, tap, channel of x))."""
+    filters, tap, channel = weight_strides(problem, split)
     pad, dilation = problem.padding[::2], problem.dilation
     if not exchanged(problem):
         return problem.input_shape, problem.output_shape, (problem.stride, pad, dilation), (filters, tap, channel)

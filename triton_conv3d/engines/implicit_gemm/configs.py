@@ -7,11 +7,9 @@ import math
 from dataclasses import dataclass
 
 from ...problem import VECTOR_BYTES, Problem, live_depth
-from ..base import Config
+from ..base import WORKSPACE_LIMIT, Config
 
-CHAIN = 16_384  # products of one wgrad accumulator before they join a float32 total: bounds the drift of tensor cores
 GROUP_M = 8  # rows of tiles that run together, sharing operands in L2 (Triton's matmul tutorial)
-WORKSPACE_LIMIT = 64 * 2**20  # bytes of float32 partial sums
 _SPLIT_PROGRAMS = (128, 256, 512, 1024)  # programs that a split aims at: one to several waves of 108 to 304 units
 
 # Shared memory of one block in bytes, from the vendors' documentation; others get the least of them.
@@ -288,6 +286,12 @@ def _interpreter_tile(problem: Problem) -> GemmConfig:
     else:
         sizes = (min(rows, 4096), min(columns, 64), min(sides(problem)[1] * problem.groups, 32))
     return GemmConfig(*(1 << max(4, (size - 1).bit_length()) for size in sizes), num_warps=1, num_stages=1)
+
+
+def refused_by_tensor_cores(problem: Problem) -> str | None:
+    if problem.arch == "gfx942" and problem.precision == "tf32x3":
+        return "tf32x3 needs NVIDIA's tensor cores"
+    return None
 
 
 def shared_limit(problem: Problem) -> int:

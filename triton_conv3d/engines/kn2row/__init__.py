@@ -33,8 +33,9 @@ import triton.language as tl
 
 from ...problem import CHANNELS_LAST, Operands, Problem
 from ..base import Memory, Order, Work, aligned, format_strides, refused_by_kernels, residual_and_slope, upcast
+from ..halo.configs import INTERPRETED, INTERPRETED_LOAD, INTERPRETED_PRODUCT, LOAD, PRODUCT
 from ..implicit_gemm import channels_last, copied_bytes, dense, in_units, pixel_strides, unit
-from ..implicit_gemm.configs import channels
+from ..implicit_gemm.configs import channels, refused_by_tensor_cores
 from ..launching import launch_kernel
 from .configs import (
     Kn2rowConfig,
@@ -61,10 +62,8 @@ _LEAST_REDUCED = 16
 _MOST_COLUMNS = 128  # of a line's product: what a thread has registers for; as tf32x3 half of it
 _MOST_DEPTH = 5  # of a kernel: each depth is a kernel to compile
 _MOST_HALO = 16  # pixels: half of the smallest tile
-# Instructions of a warp, for each load and product of two tiles, and for what follows a line of a plane: SASS, sm_90.
-_LOAD, _PRODUCT, _LINE = 12.0, 14.0, 130.0
-_INTERPRETED, _INTERPRETED_LOAD, _INTERPRETED_PRODUCT = 12.0, 4.0, 2.0  # operations on tiles of a step, in the interpreter
-_INTERPRETED_LINE = 30.0  # and for what follows a line of a plane
+# For what follows a line of a plane: instructions of a warp (SASS, sm_90), and operations on tiles in the interpreter.
+_LINE, _INTERPRETED_LINE = 130.0, 30.0
 
 
 def supports(problem: Problem) -> str | None:
@@ -85,16 +84,14 @@ def supports(problem: Problem) -> str | None:
         return f"kernel {problem.kernel_size} has no taps of H and W to fold"
     if problem.kernel_size[0] > _MOST_DEPTH:
         return f"kernel depth {problem.kernel_size[0]}: more than {_MOST_DEPTH} products of every plane"
-    if problem.dtype == "float32" and problem.precision == "ieee":
+    if not problem.on_tensor_cores:
         return "float32 as ieee: without tensor cores the columns that only pad cost as much as the others, and it spills"
     most = _MOST_COLUMNS // 2 if problem.precision == "tf32x3" else _MOST_COLUMNS
     if math.prod(padded(problem)) > most:
         return f"kernel {problem.kernel_size} of {produced} channels needs more than {most} columns"
     if halo(problem) > _MOST_HALO:
         return f"taps of W reach {halo(problem)} pixels: more than {_MOST_HALO}"
-    if problem.arch == "gfx942" and problem.precision == "tf32x3":
-        return "tf32x3 needs NVIDIA's tensor cores"
-    return None
+    return refused_by_tensor_cores(problem)
 
 
 def memory(problem: Problem, config: Kn2rowConfig) -> Memory:
@@ -123,7 +120,7 @@ def work(problem: Problem, config: Kn2rowConfig) -> Work:
     column_bytes = float(item * k * taps_h * taps_w * produced * depth)  # columns that only pad are not read
     fresh = min(1.0, size[0] * size[2] / (tiles_d * read * tiles_w * config.block_w))  # to the tiles of all planes
     loads, line_ends = step_bytes(problem, config) / (vector * 32 * config.num_warps), planes / blocks
-    operations = _INTERPRETED_LOAD * (read + depth) + _INTERPRETED_PRODUCT * products + _INTERPRETED_LINE * line_ends
+    operations = INTERPRETED_LOAD * (read + depth) + INTERPRETED_PRODUCT * products + _INTERPRETED_LINE * line_ends
     return Work(
         programs=programs,
         iterations=(config.lines + taps_h - 1) * blocks,
@@ -140,8 +137,8 @@ def work(problem: Problem, config: Kn2rowConfig) -> Work:
         order=Order(programs, 1, 1, row_bytes * fresh, column_bytes),
         product=(config.block_w, columns),
         tiles=(read, depth),
-        instructions=_LOAD * loads + _PRODUCT * products + _LINE * line_ends,
-        operations=_INTERPRETED + operations,
+        instructions=LOAD * loads + PRODUCT * products + _LINE * line_ends,
+        operations=INTERPRETED + operations,
     )
 
 

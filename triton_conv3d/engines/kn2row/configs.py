@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...problem import Problem, Triple
 from ..base import Config
-from ..halo.configs import four_planes_spill
+from ..halo.configs import MOST_TENSOR_MEMORY, four_planes_spill, more_stages
 from ..implicit_gemm.configs import channels, shared_limit
 
 
@@ -55,7 +55,6 @@ _LEAST_LINES = 8  # of a program: for 3 taps it reads and multiplies 2 more
 _LEAST_COLUMNS = 16  # of a product of tensor cores
 _MOST_SUMS = 96  # of a thread: with 192 sm_80 and sm_90 spill, as perf/machine_code.py finds
 _MOST_READ_32 = 4  # planes of float32, that stand in registers to be rounded: for 2 of the result 6 spill, in parts 4
-_MOST_TENSOR_MEMORY = 384  # columns of all products of a step on sm_100: of 640 Triton 3.6 makes an empty kernel
 
 
 def _power(n: int) -> int:
@@ -149,11 +148,10 @@ def sums(problem: Problem, config: Kn2rowConfig) -> int:
 def shared_bytes(problem: Problem, config: Kn2rowConfig) -> int:
     """Of one program, as perf/machine_code.py finds: its stages, and a line's sums as they change their layout.
 
-    Where products read registers (sm_80 and all others but these) the last stage is there; on sm_100 Triton 3.6 keeps what
-    is multiplied once more. On sm_100 and AMD the sums of all taps change their layout, elsewhere those of one tap of H.
+    On sm_100 and AMD the sums of all taps change their layout, elsewhere those of one tap of H.
     """
     taps_h, taps_w, produced = padded(problem)
-    stages = config.num_stages + {"sm_90": 0, "sm_100": 1, "interpreter": 0}.get(problem.arch, -1)
+    stages = config.num_stages + more_stages(problem)
     together = taps_h if problem.arch == "sm_100" or problem.arch.startswith("gfx") else 1
     columns = max(together * taps_w * produced, _LEAST_COLUMNS)
     return step_bytes(problem, config) * stages + 4 * config.block_w * columns
@@ -177,7 +175,7 @@ def _fits(problem: Problem, tile: Kn2rowConfig) -> bool:
 def _compiles_for_sm_100(problem: Problem, tile: Kn2rowConfig) -> bool:
     """Of 8 warps Triton 3.6 makes an empty kernel there, too."""
     products = tile.planes * problem.kernel_size[0]
-    return products * math.prod(padded(problem)) <= _MOST_TENSOR_MEMORY and tile.num_warps < 8
+    return products * math.prod(padded(problem)) <= MOST_TENSOR_MEMORY and tile.num_warps < 8
 
 
 def _lines(problem: Problem, tile: Kn2rowConfig) -> list[int]:

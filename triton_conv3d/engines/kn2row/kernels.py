@@ -18,8 +18,8 @@ from ..implicit_gemm.kernels import rounded
 
 
 @triton.jit
-def _by_tap(sums, TAPS: tl.constexpr, LEVELS: tl.constexpr):
-    """[rows, TAPS * width] as a tuple of TAPS = 2**LEVELS tiles [rows, width]."""
+def _by_tap(sums, LEVELS: tl.constexpr):
+    """[rows, 2**LEVELS * width] as a tuple of 2**LEVELS tiles [rows, width]."""
     parts = (sums,)
     for level in tl.static_range(LEVELS):
         halves = ()
@@ -165,7 +165,7 @@ def kn2row_gemm(
             empty = ()
             moved = ()
             for j in tl.static_range(PLANES):
-                parts = _by_tap(sums[j], TAPS_H, LEVELS_H)
+                parts = _by_tap(sums[j], LEVELS_H)
                 empty += (tl.zeros([BLOCK_W, TAPS_H * WIDTH], tl.float32),)
                 full = parts[KERNEL_H - 1]
                 if KERNEL_H > 1:

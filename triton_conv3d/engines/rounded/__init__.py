@@ -87,7 +87,7 @@ def inner(problem: Problem) -> Problem:
         layouts = (problem.layouts[0], *last[:2])
     else:
         layouts = (*last[:2], problem.layouts[2])
-    large = max(math.prod(shape) for shape in (of.input_shape, of.weight_shape, of.output_shape)) * of.itemsize
+    large = max(map(math.prod, of.shapes)) * of.itemsize
     return of.replace(
         precision=_PRECISION,
         layouts=layouts,
@@ -194,14 +194,11 @@ def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Te
         copy = tensor.new_empty(tensor.shape[1], of.positions)
         _copy(tensor, copy, of, (1, of.positions))
         copies.append(TensorDescriptor.from_tensor(copy, [rows, config.block_k]))
-    columns = problem.taps * problem.in_channels
-    last = split or problem.result_layout == CHANNELS_LAST
     arguments = (
         problem.out_channels, problem.in_channels, grad.plane // config.block_k,
         (problem.batch, grad.planes), x.planes, x.plane, x.lines,
         problem.kernel_size, problem.stride, problem.dilation,
-        (columns, problem.in_channels, 1) if last else (columns, 1, problem.taps),
-        dw.numel() if split else 0, config.splits,
+        implicit_gemm.weight_strides(problem, split), dw.numel() if split else 0, config.splits,
     )  # fmt: skip
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "CHAIN": chain(config)}
     tiles = -(-problem.out_channels // config.block_m) * -(-problem.in_channels // config.block_n)

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from ...problem import VECTOR_BYTES, Problem, Triple
-from ..base import MOST_COPIED
-from ..implicit_gemm.configs import CHAIN, WORKSPACE_LIMIT, GemmConfig, split_counts
+from ..base import CHAIN, MOST_COPIED, WORKSPACE_LIMIT
+from ..implicit_gemm.configs import GemmConfig, split_counts
 
 _ARCHITECTURES = ("sm_90", "sm_100", "interpreter")  # elsewhere descriptors become pointers
 _COORDINATES = 2**31  # of a descriptor

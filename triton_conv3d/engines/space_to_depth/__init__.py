@@ -193,7 +193,7 @@ def _blocked(problem: Problem, pixels: int, taps_h: int) -> Blocked:
         layouts=(VIEW, CHANNELS_LAST, CHANNELS_LAST) if forward else (CHANNELS_LAST, CHANNELS_LAST, VIEW),
         alignment=VECTOR_BYTES if problem.pass_ == "forward" else math.gcd(VECTOR_BYTES, wide * item),
     )
-    largest = max(map(math.prod, (values.input_shape, values.weight_shape, values.output_shape)))
+    largest = max(map(math.prod, values.shapes))
     inner = values.replace(index64=problem.index64 or largest * item > INT32_BYTES)
     return Blocked(
         problem=Float32Sums(*inner._values()) if problem.pass_ == "wgrad" else inner,

@@ -36,20 +36,10 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...problem import (
-    CHANNELS_LAST,
-    CONTIGUOUS,
-    NO_ACTIVATION,
-    STRIDED,
-    VECTOR_BYTES,
-    VIEW,
-    Operands,
-    Problem,
-    live_depth,
-)
+from ...problem import NO_ACTIVATION, VECTOR_BYTES, Operands, Problem, live_depth
 from ..base import (
+    CHAIN,
     NO_EPILOGUE,
-    READ,
     Memory,
     Order,
     Work,
@@ -58,10 +48,10 @@ from ..base import (
     residual_and_slope,
     upcast,
 )
-from ..implicit_gemm import channels_last, dense, pixel_strides, reduce, unit
-from ..implicit_gemm.configs import CHAIN
+from ..implicit_gemm import channels_last, copied_bytes, dense, pixel_strides, reduce, unit, weight_strides
+from ..implicit_gemm.configs import workspace_bytes
 from ..launching import launch_kernel
-from .configs import BrickConfig, configs, extent, is_flat, left_is_shared, produced, reduced, workspace_bytes
+from .configs import BrickConfig, configs, extent, is_flat, left_is_shared, produced, reduced
 from .geometry import MOST_VIEWS, View, Views, counts, views, views_along
 from .kernels import gather_bricks, wgrad_bricks
 
@@ -98,15 +88,7 @@ def supports(problem: Problem) -> str | None:
 
 
 def memory(problem: Problem, config: BrickConfig) -> Memory:
-    return Memory(workspace_bytes(problem, config), _copied_bytes(problem))
-
-
-@functools.lru_cache(maxsize=4096)
-def _copied_bytes(problem: Problem) -> int:
-    shapes = (problem.input_shape, problem.weight_shape, problem.output_shape)
-    copied = {0: (CONTIGUOUS, STRIDED), 1: (CONTIGUOUS, STRIDED, VIEW), 2: (CONTIGUOUS, STRIDED)}
-    copies = [shapes[i] for i in READ[problem.pass_] if problem.layouts[i] in copied[i]]
-    return problem.itemsize * sum(map(math.prod, copies))
+    return Memory(workspace_bytes(problem, config), copied_bytes(problem, walks_views=True))
 
 
 def work(problem: Problem, config: BrickConfig) -> Work:
@@ -256,11 +238,10 @@ def _wgrad_launch(
     problem: Problem, config: BrickConfig, view: View, read: Views
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, arguments behind the descriptors, options) of the taps of one view."""
-    split, columns = config.splits > 1, problem.taps * problem.group_in
-    last = split or problem.result_layout == CHANNELS_LAST
+    split = config.splits > 1
     arguments = (
         view.taps, view.first, view.start, read.scale, read.step, read.tap_step, problem.kernel_size,
-        counts(problem, config.brick), (columns, problem.group_in, 1) if last else (columns, 1, problem.taps),
+        counts(problem, config.brick), weight_strides(problem, split),
         math.prod(problem.weight_shape) if split else 0, problem.group_in, problem.group_out, config.splits,
     )  # fmt: skip
     options = dict(

@@ -12,7 +12,6 @@ from ..implicit_gemm.configs import gelu_spills, split_counts, walks_less
 from .geometry import Brick, best_first, bricks, counts, covered, flat, pixels
 
 _ROWS = 64  # of one matrix instruction, of the left operand
-SHARED_BYTES = 232_448  # of one block on sm_90 and sm_100, from NVIDIA's documentation
 _WASTE = 1.25  # times the pixels of the best brick, that a row may cover
 
 
@@ -175,10 +174,6 @@ def is_flat(problem: Problem, config: BrickConfig) -> bool:
     """Whether wgrad reads the gradient as a matrix: on sm_90 only that, or a row, reaches a product's left side from
     shared memory."""
     return _is_matrix(problem, config.brick)
-
-
-def workspace_bytes(problem: Problem, config: BrickConfig) -> int:
-    return 4 * config.splits * problem.result_elements if config.splits > 1 else 0
 
 
 def extent(problem: Problem, config: BrickConfig) -> tuple[int, int]:

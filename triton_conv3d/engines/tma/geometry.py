@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ...problem import Problem, Triple, live_depth
+from ..base import dgrad_steps
 
 Brick = tuple[int, int, int, int]  # pixels along n, d, h, w: powers of two
 MOST_VIEWS = 8  # descriptors that a kernel takes: stride 2 in all dimensions
@@ -71,13 +72,11 @@ def views_along(problem: Problem, brick: Brick) -> Triple:
 @functools.lru_cache(maxsize=4096)
 def views(problem: Problem, brick: Brick) -> Views:
     """What forward and wgrad read of the input, and dgrad of the gradient (there the kernel finds the taps itself)."""
-    stride, dilation = problem.stride, problem.dilation
-    if problem.pass_ == "dgrad":  # position i reads grad at (i + pad - t * dilation) / stride, for the taps that divide
-        common = tuple(map(math.gcd, stride, dilation))
-        step, tap_step = (tuple(a // c for a, c in zip(by, common, strict=True)) for by in (dilation, stride))
+    if problem.pass_ == "dgrad":
+        step, tap_step = dgrad_steps(problem.stride, problem.dilation)
         low, ones = problem.padding[::2], (1, 1, 1)
         whole = View((0, 0, 0), problem.output_size, problem.kernel_size, (0, 0, 0), low)
-        return Views((whole,), ones, ones, tuple(-s for s in step), tap_step)
+        return Views((whole,), ones, ones, step, tap_step)
     common, found = zip(*_axes(problem, brick), strict=True)
     each = [View(*zip(*axis_views, strict=True)) for axis_views in itertools.product(*found)]
     return Views(tuple(each), *zip(*common, strict=True))

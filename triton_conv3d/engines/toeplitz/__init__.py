@@ -93,7 +93,7 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.groups != problem.in_channels or problem.groups != problem.out_channels:
         return f"{problem.in_channels} -> {problem.out_channels} channels in {problem.groups} groups: it takes one to one"
-    if problem.dtype == "float32" and problem.precision == "ieee":
+    if not problem.on_tensor_cores:
         return "float32 as ieee: no product of tensor cores"
     if problem.taps < _LEAST_TAPS:
         return f"{problem.taps} taps: fewer than {_LEAST_TAPS}, which engine depthwise computes while it loads"
