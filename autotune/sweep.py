@@ -12,12 +12,11 @@ from typing import Protocol
 
 from triton_conv3d.problem import Problem
 from triton_conv3d.tuning import search
-from triton_conv3d.tuning.search import OWN, Candidate, Ranked
+from triton_conv3d.tuning.search import OWN, REPETITIONS, Candidate, Ranked
 from triton_conv3d.tuning.storage import canonical
 
 from .records import FAILED, WRONG, Record, Writer
 
-REPETITIONS = 7  # of each measurement of an exhaustive sweep, as many as tuning takes of its finalists
 COMPILE_SECONDS = 1.0  # of one candidate, as seen for sm_90: 0.2 to 1.5 s
 HANGING_SECONDS = 120.0  # of measuring one candidate, after which it is taken never to end; usual ones take less than one
 _TOGETHER = 16  # candidates that are compiled before any of them is measured: little is lost where a sweep is ended

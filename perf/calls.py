@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
+from triton_conv3d.functional import transposed_shape
+
 from .tensors import Tensors
 from .workloads import Case
 
@@ -49,13 +51,9 @@ def arguments(case: Case) -> tuple:
 def output_padding(case: Case) -> tuple[int, ...]:
     """What the output of a transposed convolution has beyond the smallest one that its input could come from."""
     layer = case.workload.layer
-    return tuple(
-        size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
-        for size, out, stride, padding, dilation, kernel in zip(
-            layer.input_size, layer.output_shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size,
-            strict=True,
-        )
-    )  # fmt: skip
+    geometry = (layer.stride, layer.padding_both, layer.dilation, layer.groups, (0, 0, 0))
+    smallest = transposed_shape(layer.output_shape, layer.weight_shape, *geometry)[2:]
+    return tuple(size - least for size, least in zip(layer.input_size, smallest, strict=True))
 
 
 def as_module(case: Case, tensors: Tensors, layout: str, of: ModuleType = torch.nn) -> torch.nn.Module:

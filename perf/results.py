@@ -15,11 +15,12 @@ import dataclasses
 import fcntl
 import io
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+
+from triton_conv3d.tuning.table import path_for
 
 SCHEMA = 1
 RESULTS = Path(__file__).with_name("results")
@@ -61,7 +62,7 @@ class Row:
         time_us: median. low_us, high_us: quantiles 0.2 and 0.8. samples: how many.
         host_us: the host's time for one call, the device not waited for.
         peak_bytes: memory allocated on the device at most, operands included.
-        error: RMS error against float64, relative to the RMS of the magnitude (``triton_conv3d.reference.Errors``).
+        error: RMS error against float64, relative to the RMS of the magnitude (:func:`triton_conv3d.reference.magnitude`).
         flops, min_bytes: of the case: what has to be computed and moved.
         tflops, gbps: those, divided by the median.
         matmul_tflops, copy_gbps: ceilings measured in the same run: a large matrix product in this dtype, a large copy.
@@ -114,7 +115,7 @@ def columns(kind: type) -> tuple[str, ...]:
 
 def folder(gpu: str) -> Path:
     """Where the results of a GPU stand: ``NVIDIA H200`` in ``perf/results/nvidia-h200``."""
-    return RESULTS / (re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-") or "unknown")
+    return path_for(RESULTS, gpu).with_suffix("")
 
 
 def now() -> str:

@@ -17,14 +17,15 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from triton_conv3d.tuning.measure import FLUSH_BYTES
+
 SAMPLES = 30  # of each contestant
 LEAST = 5  # samples, though they take longer than SECONDS
 SECONDS = 0.4  # of device time that a contestant may take, over all of its samples
 LONG = 10.0  # seconds after which it has to do with the samples it has
-_FLUSH_BYTES = 256 * 2**20  # more than any L2 cache, MI300X's 256 MiB of last-level cache included
 _CYCLES = 2e9  # a second, at most, of the clocks of the GPUs in use
 _LONGEST_WAIT = 0.02  # seconds; a call that takes the host longer waits for the device itself
-POLICY = f"device events, host ahead, {_FLUSH_BYTES >> 20} MiB through L2, median of {LEAST}-{SAMPLES} calls in turns"
+POLICY = f"device events, host ahead, {FLUSH_BYTES >> 20} MiB through L2, median of {LEAST}-{SAMPLES} calls in turns"
 
 
 def policy(mode: str) -> str:
@@ -55,7 +56,7 @@ class DeviceTimer:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def time(self, function: Callable[[], object], ahead: float = 0.0) -> Sample:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -255,7 +255,7 @@ def test_errors_are_not_above_the_peers(pass_: str) -> None:
     aten = engines.get("aten")
     ours = ENGINE.launch(problem, operands, smallest(problem))
     peer = aten.launch(problem, operands, aten.configs(problem)[0])
-    tolerances.check_peer(reference.errors(ours, expected, scale), reference.errors(peer, expected, scale))
+    tolerances.check_peer(tolerances.errors(ours, expected, scale), tolerances.errors(peer, expected, scale))
 
 
 # ---------------------------------------------------------------------------------------------- memory safety

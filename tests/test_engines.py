@@ -260,7 +260,7 @@ def test_errors_are_not_above_the_peers(dtype: str, pass_: str) -> None:
         # The last config is one for GPUs: the interpreter's own tile sums as the CPU's matrix product happens to.
         result = engine.launch(problem, operands, engine.configs(problem)[-1])
         measured.append(
-            reference.errors(result, reference.compute(problem, operands), reference.magnitude(problem, operands))
+            tolerances.errors(result, reference.compute(problem, operands), reference.magnitude(problem, operands))
         )
     assert measured[0].rms > 0
     tolerances.check_peer(*measured)

@@ -421,7 +421,7 @@ def test_the_host_is_ahead_of_the_device_when_a_launch_is_timed(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("wait" if cycles >= 4e5 else "too short"))
-    monkeypatch.setattr(measure, "_FLUSH_BYTES", 1)
+    monkeypatch.setattr(measure, "FLUSH_BYTES", 1)
     assert measure.EventTimer(torch.device("cpu")).time(lambda: log.append("launch")) == 2e-3
     assert log == ["wait", "record", "launch", "record", "synchronize"]
 

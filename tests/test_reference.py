@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import tolerances
 import torch
 import torch.nn.functional as F
 from cases import Case, make
@@ -90,27 +91,27 @@ def test_reduction_counts_products() -> None:
 def test_errors_measures() -> None:
     expected = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
     scale = torch.tensor([2.0, 4.0, 1.0], dtype=torch.float64)
-    measured = reference.errors(torch.tensor([1.5, -2.0, 0.0]), expected, scale)
+    measured = tolerances.errors(torch.tensor([1.5, -2.0, 0.0]), expected, scale)
     assert measured.max == 0.25
     assert measured.rms == pytest.approx(0.5 / math.sqrt(21))
     assert measured.bias == 0.25
-    assert reference.errors(expected, expected, scale) == reference.Errors(0.0, 0.0, 0.0)
+    assert tolerances.errors(expected, expected, scale) == tolerances.Errors(0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_errors_of_what_is_not_finite(value: float) -> None:
     one = torch.ones(2, dtype=torch.float64)
-    assert reference.errors(torch.tensor([1.0, value]), one, one).max == math.inf
+    assert tolerances.errors(torch.tensor([1.0, value]), one, one).max == math.inf
 
 
 def test_errors_where_the_result_must_be_zero() -> None:
     zero = torch.zeros(2, dtype=torch.float64)
-    assert reference.errors(torch.tensor([0.0, 1e-30]), zero, zero).max == math.inf
-    assert reference.errors(torch.zeros(2), zero, zero).max == 0
+    assert tolerances.errors(torch.tensor([0.0, 1e-30]), zero, zero).max == math.inf
+    assert tolerances.errors(torch.zeros(2), zero, zero).max == 0
 
 
 def test_errors_of_nothing_and_of_other_shapes() -> None:
     nothing = torch.empty(0, dtype=torch.float64)
-    assert reference.errors(nothing, nothing, nothing) == reference.Errors(0.0, 0.0, 0.0)
+    assert tolerances.errors(nothing, nothing, nothing) == tolerances.Errors(0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match=r"result \(3,\), expected \(2,\)"):
-        reference.errors(torch.ones(3), torch.ones(2), torch.ones(2))
+        tolerances.errors(torch.ones(3), torch.ones(2), torch.ones(2))

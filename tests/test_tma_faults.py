@@ -45,14 +45,14 @@ FAULTS = {
     "forward_padding_of_views": ("geometry.py", "divmod(first * dilation - pad, stride)", "divmod(first * dilation, stride)"),
     "forward_dilation_of_views": ("geometry.py", "(stride, 1, dilation // common, tap_step)", "(stride, 1, dilation, tap_step)"),
     "forward_padding_at_the_end": ("geometry.py", "    low = problem.padding[::2]", "    low = problem.padding[1::2]"),
-    "dgrad_taps_not_flipped": ("geometry.py", "tuple(-s for s in step)", "step"),
+    "dgrad_taps_not_flipped": ("geometry.py", "ones, ones, step, tap_step)", "ones, ones, tuple(-s for s in step), tap_step)"),
     # launches
     "forward_offset_of_views": ("__init__.py", " if any(view.offset) else tensor", " if False else tensor"),
     "forward_strides_of_views": ("__init__.py", "h * step[1]", "h"),
     "forward_copy_forgotten": ("__init__.py", "w = dense(operands.weight)", "w = operands.weight"),
     "forward_partial_sums_in_half": ("__init__.py", "dtype=torch.float32) if split", "dtype=torch.float16) if split"),
     "wgrad_skipped_taps_not_zeroed": ("__init__.py", "target.zero_()", "pass"),
-    "wgrad_layout_of_result": ("__init__.py", "if last else (columns, 1, problem.taps)", "if True else (columns, 1, problem.taps)"),
+    "wgrad_layout_of_result": ("__init__.py", "weight_strides(problem, split)", "weight_strides(problem, True)"),
     "forward_alignment_not_asked": ("__init__.py", "if problem.alignment % VECTOR_BYTES:", "if False:"),
     "dgrad_blocks_across_groups": ("configs.py", "whole = divides or (", "whole = True or ("),
 }  # fmt: skip

@@ -47,9 +47,6 @@ conv3d_fused = torch.ops.triton_conv3d.conv3d_fused.default
 conv3d_dgrad = torch.ops.triton_conv3d.conv3d_dgrad.default
 conv3d_wgrad = torch.ops.triton_conv3d.conv3d_wgrad.default
 
-_channels_last_3d = torch.channels_last_3d
-
-
 # The memory format of results: torch's own rule, channels_last_3d as soon as one of input and weight suggests it.
 
 
@@ -144,7 +141,7 @@ def _check_fused(input, shape, activation: str, residual: torch.Tensor | None) -
 
 
 def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
-    memory_format = _channels_last_3d if channels_last else torch.contiguous_format
+    memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
@@ -272,10 +269,6 @@ def _will_run(node) -> bool:
         return True
 
 
-def _sum_bias(grad):
-    return grad.sum((0, 2, 3, 4))
-
-
 def _setup_forward(ctx, inputs, output):
     input, weight, bias, *ctx.geometry = inputs
     ctx.save_for_backward(input, weight)
@@ -294,7 +287,7 @@ def _gradients(ctx, grad, input, weight):
         return (
             conv3d_dgrad(grad, weight, input.shape, *geometry) if of_input else None,
             conv3d_wgrad(grad, input, weight.shape, *geometry) if of_weight else None,
-            _sum_bias(grad) if ctx.needs_input_grad[3] else None,
+            grad.sum((0, 2, 3, 4)) if ctx.needs_input_grad[3] else None,
         )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -128,41 +127,3 @@ def _wgrad(problem: Problem, operands: Operands) -> torch.Tensor:
     for tap, window in _windows(problem, input):
         weight[(..., *tap)] = torch.einsum("ngkdhw,ngcdhw->gkc", grad, window)
     return weight.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Errors:
-    """
-    max: largest error, each element's divided by its magnitude; ``inf`` if an element that must be 0 is not.
-    rms: root of the mean squared error, divided by the root of the mean squared magnitude.
-    bias: mean of the signed relative error, over the elements that are not 0: drift, on same-sign data.
-    """
-
-    max: float
-    rms: float
-    bias: float
-
-
-def errors(result: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor) -> Errors:
-    """How far ``result`` is from ``expected``; NaN or infinity in ``result`` gives ``inf``.
-
-    Args:
-        result: what an engine computed, any dtype.
-        expected: of :func:`compute`. magnitude: of :func:`magnitude`. All three of one shape.
-    """
-    if result.shape != expected.shape or expected.shape != magnitude.shape:
-        raise ValueError(
-            f"shapes differ: result {tuple(result.shape)}, expected {tuple(expected.shape)}, "
-            f"magnitude {tuple(magnitude.shape)}"
-        )
-    if result.numel() == 0:
-        return Errors(0.0, 0.0, 0.0)
-    error = result.detach().to(torch.float64) - expected
-    if not bool(error.isfinite().all()):
-        return Errors(math.inf, math.inf, math.inf)
-    relative = torch.where(error == 0, 0.0, error.abs() / magnitude)
-    scale = magnitude.square().mean().sqrt().item()
-    rms = error.square().mean().sqrt().item()
-    nonzero = expected != 0
-    bias = (error[nonzero] / expected[nonzero].abs()).mean().item() if bool(nonzero.any()) else 0.0
-    return Errors(relative.max().item(), rms / scale if scale else (math.inf if rms else 0.0), bias)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from triton_conv3d.functional import transposed_shape
 from triton_conv3d.problem import CHANNELS_LAST, PASSES, Problem
 from triton_conv3d.workload import DTYPES, LAYOUTS, PRECISIONS, Layer, layer
 
@@ -110,13 +111,11 @@ def _workload(entry: dict) -> Workload:
 
 def _adjoint(entry: dict) -> dict:
     """The convolution whose input gradient a transposed one computes (torch.nn.ConvTranspose3d, output size)."""
-    size = [
-        (entry[name] - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra + 1
-        for name, stride, padding, dilation, kernel, extra in zip(
-            "DHW", *(entry[f] for f in ("stride", "padding", "dilation", "kernel", "output_padding")), strict=True
-        )
-    ]
-    return {**entry, "C": entry["K"], "K": entry["C"], **dict(zip("DHW", size, strict=True)), "bias": False}
+    shape, kernel = (entry[size] for size in "NCDHW"), (entry["C"], entry["K"] // entry["groups"], *entry["kernel"])
+    ends = [end for padding in entry["padding"] for end in (padding, padding)]
+    geometry = (entry["stride"], ends, entry["dilation"], entry["groups"], entry["output_padding"])
+    sizes = dict(zip("NCDHW", transposed_shape(tuple(shape), kernel, *geometry), strict=True))
+    return {**entry, **sizes, "K": entry["C"], "bias": False}
 
 
 @functools.cache

@@ -66,8 +66,6 @@ class Blocked:
     """
 
     problem: Problem
-    front: Triple
-    before: Triple
     covered: Triple
 
 
@@ -95,7 +93,7 @@ def blocked(problem: Problem) -> Blocked:
         alignment=math.gcd(vectors, wide * item),
     )
     large = math.prod(inner.input_shape) * item > INT32_BYTES
-    return Blocked(inner.replace(index64=problem.index64 or large), of.front, of.before, tuple(covered))
+    return Blocked(inner.replace(index64=problem.index64 or large), tuple(covered))
 
 
 def configs(problem: Problem) -> tuple[ThroughConfig, ...]:
@@ -108,7 +106,7 @@ def _moved(problem: Problem) -> Moved:
     weight, blocks, result = (
         item * math.prod(shape) for shape in (of.problem.weight_shape, of.problem.input_shape, problem.result_shape)
     )
-    cut, filled = not _fits(problem), any(of.front)
+    cut, filled = not _fits(problem), any(blocks_of(problem).front)
     copies = weight * (1 + filled) + blocks * (1 + cut)
     moved = weight * (2 + 2 * filled) + blocks + (blocks + 2 * result if cut else result)
     return Moved(copies, moved, 2 + 2 * filled + cut + (of.covered != problem.input_size))
@@ -117,7 +115,7 @@ def _moved(problem: Problem) -> Moved:
 def _fits(problem: Problem) -> bool:
     """Whether blocks have all positions of the result and no others."""
     blocks = zip(blocked(problem).problem.input_size, problem.stride, problem.input_size, strict=True)
-    return not any(blocked(problem).before) and all(count * stride == size for count, stride, size in blocks)
+    return not any(blocks_of(problem).before) and all(count * stride == size for count, stride, size in blocks)
 
 
 def memory(problem: Problem, config: ThroughConfig) -> Memory:
@@ -140,10 +138,10 @@ def launch(problem: Problem, operands: Operands, config: ThroughConfig) -> torch
 
 def _by_class(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
     """(K, classes x C, taps / stride), channels last, of a weight (K, C, taps)."""
-    of, (k, c, *kernel) = blocked(problem), weight.shape
-    if any(of.front):
-        filled = weight.new_zeros(k, c, *(front + taps for front, taps in zip(of.front, kernel, strict=True)))
-        filled[(..., *(slice(front, None) for front in of.front))] = weight
+    of, front, (k, c, *kernel) = blocked(problem), blocks_of(problem).front, weight.shape
+    if any(front):
+        filled = weight.new_zeros(k, c, *(ahead + taps for ahead, taps in zip(front, kernel, strict=True)))
+        filled[(..., *(slice(ahead, None) for ahead in front))] = weight
         weight = filled
     taps = _split(weight, of.problem.kernel_size, problem.stride).permute(0, 2, 4, 6, 3, 5, 7, 1)
     copy = torch.empty(taps.shape, dtype=weight.dtype, device=weight.device).copy_(taps)
@@ -164,7 +162,7 @@ def _spread(problem: Problem, blocks: torch.Tensor) -> torch.Tensor:
     if whole is not result:
         if of.covered != problem.input_size:
             result.zero_()
-        ends = zip(of.before, of.covered, strict=True)
+        ends = zip(blocks_of(problem).before, of.covered, strict=True)
         result[(..., *map(slice, of.covered))] = whole[(..., *(slice(first, first + length) for first, length in ends))]
     return result
 

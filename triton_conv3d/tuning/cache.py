@@ -191,9 +191,7 @@ class PlanCache:
             data = encode(entry)
             if len(data) > MAX_BYTES:
                 raise ValueError(f"an entry of {len(data)} bytes")
-            storage.make_directory(self.directory)
-            storage.check_directory(self.directory)
-            storage.write(self.directory / file_name(entry.problem, entry.environment), data)
+            storage.keep(self.directory / file_name(entry.problem, entry.environment), data)
         except (OSError, ValueError, TypeError) as error:
             warn_once("cache-write", f"measured plans are kept in memory only, not in {self.directory}: {error}")
             return False

@@ -31,7 +31,7 @@ QUICK_SECONDS = 1.0  # on top of compiling: a network of 50 different layers, th
 FULL_SECONDS = 60.0  # a bound for enormous volumes; of usual ones everything is measured within it
 QUICK_CANDIDATES = 12  # torch's own among them: tests/test_search.py shows what the search misses with so many
 _COMPILERS = 8  # threads
-_FLUSH_BYTES = 256 * 2**20  # more than any L2 cache, MI300X's 256 MiB of last-level cache included
+FLUSH_BYTES = 256 * 2**20  # more than any L2 cache, MI300X's 256 MiB of last-level cache included
 _AHEAD_CYCLES = 1_000_000  # half a millisecond at 2 GHz; the host takes 0.03 to 0.2 to launch a candidate
 
 _budget: float | None = None
@@ -81,7 +81,7 @@ class EventTimer:
     of it and launching is not counted."""
 
     def __init__(self, device: torch.device):
-        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def time(self, function: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -124,8 +124,7 @@ def best(
         return None
     if seconds is None:
         seconds = _budget if _budget is not None else FULL_SECONDS if mode == "full" else QUICK_SECONDS
-    rounds = 1 + sum(repetitions for _, repetitions in search.ROUNDS)
-    policy = {"mode": mode, "budget_s": float(seconds), "rounds": rounds, "flush_bytes": _FLUSH_BYTES}
+    policy = {"mode": mode, "budget_s": float(seconds), "rounds": search.REPETITIONS, "flush_bytes": FLUSH_BYTES}
     most = None if mode == "full" else QUICK_CANDIDATES
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard, torch.no_grad(), torch.autocast(device.type, enabled=False):

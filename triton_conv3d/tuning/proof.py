@@ -123,9 +123,7 @@ def _write(path: Path | None, proof: Proof) -> None:
     if path is None:
         return
     try:
-        storage.make_directory(path.parent)
-        storage.check_directory(path.parent)
-        storage.write(path, canonical({"schema": SCHEMA, **asdict(proof)}).encode())
+        storage.keep(path, canonical({"schema": SCHEMA, **asdict(proof)}).encode())
     except (OSError, ValueError) as error:
         storage.warn_once("cache-write", f"what was measured is kept in memory only, not in {path.parent}: {error}")
 

@@ -115,10 +115,8 @@ def files(directory: Path | None) -> list[Path]:
 
 def _written(path: Path, trial: Trial) -> bool:
     try:
-        storage.make_directory(path.parent)
-        storage.check_directory(path.parent)
         # What is read after the process has ended, and not the machine, need not be on the disk.
-        storage.write(path, canonical({"schema": SCHEMA, **vars(trial)}).encode(), durable=False)
+        storage.keep(path, canonical({"schema": SCHEMA, **vars(trial)}).encode(), durable=False)
     except (OSError, ValueError, TypeError):
         return False
     return True

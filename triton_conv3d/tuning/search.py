@@ -29,6 +29,7 @@ _BATCH = 2  # candidates that are compiled together from then on
 _EXPLORING = 0.75  # of the time, for looking at candidates; the rest is for telling the fastest apart
 # (times the fastest, beyond which a candidate leaves; repetitions of those that stay), one round each.
 ROUNDS = ((2.0, 1), (1.25, 2), (1.05, 3))
+REPETITIONS = 1 + sum(repetitions for _, repetitions in ROUNDS)  # of the last ones that stay
 
 # Standard deviations of log(measured / predicted): of what all engines have in common, of an engine, of a config, of
 # one measurement; and the distance in knobs at which configs share 1 / e of theirs. Guesses until sweeps tell more.

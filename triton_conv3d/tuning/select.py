@@ -21,9 +21,9 @@ from .cache import Entry, PlanCache
 from .environment import environment, source_hash
 from .faults import blamed, is_illegal_access, is_out_of_memory, is_out_of_resources
 from .plan import Plan, offered
+from .search import OWN
 from .table import lookup
 
-_ATEN = "aten"
 _TENSORS = (torch.Tensor, torch.nn.Parameter)  # a fake or otherwise special tensor is of a class of its own
 _memory: tuple[dict[Problem, Plan], dict[Problem, Plan]] = ({}, {})  # [1]: where deterministic algorithms are demanded
 _dropped: set[tuple] = set()  # what cannot be launched here, see _specialisation
@@ -95,7 +95,7 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor:
                     raise
                 plan = leaner
                 continue
-            if plan.engine == _ATEN or not is_out_of_resources(error):
+            if plan.engine == OWN or not is_out_of_resources(error):
                 raise
             plan = _replace(problem, plan, error)
 
@@ -107,7 +107,7 @@ def _leaner(problem: Problem, plan: Plan) -> Plan | None:
         memory = engine.memory(problem, config)
         return memory.workspace + memory.copies
 
-    allowed = [item for item in ranking(problem) if item[1].NAME != _ATEN or not settings.current().strict]
+    allowed = [item for item in ranking(problem) if item[1].NAME != OWN or not settings.current().strict]
     _, engine, config = min(allowed, key=lambda item: needed(*item[1:]), default=(0.0, None, None))
     if engine is None or needed(engine, config) >= needed(engines.available()[plan.engine], plan.config):
         return None
@@ -138,7 +138,7 @@ def _specialisation(problem: Problem, engine: str, config: Config) -> tuple:
 def _choose(problem: Problem, operands: Operands | None) -> tuple[Plan, bool]:
     """A plan, and whether it holds from now on: not where tuning was only put off."""
     if problem.empty:  # nothing to launch: torch's own makes the result
-        return Plan(_ATEN, _plain_aten(problem), "ranking"), True
+        return Plan(OWN, _plain_aten(problem), "ranking"), True
     quiet = _quiet()
     if not quiet and problem.device != "cpu":
         names, here = _environment(problem)
@@ -173,7 +173,7 @@ def _ranked_plan(problem: Problem) -> Plan:
         if ranked:
             return Plan(ranked[0][1].NAME, ranked[0][2], "forced")
         message = f"engine {current.engine!r} cannot compute {problem}: {refusals(problem)[current.engine]}"
-    elif current.strict and all(engine.NAME == _ATEN for _, engine, _ in ranked):
+    elif current.strict and all(engine.NAME == OWN for _, engine, _ in ranked):
         message = f"no engine but torch's own can compute {problem}"
     else:
         return Plan(ranked[0][1].NAME, ranked[0][2], "ranking")
@@ -181,11 +181,11 @@ def _ranked_plan(problem: Problem) -> Plan:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals(problem).items())
         raise RuntimeError(f"{message}. strict=True forbids torch's own. {reasons}")
     warnings.warn(f"{message}; torch's own convolution is used", RuntimeWarning, stacklevel=4)
-    return Plan(_ATEN, _plain_aten(problem), "fallback")
+    return Plan(OWN, _plain_aten(problem), "fallback")
 
 
 def _plain_aten(problem: Problem) -> Config:
-    return engines.get(_ATEN).configs(problem)[-1]
+    return engines.get(OWN).configs(problem)[-1]
 
 
 def refusals(problem: Problem) -> dict[str, str]:
@@ -262,7 +262,7 @@ def ranking(problem: Problem, measuring: bool = False) -> list[tuple[float, Modu
             candidates += [(engine, config) for config in usable if _searches(config) == searching]
     ranked = cost_model.rank(problem, candidates)
     if problem.arch == "interpreter":  # asked for the kernels: torch's own convolution only where they cannot
-        ranked.sort(key=lambda item: item[1].NAME == _ATEN)
+        ranked.sort(key=lambda item: item[1].NAME == OWN)
     return ranked
 
 

@@ -181,6 +181,13 @@ def write(path: Path, data: bytes, durable: bool = True) -> None:
         raise
 
 
+def keep(path: Path, data: bytes, durable: bool = True) -> None:
+    """:func:`write`, in a directory that is made for it, and is this user's alone. Raises OSError."""
+    make_directory(path.parent)
+    check_directory(path.parent)
+    write(path, data, durable)
+
+
 def discard(path: str | os.PathLike) -> bool:
     """Remove a file if that is possible."""
     try:

@@ -173,10 +173,6 @@ def in_units(values: Iterable[int], unit: int) -> tuple[int, ...]:
     return tuple(value // unit for value in values)
 
 
-def _options(config: GemmConfig) -> dict:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
-
-
 def _constants(problem: Problem, config: GemmConfig) -> dict:
     return {
         "INDEX": tl.int64 if problem.index64 else tl.int32,
@@ -186,6 +182,8 @@ def _constants(problem: Problem, config: GemmConfig) -> dict:
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": GROUP_M,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
 
 
@@ -256,7 +254,6 @@ def _gather_launch(
         FLAT=problem.taps < 32,
         BITS=tl.int32 if min(problem.taps, sum(problem.kernel_size)) < 32 else tl.int64,
         **_constants(problem, config),
-        **_options(config),
     )
     return (tiles_m * tiles_n * -(-problem.groups // together) * config.splits, classes), arguments, options
 
@@ -298,7 +295,7 @@ def _wgrad_launch(
         together * reduced // x_unit, together * produced // g_unit, g_shape[1] // g_unit,
         (x_shape[1] // x_unit, reduced, produced) if together > 1 else None, config.splits, tiles_m,
     )  # fmt: skip
-    options = dict(X_UNIT=x_unit, G_UNIT=g_unit, CHAIN=CHAIN, **_constants(problem, config), **_options(config))
+    options = dict(X_UNIT=x_unit, G_UNIT=g_unit, CHAIN=CHAIN, **_constants(problem, config))
     return (tiles_m * tiles_n * -(-problem.groups // together) * config.splits, 1), arguments, options
 
 
