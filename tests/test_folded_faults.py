@@ -29,7 +29,7 @@ FAULTS = {
     "group_of_weight": (KERNELS, "w_filters = group.to(INDEX) * w_strides[5]", "w_filters = group.to(INDEX) * 0"),
     "group_of_bias": (KERNELS, "bias_ptr + group * produced + q", "bias_ptr + q"),
     "padding_at_the_end": (HOST, "copies = problem.padding[::2]", "copies = problem.padding[1::2]"),
-    "dgrad_forward": (HOST, "step, _ = dgrad_steps(problem.stride, problem.dilation)", "step, _ = dgrad_steps(problem.stride, problem.dilation); step = tuple(-s for s in step)"),
+    "dgrad_forward": (HOST, "step, _ = dgrad_steps", "_, step = dgrad_steps"),
     "dgrad_class_order": (KERNELS, "index_d, index_h, index_w = class_at(", "index_d, index_w, index_h = class_at("),
     "dgrad_taps_of_a_class": (KERNELS, "in_r = in_r & (td < taps_d) & (th < taps_h) & (tw < taps_w)", "in_r = in_r"),
     "dgrad_first_tap": (KERNELS, "tw = tap_w + tw * tap_step[2]", "tw = tw * tap_step[2]"),
