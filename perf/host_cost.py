@@ -8,15 +8,16 @@ engine's arithmetic and the result's allocation.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-from triton_conv3d import Conv3d
+from triton_conv3d import Conv3d, settings
 from triton_conv3d.compile_backend import backend
 from triton_conv3d.engines import launching
 from triton_conv3d.ops import problems
@@ -41,7 +42,7 @@ def costs(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
     problem = problems(x, layer.weight, layer.bias, *_GEOMETRY)[0]
     inner = torch.nn.Conv3d(32, 32, 3, padding=1, device="meta", dtype=torch.float16).to(**_LAST)
     y = x.to("meta")
-    with launching.replaced(lambda *launch: None), torch.no_grad():
+    with _nothing_launched(), torch.no_grad():
         layer(x)  # chooses the plan
         found = {
             "select": measure(lambda: select(problem), calls, rounds),
@@ -50,12 +51,19 @@ def costs(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
             ),
             "module forward": measure(lambda: layer(x), calls, rounds),
         }
-    with launching.replaced(lambda *launch: None):
+    with _nothing_launched():
         x.requires_grad_()
         found["module forward, recorded for backward"] = measure(lambda: layer(x), calls, rounds)
     with torch.no_grad():
         found["torch's module on the meta device"] = measure(lambda: inner(y), calls, rounds)
     return found
+
+
+@contextlib.contextmanager
+def _nothing_launched() -> Iterator[None]:
+    """Nor is anything tuned, by times and results of what did not run."""
+    with settings.configure(autotune="off", engine="implicit_gemm"), launching.replaced(lambda *launch: None):
+        yield
 
 
 def _input() -> torch.Tensor:
@@ -83,7 +91,7 @@ def in_graphs(calls: int = _CALLS // 10, rounds: int = 3 * _ROUNDS) -> dict[str,
         compiled = torch.compile(row, backend=backend, options={"inner": inner}, dynamic=False)
         functions["op in a row", length] = call_ops
         functions[f"op in a graph, {inner}", length] = lambda compiled=compiled: compiled(x)
-    with launching.replaced(lambda *launch: None), torch.no_grad():
+    with _nothing_launched(), torch.no_grad():
         for function in functions.values():
             function()
         turns = [{key: measure(f, calls, 1) for key, f in functions.items()} for _ in range(rounds)]

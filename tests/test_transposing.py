@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import DEVICE, Case, run
+from cases import DEVICE, Case, judge, make, run
 
 pytest.importorskip("triton")
 import triton.language as tl
@@ -157,15 +157,15 @@ LAYERS = {  # of contiguous tensors, and how often backward copies what both of 
 }
 
 
-@pytest.mark.parametrize("function, size, of_input, of_weight, expected", LAYERS.values(), ids=LAYERS)
-def test_two_passes_share_a_copy(function, size, of_input, of_weight, expected, monkeypatch):
+@pytest.mark.parametrize("function, size, of_input, of_weight, count", LAYERS.values(), ids=LAYERS)
+def test_two_passes_share_a_copy(function, size, of_input, of_weight, count, monkeypatch):
     """Of the gradient that both read, for as long as backward takes."""
     torch.manual_seed(0)
     x, weight = torch.randn(2, 16, *size, device=DEVICE), torch.randn(16, 16, 3, 3, 3, device=DEVICE)
     bias = torch.randn(16, device=DEVICE, requires_grad=True)
     x.requires_grad_(of_input), weight.requires_grad_(of_weight)
     inputs = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
-    with configure(engine="implicit_gemm"):
+    with configure(engine="implicit_gemm", fp32="ieee"):
         y = function(x, weight, bias, padding=1)
         grad, copies = torch.randn_like(y), []
         move = transposing.transposed
@@ -176,10 +176,12 @@ def test_two_passes_share_a_copy(function, size, of_input, of_weight, expected, 
 
         monkeypatch.setattr(transposing, "transposed", noted)
         gradients = torch.autograd.grad(y, inputs, grad)
-    assert copies.count(True) == expected
-    assert base._shared.tensor is None and not base._shared.copies
-    reference = getattr(torch.nn.functional, function.__name__)(x, weight, bias, padding=1)
-    for ours, torchs in zip(gradients, torch.autograd.grad(reference, inputs, grad), strict=True):
+    assert copies.count(True) == count
+    assert base._shared.tensor is None
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        reference = getattr(torch.nn.functional, function.__name__)(x, weight, bias, padding=1)
+        expected = torch.autograd.grad(reference, inputs, grad)
+    for ours, torchs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-3)
 
 
@@ -197,3 +199,28 @@ def test_the_last_resort_needs_no_kernel(copied):
     """torch's own convolution on a CPU is contiguous, whatever it is asked for."""
     run(Case("forward", 2, 16, 8, (3, 4, 6), padding=(1,) * 6), aten, aten.AtenConfig())
     assert copied == []
+
+
+@pytest.mark.parametrize("padding", ((1,) * 6, (0, 1, 1, 0, 2, 0)), ids=("even", "uneven"))
+@pytest.mark.parametrize("channels_last, config, shown", [
+    (True, aten.AtenConfig(), True),
+    (False, aten.AtenConfig(), False),
+    (False, aten.AtenConfig(channels_last=True), True),
+], ids=("channels_last", "contiguous", "copied"))  # fmt: skip
+def test_torchs_dgrad_on_a_gpu_follows_the_format_of_its_result(channels_last, config, shown, padding, monkeypatch):
+    """cuDNN's operands are brought into the format of the input, though it is not read."""
+    layouts = ("channels_last" if channels_last else "contiguous",) * 2
+    case = Case("dgrad", 2, 3, 5, (4, 5, 6), padding=padding, stride=(1, 2, 1), layouts=layouts, channels_last=channels_last)
+    problem, operands = make(case)
+    on_gpu, seen, backward = problem.replace(arch="sm_90"), [], torch.ops.aten.convolution_backward
+
+    def spied(grad, input, *rest):
+        seen.append(input)
+        return backward(grad, input, *rest)
+
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", spied)
+    judge(case, problem, operands, aten.launch(on_gpu, operands, config), engine="aten")
+    (input,) = seen
+    assert input.is_contiguous(memory_format=LAST) == shown and (input.stride(0) > 0) == shown
+    assert (aten.memory(on_gpu, config).workspace > 0) == shown
+    assert aten.memory(on_gpu.replace(arch="cpu"), aten.AtenConfig()).workspace == 0

@@ -64,6 +64,16 @@ class TestSelect:
         best = min(timeit.repeat(lambda: select(CPU), number=2000, repeat=5)) / 2000
         assert best < 3e-6, f"{best * 1e6:.2f} us"
 
+    def test_for_a_cpu_no_gpu_is_asked(self, monkeypatch):
+        """In a process that was forked from one with a GPU, asking it is an error."""
+
+        def refused():
+            raise RuntimeError("CUDA error: initialization error")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", refused)
+        assert select(CPU.replace(batch=77)).engine == "aten"
+
     def test_forced_engine(self):
         with configure(engine="aten"):
             assert select(CPU).source == "forced" and select(CPU).engine == "aten"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ def memory(problem: Problem, config: AtenConfig) -> Memory:
         copies = problem.batch * problem.in_channels * problem.itemsize
         for size, low, high in zip(problem.input_size, problem.padding[::2], problem.padding[1::2], strict=True):
             copies *= size + low + high
-    return Memory(copies=copies)
+    shown = problem.itemsize * math.prod(problem.input_shape) if _shows_format(problem, config) else 0
+    return Memory(shown, copies)
 
 
 def launch(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Tensor:
@@ -84,13 +86,29 @@ def _finished(problem: Problem, operands: Operands, config: AtenConfig) -> torch
 def _convolution(problem: Problem, operands: Operands, config: AtenConfig) -> torch.Tensor:
     input_size = (problem.batch, problem.in_channels, *problem.input_size)
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    result = convolution(problem.pass_, operands, input_size, problem.weight_shape, *geometry)
+    result = convolution(
+        problem.pass_, operands, input_size, problem.weight_shape, *geometry, _shows_format(problem, config)
+    )
     # The plain call is what is left where kernels fail.
     return in_format(result, problem.memory_format, by_kernels=config.channels_last)
 
 
-def convolution(pass_: str, operands: Operands, input_size, weight_size, stride, padding, dilation, groups) -> torch.Tensor:
-    """A pass as torch's own operators, in whatever memory format they return; sizes may be symbolic."""
+def _shows_format(problem: Problem, config: AtenConfig) -> bool:
+    """Whether dgrad on a GPU is to be computed channels-last."""
+    last = config.channels_last or problem.memory_format == torch.channels_last_3d
+    return last and problem.pass_ == "dgrad" and problem.arch not in ("cpu", "interpreter")
+
+
+def convolution(
+    pass_: str, operands: Operands, input_size, weight_size, stride, padding, dilation, groups, shows_format: bool = False
+) -> torch.Tensor:
+    """A pass as torch's own operators, in whatever memory format they return; sizes may be symbolic.
+
+    Args:
+        shows_format: dgrad is computed channels-last, as by the input that it does not read: of cuDNN's operands torch makes
+            the gradient follow the input's format (ATen/native/cudnn/ConvShared.cpp). Memory as large as the input is taken
+            for it, and not touched.
+    """
     input, low, high = operands.input, padding[::2], padding[1::2]
     size, symmetric = tuple(input_size[2:]), tuple(low) == tuple(high)
     padded = size
@@ -105,7 +123,11 @@ def convolution(pass_: str, operands: Operands, input_size, weight_size, stride,
     # The absent tensor gives a shape only: one element, expanded.
     grad = operands.grad
     if pass_ == "dgrad":
-        weight, input = operands.weight, grad.new_empty(1).expand(*input_size[:2], *padded)
+        weight, shape = operands.weight, (*input_size[:2], *padded)
+        if shows_format:
+            input = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last_3d)
+        else:
+            input = grad.new_empty(1).expand(shape)
         mask = (True, False, False)
     else:
         weight = grad.new_empty(1).expand(weight_size)

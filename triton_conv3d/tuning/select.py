@@ -139,7 +139,8 @@ def _choose(problem: Problem, operands: Operands | None) -> tuple[Plan, bool]:
     """A plan, and whether it holds from now on: not where tuning was only put off."""
     if problem.empty:  # nothing to launch: torch's own makes the result
         return Plan(OWN, _plain_aten(problem), "ranking"), True
-    quiet = _quiet()
+    # Where there is no GPU to ask, as in a worker that was forked from a process with one, asking it is an error.
+    quiet = torch.compiler.is_compiling() if problem.device == "cpu" else _quiet()
     if not quiet and problem.device != "cpu":
         names, here = _environment(problem)
         if here:
