@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -22,7 +23,7 @@ from perf.validation import DeviceLost, Outcome, Setting, bench, exact, large, n
 from perf.workloads import Case, Workload, cases, real
 from triton_conv3d import engines, reference
 from triton_conv3d.problem import PASSES, Operands, Problem, layout_of
-from triton_conv3d.tuning import table
+from triton_conv3d.tuning import proof, table
 from triton_conv3d.tuning.cache import PlanCache
 from triton_conv3d.tuning.environment import environment
 from triton_conv3d.tuning.plan import Plan
@@ -282,14 +283,29 @@ def test_an_illegal_access_while_tuning_ends_the_process(monkeypatch):
 
 def test_tuning_a_layer_takes_its_three_passes(where, monkeypatch):
     monkeypatch.setattr(tune.workloads, "suite", lambda name: (TINY,))
-    layers = tune.steps(where)
-    assert [step.name for step in layers] == ["tiny.layer", "table"]
+    _, layer, _ = steps = tune.steps(where)
+    assert [step.name for step in steps] == ["trial of hopper", "tiny.layer", "table"]
     stub(monkeypatch)
-    assert layers[0].run(60.0) == Outcome(OK, "", 3)
+    assert layer.run(60.0) == Outcome(OK, "", 3)
     monkeypatch.undo()
     if DEVICE.type == "cpu":  # the whole way, but for what is never measured on a CPU
         outcome = tune._tune(where, TINY, 60.0)
         assert outcome.status == UNSUPPORTED and outcome.checks == 3
+
+
+@pytest.mark.parametrize("found, expected", [
+    ((True, None), Outcome(OK, "", 1)),
+    ((True, "SIGSEGV"), Outcome(WRONG, "SIGSEGV")),
+    ((False, "no GPU"), Outcome(UNSUPPORTED, "no GPU")),
+], ids=("right", "wrong", "unknown"))  # fmt: skip
+def test_an_engine_on_trial_is_tried_before_the_layers(where, new_process, monkeypatch, found, expected):
+    tried = []
+    monkeypatch.setattr(proof, "_try", lambda *engine: tried.append(engine) or proof.Outcome(*found))
+    step = tune.steps(where)[0]
+    with contextlib.nullcontext() if expected.status != WRONG else pytest.warns(UserWarning, match="failed its trial"):
+        assert step.run(60.0) == expected
+    assert step.run(60.0) == expected and tried == [("hopper", 0)]
+    assert step.patience > proof.SECONDS + proof.SILENT and len(proof.kept(where.cache)) == found[0]
 
 
 def test_the_table_holds_what_was_measured_here(where):

@@ -7,8 +7,8 @@ import warnings
 
 import torch
 
-from triton_conv3d import settings
-from triton_conv3d.tuning import Plan, table
+from triton_conv3d import engines, settings
+from triton_conv3d.tuning import Plan, proof, table
 from triton_conv3d.tuning.cache import PlanCache
 from triton_conv3d.tuning.environment import environment
 from triton_conv3d.tuning.faults import is_illegal_access, is_out_of_memory
@@ -29,14 +29,31 @@ TABLES = "tables"  # folder of the results
 _OURS = "ours"
 _KNOWN = ("measured", "cache")  # sources of a plan that some call measured
 _SECONDS = 9.0  # three passes of a layer, compiling included; an estimate
-_TABLE = "table"
+_TABLE, _TRIAL = "table", "trial of"
+_TRIAL_SECONDS = 10.0  # to compile and run an engine on trial; an estimate. One that hangs is given up after proof.SECONDS
 
 
 def steps(setting: Setting) -> list[Step]:
     layers = [
         Step(workload.id, _SECONDS, functools.partial(_tune, setting, workload)) for workload in workloads.suite(SUITE)
     ]
-    return [*layers, Step(_TABLE, 1.0, functools.partial(_write, setting))]
+    trials = [
+        Step(f"{_TRIAL} {name}", _TRIAL_SECONDS, functools.partial(_try, setting, name), keeps=True)
+        for name, engine in engines.available().items()
+        if getattr(engine, "TRIAL", False)
+    ]
+    return [*trials, *layers, Step(_TABLE, 1.0, functools.partial(_write, setting))]
+
+
+def _try(setting: Setting, engine: str, limit: float) -> Outcome:
+    """An engine on trial, once and before any layer, of which the first would wait for it."""
+    device = setting.machine.device
+    names = environment(device)
+    proof.find_out(engine, device.index or 0, names, setting.cache)
+    found = proof.outcome(engine, names["gpu"])
+    if found.reason is None:
+        return Outcome(OK, "", 1)
+    return Outcome(WRONG if found.conclusive else UNSUPPORTED, found.reason)
 
 
 def _tune(setting: Setting, workload: Workload, limit: float) -> Outcome:
