@@ -41,7 +41,8 @@ def configs(problem: Problem) -> tuple[AtenConfig, ...]:
 
 
 def memory(problem: Problem, config: AtenConfig) -> Memory:
-    """Padding that differs at both ends is a copy of the input; what cuDNN allocates is not known beforehand."""
+    """Padding that differs at both ends is a copy of the input; what :func:`convolution` shows of it is workspace. What cuDNN
+    allocates is not known beforehand."""
     copies = 0
     if config.channels_last:
         copies = problem.min_bytes
