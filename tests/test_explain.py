@@ -83,7 +83,9 @@ def test_under_autocast(layer, cast):
     ((X, W.tolist()), TypeError, "explain: weight must be a Tensor, got list"),
     ((X, W, 1.0), TypeError, "explain: bias must be a Tensor or None, got float"),
     (("x", W), TypeError, "explain: input must be a tensor, or a module and then its input, got str"),
-], ids=("channels", "none", "list", "number", "text"))  # fmt: skip
+    ((torch.nn.Conv3d(4, 8, 3, padding=1, padding_mode="reflect"), None), TypeError, "explain: input must be .* got NoneType"),
+    ((torch.nn.ConvTranspose3d(4, 8, 3), None), TypeError, "explain: input must be .* got NoneType"),
+], ids=("channels", "none", "list", "number", "text", "layer", "transposed"))  # fmt: skip
 def test_wrong_calls_are_conv3ds(arguments, error, message):
     with pytest.raises(error, match=message):
         explain(*arguments)

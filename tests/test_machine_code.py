@@ -38,8 +38,10 @@ SETS = [
 
 
 LOOP = 120  # instructions
-if tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6):
-    LOOP += 7  # by which it orders asynchronous copies before the products: FENCE, MEMBAR, four LDS; in 3.7 one more
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+if TRITON > (3, 6):
+    LOOP += 6  # by which it orders asynchronous copies before the products: FENCE, MEMBAR, four LDS
+    LOOP += TRITON == (3, 7)
 
 
 def command(out, *arguments):

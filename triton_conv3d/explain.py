@@ -123,17 +123,19 @@ def explain(
         if pass_ is not None:
             raise ValueError(f"pass_={pass_!r} is of one convolution, and {type(input).__name__} is a model: leave it out")
         return _explain_model(input, weight if isinstance(weight, tuple) else (weight,))
-    if isinstance(input, nn.ConvTranspose3d):
-        return _explained(_of_transposed(input, weight), pass_)
+    layer = None
     if isinstance(input, nn.Module):
         layer, input = input, weight
+    if not isinstance(input, Tensor):
+        raise TypeError(f"explain: input must be a tensor, or a module and then its input, got {type(input).__name__}")
+    if isinstance(layer, nn.ConvTranspose3d):
+        return _explained(_of_transposed(layer, input), pass_)
+    if layer is not None:
         weight, bias = layer.weight, layer.bias
         stride, padding, dilation, groups = layer.stride, layer.padding, layer.dilation, layer.groups
         if layer.padding_mode != "zeros":
             sides = layer._reversed_padding_repeated_twice
             input, padding = nn.functional.pad(input, sides, mode=layer.padding_mode), 0
-    if not isinstance(input, Tensor):
-        raise TypeError(f"explain: input must be a tensor, or a module and then its input, got {type(input).__name__}")
     refuse_types("explain", weight=weight, bias=bias, residual=residual)
     if input.dim() == 4:
         input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)

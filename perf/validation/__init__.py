@@ -65,7 +65,7 @@ class Step:
     """
     name: unique in its slice. seconds: that it is estimated to take.
     run: ``run(limit)`` returns what came of it; None if ``limit`` seconds were not enough: the next call goes on.
-    keeps: what it did in part is kept, so that a later call needs less time.
+    keeps: what it did in part is kept, so that a later call needs less time; or it ends by itself, however long it takes.
     """
 
     name: str
