@@ -277,6 +277,7 @@ def main() -> int:
     parser.add_argument("--arch", choices=ARCHITECTURES, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--engine", choices=sorted({layer.engine for layer in LAYERS}), help="with --all: no other is compiled")
     parser.add_argument("--dtype", choices=[name for name, _ in TYPES], default="bfloat16", help="without --all")
+    parser.add_argument("--most", type=int, default=2, help="configs of a pass, without --all")
     kept = "write the report as JSON (with --all, of one engine or of all architectures: where it is kept)"
     parser.add_argument("--out", type=Path, help=kept)
     options = parser.parse_args()
@@ -286,7 +287,7 @@ def main() -> int:
     if out is None and options.all and (options.engine or options.arch == ARCHITECTURES):
         out = RESULTS / f"triton-{triton.__version__}.json"
     before = _written(out) if options.engine else []
-    chosen = configs if options.all else functools.partial(configs, most=2)
+    chosen = configs if options.all else functools.partial(configs, most=options.most)
     rows = []
     for arch in ARCHITECTURES if options.engine else options.arch:
         for dtype, precision in KEPT if options.all else [t for t in TYPES if t[0] == options.dtype]:

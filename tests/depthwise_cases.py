@@ -154,9 +154,10 @@ def main(mode: str) -> None:
                 run_large(ENGINE, pass_, crossing, contiguous)
     else:
         raise ValueError(f"mode {mode!r} is not known")
-    print("done", flush=True)
+    print("done", mode, flush=True)
 
 
 if __name__ == "__main__":
     with quick():
-        main(*sys.argv[1:])
+        for mode in sys.argv[1:]:
+            main(mode)

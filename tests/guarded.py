@@ -244,7 +244,7 @@ def main(mode: str) -> None:
             ctypes.string_at(tensor.data_ptr() + 64, 1)
     else:
         raise ValueError(f"mode {mode!r} is not known")
-    print("done", flush=True)
+    print("done", mode, flush=True)
 
 
 def subprocess_of(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -262,8 +262,17 @@ def subprocess_of(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+def run_modes(script: str, *modes: str) -> None:
+    """A script that does one after the other, and says so: the last thing that it said is where it failed."""
+    done = subprocess_of(script, *modes)
+    said = done.stdout.splitlines()
+    finished = [line for line in said if line.startswith("done")] == [f"done {mode}" for mode in modes]
+    assert done.returncode == 0 and finished, f"exit {done.returncode} in {said[-1:]}\n{done.stderr[-3000:]}"
+
+
 if __name__ == "__main__":
     from interpreting import quick
 
     with quick():
-        main(*sys.argv[1:])
+        for mode in sys.argv[1:]:
+            main(mode)

@@ -51,6 +51,7 @@ LAYERS = (
 
 launched: collections.Counter[str] = collections.Counter()
 described: collections.Counter[str] = collections.Counter()  # tensors that kernels were given as descriptors
+given: collections.deque[tuple[str, int]] = collections.deque(maxlen=100)  # a digest of grid and numbers of the last launches
 
 
 def _built() -> Path:
@@ -65,10 +66,11 @@ def _built() -> Path:
     return folder
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int)
-def _on_launch(name: bytes, descriptors: int) -> None:
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_ulonglong)
+def _on_launch(name: bytes, descriptors: int, numbers: int) -> None:
     launched[name.decode()] += 1
     described[name.decode()] += descriptors
+    given.append((name.decode(), numbers))
 
 
 def _driver() -> CudaDriver:

@@ -16,7 +16,6 @@ import torch
 from cases import DEVICE, LAYOUTS, Case, engines_for, make, pose, run
 
 from triton_conv3d import engines, reference
-from triton_conv3d.engines import launching
 from triton_conv3d.engines.base import switched
 from triton_conv3d.problem import PASSES, Problem, device_name
 from triton_conv3d.tuning import cost_model
@@ -72,7 +71,9 @@ def tiles(pass_: str) -> list:
     pytest.param(pass_, *param.values, id=param.id) for pass_ in PASSES for param in tiles(pass_)
 ])  # fmt: skip
 def test_every_config_is_exact(pass_: str, dtype: str, precision: str, config) -> None:
-    for i, shape in enumerate(SHAPES.values()):
+    """On every other shape, the next config on the others."""
+    shapes = list(enumerate(SHAPES.values()))
+    for i, shape in shapes[sum(map(ord, str(config))) % 2 :: 2]:
         case = Case(pass_, dtype=dtype, precision=precision, channels_last=i % 2 == 0, seed=i, **shape)
         run(case, "implicit_gemm", dataclasses.replace(config, splits=1 + (i % 4 == 2)))
 
@@ -408,39 +409,3 @@ def test_memory_counts_copies_and_partial_sums(pass_: str) -> None:
     # What is gathered from may be a view; the weight, and the gradient that wgrad walks along, have to be dense.
     dense = operands.grad if pass_ == "wgrad" else operands.weight
     assert used(case.replace(layouts=("cropped", "cropped"))).copies == dense.numel() * dense.element_size()
-
-
-@pytest.mark.parametrize("grid", [(0, 1), (1, 0), (2**31, 1), (1, 65_536), (2**20, 2**12)])
-def test_grids_that_triton_would_skip_are_refused(grid: tuple[int, int]) -> None:
-    def kernel() -> None: ...
-
-    launched = []
-    with launching.replaced(lambda *call: launched.append(call)):
-        with pytest.raises(ValueError, match=rf"grid=\({grid[0]}, {grid[1]}\) of kernel"):
-            launching.launch_kernel(kernel, grid, (), {})
-        launching.launch_kernel(kernel, (2**31 - 1, 1), (), {})
-    assert len(launched) == 1
-
-
-def test_a_kernel_runs_on_the_device_of_its_tensors(monkeypatch) -> None:
-    """Triton takes the current device, which need not be the tensors' own."""
-    entered = []
-
-    class Entered:
-        def __init__(self, device):
-            self.device = device
-
-        def __enter__(self):
-            entered.append(self.device)
-
-        def __exit__(self, *exc):
-            entered.append(None)
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", Entered)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    kernel = types.SimpleNamespace(__name__="kernel", run=lambda *args, **options: entered.append("run"))
-    for index in (0, 1):
-        tensor = types.SimpleNamespace(device=torch.device("cuda", index))
-        launching.launch_kernel(kernel, (1, 1), (tensor,), {})
-    assert entered == ["run", torch.device("cuda", 1), "run", None]

@@ -75,19 +75,25 @@ def launches(names: list[str], most: int | None, problems: int | None) -> Iterat
     import made_up_gpu
 
     from autotune import suites
-    from triton_conv3d.engines import base
+    from triton_conv3d.engines import base, launching
 
     made_up_gpu.install()
     base.LEAST_TRANSPOSED = 0  # of any size
+    asked, run = [], launching._run
+    launching._run = launching._runner = lambda *launch: (asked.append(launch), run(*launch))[1]
     for case in suites.cases(LAYERS, layouts=tuple(LAYOUTS))[:problems]:
         problem, operands = case.on(made_up_gpu.DEVICE)
         for engine in map(engines.get, names):
             for config in engine.configs(problem)[:most] if engine.supports(problem) is None else ():
-                made_up_gpu.launched.clear()
-                made_up_gpu.described.clear()
-                row = {"engine": engine.NAME, "problem": str(problem), "layout": case.layout, "config": str(config)}
+                row, given = {"engine": engine.NAME, "problem": str(problem), "layout": case.layout, "config": str(config)}, []
                 try:
-                    engine.launch(problem, operands, config)
+                    for _ in range(2):  # the second without asking Triton which of its kernels it means
+                        for counted in (made_up_gpu.launched, made_up_gpu.described, made_up_gpu.given, asked):
+                            counted.clear()
+                        engine.launch(problem, operands, config)
+                        given.append(list(made_up_gpu.given))
+                    if asked or given[0] != given[1]:
+                        row["error"] = f"launched again: {given[1]} and not {given[0]}, {len(asked)} by Triton"
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}"
                 yield row | {"launched": dict(made_up_gpu.launched), "described": dict(made_up_gpu.described)}

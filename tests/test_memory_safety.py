@@ -8,18 +8,15 @@ import signal
 import pytest
 import torch
 from cases import Case, check_footprint, make
-from guarded import subprocess_of
+from guarded import run_modes, subprocess_of
 
 from triton_conv3d import engines, reference
 from triton_conv3d.problem import PASSES
 
 
-@pytest.mark.parametrize("mode", ["end", "start", "checked", "large", "overflow"])
-def test_in_a_process_of_its_own(mode: str) -> None:
+def test_in_a_process_of_its_own() -> None:
     """end, start: tensors flush with pages that fault; checked: no 32-bit overflow; large: views of more than 2^31 elements."""
-    done = subprocess_of("guarded.py", mode)
-    last = done.stdout.splitlines()[-1:]
-    assert done.returncode == 0 and last == ["done"], f"exit {done.returncode} in {last}\n{done.stderr[-3000:]}"
+    run_modes("guarded.py", "end", "start", "checked", "large", "overflow")
 
 
 def test_guards_stop_an_access_outside() -> None:

@@ -47,8 +47,8 @@ FAULTS = {
     "forward_padding_at_the_end": ("geometry.py", "    low = problem.padding[::2]", "    low = problem.padding[1::2]"),
     "dgrad_taps_not_flipped": ("geometry.py", "ones, ones, step, tap_step)", "ones, ones, tuple(-s for s in step), tap_step)"),
     # launches
-    "forward_offset_of_views": ("__init__.py", " if any(view.offset) else tensor", " if False else tensor"),
-    "forward_strides_of_views": ("__init__.py", "h * step[1]", "h"),
+    "forward_offset_of_views": ("descriptors.py", " if any(self.offset) else tensor", " if False else tensor"),
+    "forward_strides_of_views": ("descriptors.py", "h * step[1]", "h"),
     "forward_copy_forgotten": ("__init__.py", "w = dense(operands.weight)", "w = operands.weight"),
     "forward_partial_sums_in_half": ("__init__.py", "dtype=torch.float32) if split", "dtype=torch.float16) if split"),
     "wgrad_skipped_taps_not_zeroed": ("__init__.py", "target.zero_()", "pass"),

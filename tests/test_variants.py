@@ -86,6 +86,8 @@ def test_every_listed_variant_is_one_that_its_engine_offers():
     left = {name: {item for item in listed if IM2COL or not is_im2col(item)} for name, listed in variants.listed().items()}
     made_for = choosing.problems(suites.layers([str(REAL), suites.DESIGNED]), *GPU)
     for problem in itertools.chain(problems(), made_for):
+        if not any(left.values()):
+            break
         for engine in engines.available().values():
             missing = left.get(variants.kind(engine.NAME, problem))
             if missing and engine.supports(problem) is None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..problem import INT32_BYTES, VECTOR_BYTES
-from .launching import launch_kernel
+from .launching import launch_kernel, same_options
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHANNELS, _TILE = 64, 4096  # most channels of a tile; its elements, 32 of a thread
@@ -68,8 +68,8 @@ def transposed(tensor: torch.Tensor, channels_last: bool) -> torch.Tensor | None
     block = (side, _TILE // side) if channels_last else (_TILE // side, side)
     far = max(tensor.numel(), batch * (n - 1) + row_stride * (rows - 1) + columns) * item > INT32_BYTES
     sizes = (batch // x_unit, row_stride // x_unit, rows // y_unit, columns // x_unit)
-    options = dict(X_UNIT=x_unit, Y_UNIT=y_unit, ROWS=block[0], COLUMNS=block[1], num_warps=4)
-    options["INDEX"] = tl.int64 if far else tl.int32
+    index = tl.int64 if far else tl.int32
+    options = same_options(X_UNIT=x_unit, Y_UNIT=y_unit, ROWS=block[0], COLUMNS=block[1], INDEX=index, num_warps=4)
     programs = n * -(-rows // block[0]) * -(-columns // block[1])
     launch_kernel(transpose, (programs, 1), (y, tensor, *sizes), options)
     return y.view(n, d, h, w, channels).permute(0, 4, 1, 2, 3) if channels_last else y.view(tensor.shape)

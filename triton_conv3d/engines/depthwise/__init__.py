@@ -61,7 +61,7 @@ from ..base import (
     residual_and_slope,
     upcast,
 )
-from ..launching import launch_kernel
+from ..launching import launch_kernel, same_options
 from .configs import DepthwiseConfig, configs, partial_bytes, register_limit, smallest
 from .geometry import Plan, plan, unsplit, whole_plan
 from .kernels import rows, slide
@@ -269,7 +269,7 @@ def _wgrad(problem: Problem, operands: Operands, config: DepthwiseConfig) -> tor
         reduce_partials,
         (-(-taps.numel() // _REDUCE_ELEMENTS), 1),
         (partials, taps, tuple(kernel), filters, (taps.stride(0), *taps.stride()[2:]), config.splits),
-        dict(UPCAST=upcast(problem), SPLITS=_REDUCE_SPLITS, ELEMENTS=_REDUCE_ELEMENTS, num_warps=4),
+        same_options(UPCAST=upcast(problem), SPLITS=_REDUCE_SPLITS, ELEMENTS=_REDUCE_ELEMENTS, num_warps=4),
     )
     return dw
 

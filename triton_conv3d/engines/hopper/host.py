@@ -13,7 +13,8 @@ from ...problem import CHANNELS_LAST, Operands, Problem
 from ..base import CHAIN
 from ..implicit_gemm import dense
 from ..launching import GRID_LIMIT, launch_kernel
-from ..tma import _KNOWN_LAUNCHES, _descriptor, _gather_launch, _readable, _wgrad_launch
+from ..tma import _KNOWN_LAUNCHES, _gather_launch, _readable, _wgrad_launch
+from ..tma.descriptors import Described, of_view, of_weight, of_whole
 from ..tma.geometry import MOST_VIEWS, View, Views, views
 from .class_configs import LineDgradConfig, axes, first_cells
 from .configs import BrickConfig, corners, im2col_tiles, one_chain
@@ -47,32 +48,21 @@ def gather(
     problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor, end: tuple, im2col: bool = False
 ) -> None:
     """forward and dgrad: every brick of the result, or every row of as many pixels, gathers from its taps."""
-    dgrad = problem.pass_ == "dgrad"
-    x = _readable(operands.grad if dgrad else operands.input)
-    read = views(problem, config.brick)
-    block = (*config.brick, config.block_k)
-    if read.views:
-        xs = [_descriptor(x, view, read.stride, block) for view in read.views]
-    else:  # every tap meets padding: nothing of it is read, it gives the type
-        xs = [_descriptor(x, _whole(x), (1, 1, 1), block)]
-    xs = [_walked(problem, described) if im2col else _swizzled(described) for described in xs]
-    xs += [None] * (MOST_VIEWS - len(xs))
-    w = _weight(problem, operands, config.block_n, config.block_k)
+    x, w = _gathered(problem, operands)
+    of_w, of_xs = _of_bricks(problem, config, im2col, x.stride())
+    xs = [described and described.of(x) for described in of_xs]
     tiles, arguments, options = _gather_arguments(problem, config, im2col)
-    launch_kernel(gather_ring, _grid(target, tiles), (target, operands.bias, w, *xs, *arguments, tiles, *end), options)
+    given = (target, operands.bias, of_w.of(w), *xs, *arguments, tiles, *end)
+    launch_kernel(gather_ring, _grid(target, tiles), given, options)
 
 
 def lines(
     config: LineConfig, problem: Problem, operands: Operands, brick: BrickConfig, target: torch.Tensor, end
 ) -> None:
     """forward and dgrad: a line is read once for every tap along it."""
-    x = _readable(operands.grad if problem.pass_ == "dgrad" else operands.input)
-    by_n, by_k = config.parts
-    step = (1, 1, problem.stride[2])  # of dgrad 1: with a stride it goes by classes
-    xs = [_swizzled(_descriptor(x, view, step, (*config.line, k))) for view in _strided(x.shape[2:], step) for k in by_k]
-    ws = [_weight(problem, operands, n, k) for n in by_n for k in by_k]
-    xs += [None] * (MOST_PARTS * MOST_VIEWS_ALONG_W - len(xs))
-    ws += [None] * (MOST_PARTS**2 - len(ws))
+    x, w = _gathered(problem, operands)
+    of_ws, of_xs = _of_lines(problem, config, x.stride())
+    ws, xs = ([described and described.of(whose) for described in of] for of, whose in ((of_ws, w), (of_xs, x)))
     tiles, arguments, options = _line_arguments(problem, config)
     grid = _grid(target, tiles)
     launch_kernel(line_ring, grid, (target, operands.bias, *ws, *xs, *arguments, tiles, *end), options)
@@ -82,12 +72,11 @@ def line_dgrad(
     config: LineDgradConfig, problem: Problem, operands: Operands, brick: BrickConfig, target: torch.Tensor, end
 ) -> None:
     """dgrad with a stride: a line is read once for all parity classes."""
-    grad = _readable(operands.grad)
-    grad = _swizzled(_descriptor(grad, _whole(grad), (1, 1, 1), (*config.line, config.block_k)))
-    w = _weight(problem, operands, config.block_n, config.block_k)
+    grad, w = _gathered(problem, operands)
+    of_w, of_grad = _of_classes(problem, config, grad.stride())
     tiles, arguments, options = _line_dgrad_arguments(problem, config)
-    grid = _grid(target, tiles)
-    launch_kernel(line_dgrad_ring, grid, (target, operands.bias, w, grad, *arguments, tiles, *end), options)
+    given = (target, operands.bias, of_w.of(w), of_grad.of(grad), *arguments, tiles, *end)
+    launch_kernel(line_dgrad_ring, _grid(target, tiles), given, options)
 
 
 def wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor) -> None:
@@ -96,11 +85,11 @@ def wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: tor
     read = views(problem, config.brick)
     if sum(math.prod(view.taps) for view in read.views) < problem.taps:  # what meets only padding has no gradient
         target.zero_()
-    grad = _swizzled(_descriptor(grad, _whole(grad), (1, 1, 1), (*config.brick, config.block_k)))
-    for view in read.views:
-        x_view = _swizzled(_descriptor(x, view, read.stride, (*config.brick, config.block_n)))
+    of_grad, of_xs = _of_wgrad(problem, config, grad.stride(), x.stride())
+    grad = of_grad.of(grad)
+    for view, of_x in zip(read.views, of_xs, strict=True):
         tiles, arguments, options = _wgrad_arguments(problem, config, view, read)
-        launch_kernel(wgrad_ring, _grid(target, tiles), (target, grad, x_view, *arguments, tiles), options)
+        launch_kernel(wgrad_ring, _grid(target, tiles), (target, grad, of_x.of(x), *arguments, tiles), options)
 
 
 def line_wgrad(
@@ -108,35 +97,88 @@ def line_wgrad(
 ) -> None:
     """wgrad: the lines of all columns are shared out among the splits."""
     x, grad = _readable(operands.input), _readable(operands.grad)
-    pixels, step = brick.brick, (problem.stride[0], 1, problem.stride[2])
-    xs = [_swizzled(_descriptor(x, view, step, (*pixels, config.rows))) for view in _strided(x.shape[2:], step)]
-    xs += [None] * (MOST_STRIDED - len(xs))
-    grads = [_swizzled(_descriptor(grad, _whole(grad), (1, 1, 1), (*pixels, n))) for n in config.parts]
-    grads += [None] * (MOST_PARTS - len(grads))
+    of_grads, of_xs = _of_line_wgrad(problem, config, brick.brick, grad.stride(), x.stride())
+    grads, xs = ([described and described.of(whose) for described in of] for of, whose in ((of_grads, grad), (of_xs, x)))
     tiles, arguments, options = _line_wgrad_arguments(problem, config)
     launch_kernel(line_wgrad_ring, _grid(target, tiles), (target, *xs, *grads, *arguments, tiles), options)
 
 
-def _whole(tensor: torch.Tensor) -> View:
-    return View((0, 0, 0), tensor.shape[2:], (), (), ())
+def _gathered(problem: Problem, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """What forward and dgrad read: pixels and weight."""
+    return _readable(operands.grad if problem.pass_ == "dgrad" else operands.input), dense(operands.weight)
+
+
+# Descriptors of tensors of these strides, as many as a kernel takes.
+
+Several = list[Described | None]
+
+
+def _up_to(most: int, found: list[Described]) -> Several:
+    return [*found, *[None] * (most - len(found))]
+
+
+def _role(problem: Problem) -> int:
+    """Of what forward and dgrad gather from."""
+    return 2 if problem.pass_ == "dgrad" else 0
 
 
 @functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
-def _strided(sizes: torch.Size, step: tuple[int, int, int]) -> tuple[View, ...]:
+def _of_bricks(
+    problem: Problem, config: BrickConfig, im2col: bool, strides: tuple[int, ...]
+) -> tuple[Described, Several]:
+    read, block = views(problem, config.brick), (*config.brick, config.block_k)
+    if read.views:
+        xs = [of_view(problem, _role(problem), strides, view, read.stride, block) for view in read.views]
+    else:  # every tap meets padding: nothing of it is read, it gives the type
+        xs = [of_whole(problem, _role(problem), strides, block)]
+    xs = [_walked(problem, x) if im2col else _swizzled(x) for x in xs]
+    return _swizzled(of_weight(problem, config.block_n, config.block_k)), _up_to(MOST_VIEWS, xs)
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _of_lines(problem: Problem, config: LineConfig, strides: tuple[int, ...]) -> tuple[Several, Several]:
+    by_n, by_k = config.parts
+    step = (1, 1, problem.stride[2])  # of dgrad 1: with a stride it goes by classes
+    role = _role(problem)
+    read = _strided(problem.shapes[role][2:], step)
+    xs = [_swizzled(of_view(problem, role, strides, view, step, (*config.line, k))) for view in read for k in by_k]
+    ws = [_swizzled(of_weight(problem, n, k)) for n in by_n for k in by_k]
+    return _up_to(MOST_PARTS**2, ws), _up_to(MOST_PARTS * MOST_VIEWS_ALONG_W, xs)
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _of_classes(problem: Problem, config: LineDgradConfig, strides: tuple[int, ...]) -> tuple[Described, Described]:
+    grad = of_whole(problem, 2, strides, (*config.line, config.block_k))
+    return _swizzled(of_weight(problem, config.block_n, config.block_k)), _swizzled(grad)
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _of_wgrad(
+    problem: Problem, config: BrickConfig, grad_strides: tuple[int, ...], x_strides: tuple[int, ...]
+) -> tuple[Described, list[Described]]:
+    grad = of_whole(problem, 2, grad_strides, (*config.brick, config.block_k))
+    read, block = views(problem, config.brick), (*config.brick, config.block_n)
+    return _swizzled(grad), [_swizzled(of_view(problem, 0, x_strides, view, read.stride, block)) for view in read.views]
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _of_line_wgrad(
+    problem: Problem, config: LineWgradConfig, pixels: tuple, grad_strides: tuple[int, ...], x_strides: tuple[int, ...]
+) -> tuple[Several, Several]:
+    step = (problem.stride[0], 1, problem.stride[2])
+    read = _strided(problem.shapes[0][2:], step)
+    xs = [_swizzled(of_view(problem, 0, x_strides, view, step, (*pixels, config.rows))) for view in read]
+    grads = [_swizzled(of_whole(problem, 2, grad_strides, (*pixels, n))) for n in config.parts]
+    return _up_to(MOST_PARTS, grads), _up_to(MOST_STRIDED, xs)
+
+
+def _strided(sizes: tuple[int, ...], step: tuple[int, int, int]) -> tuple[View, ...]:
     """Every so many positions (d, h, w) of a volume, from each of the first on."""
     found = []
     for offset in itertools.product(*map(range, step)):
         sides = zip(sizes, offset, step, strict=True)
         found.append(View(offset, tuple(-(-(size - at) // by) for size, at, by in sides), (), (), ()))
     return tuple(found)
-
-
-def _weight(problem: Problem, operands: Operands, n: int, k: int) -> TensorDescriptor:
-    """Blocks of (tap, filter, channel), of so many that are produced, and reduced."""
-    taps, filters, channels = problem.taps, problem.out_channels, problem.group_in
-    block = (1, *_weight_block(problem, n, k))
-    shape, strides = [taps, filters, channels], [channels, taps * channels, 1]
-    return TensorDescriptor(dense(operands.weight), shape, strides, list(block), _shared(block))
 
 
 def _weight_block(problem: Problem, n: int, k: int) -> tuple[int, int]:
@@ -294,22 +336,25 @@ def _shared(block: tuple[int, ...]):
     return gl.NVMMASharedLayout(2 * min(block[-1], _SWIZZLED), element_bitwidth=16, rank=len(block))
 
 
-def _swizzled(described) -> TensorDescriptor:
+def _swizzled(described: Described) -> Described:
     """Triton's descriptor as Gluon's."""
-    block = described.block_shape
-    return TensorDescriptor(described.base, described.shape, described.strides, block, _shared(tuple(block)))
+    of, block = described.descriptor, described.descriptor.block_shape
+    return described.with_(TensorDescriptor(of.base, of.shape, of.strides, block, _shared(tuple(block))))
 
 
-def _walked(problem: Problem, described) -> TensorDescriptorIm2Col:
+def _walked(problem: Problem, described: Described) -> Described:
     """A descriptor of bricks as one of rows of as many pixels, (d, n, h, w, channel), as gather.py walks through it."""
-    (n, d, *inner), (by_n, by_d, *by) = described.shape, described.strides
-    *brick, channels = described.block_shape
+    of = described.descriptor
+    (n, d, *inner), (by_n, by_d, *by) = of.shape, of.strides
+    *brick, channels = of.block_shape
     block = [math.prod(brick), channels]
     lower, upper = corners(problem)
-    return TensorDescriptorIm2Col(
-        described.base, [d, n, *inner], [by_d, by_n, *by], block, _shared(tuple(block)),
-        element_strides=[1, 1, *problem.stride[1:], 1], pixel_box_lower_corner=[0, *lower],
-        pixel_box_upper_corner=[0, *upper],
+    return described.with_(
+        TensorDescriptorIm2Col(
+            of.base, [d, n, *inner], [by_d, by_n, *by], block, _shared(tuple(block)),
+            element_strides=[1, 1, *problem.stride[1:], 1], pixel_box_lower_corner=[0, *lower],
+            pixel_box_upper_corner=[0, *upper],
+        )
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ from ..base import (
     residual_and_slope,
     upcast,
 )
-from ..launching import launch_kernel
+from ..launching import launch_kernel, same_options
 from .configs import (
     GROUP_M,
     GemmConfig,
@@ -331,7 +331,7 @@ def reduce(
         reduce_splits,
         (-(-result.numel() // _REDUCE_BLOCK), 1),
         (partials, bias, result, result.numel(), math.prod(result.shape[2:]), channels, partials.shape[0], *end),
-        dict(
+        same_options(
             BIAS=bias is not None,
             ACTIVATION=problem.activation,
             UPCAST=upcast(problem),

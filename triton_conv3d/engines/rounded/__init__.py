@@ -28,7 +28,7 @@ from ...problem import CHANNELS_LAST, INT32_BYTES, VECTOR_BYTES, Operands, Probl
 from .. import implicit_gemm, matmul
 from ..base import Memory, Order, Work, aligned, refused_by_kernels
 from ..implicit_gemm import in_units, pixel_strides, unit
-from ..launching import launch_kernel
+from ..launching import launch_kernel, same_options
 from ..through import ThroughConfig, offers_through
 from .configs import GemmConfig, Volume, chain, copied_bytes, volumes, wgrad_configs, wgrad_refused
 from .kernels import rounded_copy, rounded_wgrad
@@ -180,7 +180,7 @@ def _copy(tensor: torch.Tensor, copy: torch.Tensor, of: Volume, y_strides: tuple
     )  # fmt: skip
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     index = tl.int64 if max(span, copy.numel()) >= 2**31 - _COPIED else tl.int32
-    options = {"X_UNIT": x_unit, "INDEX": index, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
+    options = same_options(X_UNIT=x_unit, INDEX=index, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4)
     launch_kernel(rounded_copy, grid, (tensor, copy, *arguments), options)
 
 
@@ -200,9 +200,11 @@ def _wgrad(problem: Problem, operands: Operands, config: GemmConfig) -> torch.Te
         problem.kernel_size, problem.stride, problem.dilation,
         implicit_gemm.weight_strides(problem, split), dw.numel() if split else 0, config.splits,
     )  # fmt: skip
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "CHAIN": chain(config)}
     tiles = -(-problem.out_channels // config.block_m) * -(-problem.in_channels // config.block_n)
-    options = {**blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = same_options(
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, CHAIN=chain(config),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     launch_kernel(rounded_wgrad, (tiles * problem.taps * config.splits, 1), (target, *copies, *arguments), options)
     if split:
         implicit_gemm.reduce(problem, target, None, dw)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ...problem import INT32_BYTES
-from ..launching import launch_kernel
+from ..launching import launch_kernel, same_options
 
 _COPIED = 2048  # elements of a program
 
@@ -81,7 +81,8 @@ def gathered(
     pixels, rounded = batch * depth * lines * width, triton.next_power_of_2(columns)
     block = max(1, _COPIED // rounded)
     large = index64 or copy.numel() * copy.element_size() > INT32_BYTES
-    options = dict(CHANNELS=columns, BLOCK=block, COLUMNS=rounded, INDEX=tl.int64 if large else tl.int32, num_warps=4)
+    index = tl.int64 if large else tl.int32
+    options = same_options(CHANNELS=columns, BLOCK=block, COLUMNS=rounded, INDEX=index, num_warps=4)
     of_x = (tuple(source), tensor.stride(), channels, taps.count, (taps.first, first), taps.step, taps.dilation)
     launch_kernel(gather_lines, (-(-pixels // block), 1), (tensor, copy, *of_x, depth, lines, width, pixels), options)
     return copy

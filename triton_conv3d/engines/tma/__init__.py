@@ -34,7 +34,6 @@ from collections.abc import Callable
 
 import torch
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...problem import NO_ACTIVATION, VECTOR_BYTES, Operands, Problem, live_depth
 from ..base import (
@@ -52,6 +51,7 @@ from ..implicit_gemm import channels_last, copied_bytes, dense, pixel_strides, r
 from ..implicit_gemm.configs import workspace_bytes
 from ..launching import launch_kernel
 from .configs import BrickConfig, configs, extent, is_flat, left_is_shared, produced, reduced
+from .descriptors import Described, of_matrix, of_view, of_weight, of_whole
 from .geometry import MOST_VIEWS, View, Views, counts, views, views_along
 from .kernels import gather_bricks, wgrad_bricks
 
@@ -150,30 +150,26 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
     return dense(tensor) if expanded else channels_last(tensor)
 
 
-def _descriptor(tensor: torch.Tensor, view: View, step: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
-    """Blocks of (n, d, h, w, channel) of a view of a channels-last tensor."""
-    canonical = format_strides(tensor.shape, torch.channels_last_3d)
-    n, d, h, w = (canonical[dim] if tensor.size(dim) == 1 else tensor.stride(dim) for dim in (0, 2, 3, 4))
-    base = tensor[:, :, view.offset[0] :, view.offset[1] :, view.offset[2] :] if any(view.offset) else tensor
-    step = [by if size > 1 else 1 for by, size in zip(step, view.size, strict=True)]  # or it may pass a stride's limit
-    shape = [tensor.shape[0], *view.size, tensor.shape[1]]
-    return TensorDescriptor(base, shape, [n, d * step[0], h * step[1], w * step[2], 1], list(block))
-
-
 def _gather(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor, end: tuple) -> None:
     """forward and dgrad: every brick of the result gathers from its taps."""
     dgrad = problem.pass_ == "dgrad"
     x = _readable(operands.grad if dgrad else operands.input)
     w = dense(operands.weight)
-    read = views(problem, config.brick)
-    block = (*config.brick, config.block_k)
-    xs = [_descriptor(x, view, read.stride, block) for view in read.views]
-    taps, filters, channels = problem.taps, problem.out_channels, problem.group_in
-    w_block = [1, config.block_k, config.block_n] if dgrad else [1, config.block_n, config.block_k]
-    w = TensorDescriptor(w, [taps, filters, channels], [channels, taps * channels, 1], w_block)
+    of_xs, of_w = _gathered(problem, config, x.stride())
+    xs = [described and described.of(x) for described in of_xs]
     grid, arguments, options = _gather_launch(problem, config)
-    xs += [None] * (MOST_VIEWS - len(xs))
-    launch_kernel(gather_bricks, grid, (target, operands.bias, w, *xs, *arguments, *end), options)
+    launch_kernel(gather_bricks, grid, (target, operands.bias, of_w.of(w), *xs, *arguments, *end), options)
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _gathered(
+    problem: Problem, config: BrickConfig, strides: tuple[int, ...]
+) -> tuple[list[Described | None], Described]:
+    """Descriptors of the views of an x of these strides, as many as the kernel takes, and of the weight."""
+    read, block = views(problem, config.brick), (*config.brick, config.block_k)
+    role = 2 if problem.pass_ == "dgrad" else 0
+    xs = [of_view(problem, role, strides, view, read.stride, block) for view in read.views]
+    return xs + [None] * (MOST_VIEWS - len(xs)), of_weight(problem, config.block_n, config.block_k)
 
 
 @functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
@@ -222,15 +218,27 @@ def _wgrad(problem: Problem, operands: Operands, config: BrickConfig, target: to
     if sum(math.prod(view.taps) for view in read.views) < problem.taps:  # what meets only padding has no gradient
         target.zero_()
     if is_flat(problem, config):
-        grad = dense(grad).permute(0, 2, 3, 4, 1).reshape(-1, problem.out_channels)
-        grad = TensorDescriptor.from_tensor(grad, [math.prod(config.brick), config.block_k])
-    else:
-        whole = View((0, 0, 0), problem.output_size, (), (), ())
-        grad = _descriptor(grad, whole, (1, 1, 1), (*config.brick, config.block_k))
-    for view in read.views:
-        x_view = _descriptor(x, view, read.stride, (*config.brick, config.block_n))
+        grad = dense(grad)
+    of_grad, of_xs = _walked(problem, config, grad.stride(), x.stride())
+    grad = of_grad.of(grad)
+    for view, of_x in zip(read.views, of_xs, strict=True):
         grid, arguments, options = _wgrad_launch(problem, config, view, read)
-        launch_kernel(wgrad_bricks, grid, (target, grad, x_view, *arguments), options)
+        launch_kernel(wgrad_bricks, grid, (target, grad, of_x.of(x), *arguments), options)
+
+
+@functools.lru_cache(maxsize=_KNOWN_LAUNCHES)
+def _walked(
+    problem: Problem, config: BrickConfig, grad_strides: tuple[int, ...], x_strides: tuple[int, ...]
+) -> tuple[Described, list[Described]]:
+    """Descriptors of gradients and of the views of inputs of these strides."""
+    if is_flat(problem, config):
+        pixels, filters = problem.batch * math.prod(problem.output_size), problem.out_channels
+        block = (math.prod(config.brick), config.block_k)
+        grad = of_matrix(problem.torch_dtype, (pixels, filters), (filters, 1), block)
+    else:
+        grad = of_whole(problem, 2, grad_strides, (*config.brick, config.block_k))
+    read, block = views(problem, config.brick), (*config.brick, config.block_n)
+    return grad, [of_view(problem, 0, x_strides, view, read.stride, block) for view in read.views]
 
 
 @functools.lru_cache(maxsize=_KNOWN_LAUNCHES)

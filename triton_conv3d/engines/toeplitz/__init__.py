@@ -34,7 +34,7 @@ import triton.language as tl
 from ...problem import CHANNELS_LAST, VECTOR_BYTES, Operands, Problem, Triple
 from .. import halo, implicit_gemm, tma
 from ..base import MOST_COPIED, Memory, Work, aligned, format_strides, refused_by_kernels, upcast
-from ..launching import launch_kernel
+from ..launching import launch_kernel, same_options
 from ..through import Float32Sums, Moved, ThroughConfig, memory_through, offers_through, work_through
 from .kernels import collect, expand, move_blocks
 
@@ -221,25 +221,26 @@ def _to_blocks(of: Blocked, tensor: torch.Tensor, blocks: Triple, front: Triple)
     shape = (of.problem.batch, *blocks, of.problem.in_channels)
     copy = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     programs, before, behind, options = _moving(of, blocks, tuple(tensor.shape), tensor.stride(), aligned(tensor))
-    launch_kernel(move_blocks, (programs, 1), (tensor, copy, *before, front, *behind), {**options, "BACK": False})
+    launch_kernel(move_blocks, (programs, 1), (tensor, copy, *before, front, *behind), options)
     return copy.permute(0, 4, 1, 2, 3)
 
 
 def _from_blocks(problem: Problem, of: Blocked, blocks: torch.Tensor) -> torch.Tensor:
     y = problem.empty_result(blocks.device)
     strides = format_strides(problem.result_shape, problem.memory_format)
-    programs, before, behind, options = _moving(of, of.made, problem.result_shape, strides, True)
-    launch_kernel(move_blocks, (programs, 1), (y, blocks, *before, _NO_FRONT, *behind), {**options, "BACK": True})
+    programs, before, behind, options = _moving(of, of.made, problem.result_shape, strides, True, back=True)
+    launch_kernel(move_blocks, (programs, 1), (y, blocks, *before, _NO_FRONT, *behind), options)
     return y
 
 
 @functools.lru_cache(maxsize=4096)
 def _moving(
-    of: Blocked, blocks: Triple, shape: tuple[int, ...], strides: tuple[int, ...], even: bool
+    of: Blocked, blocks: Triple, shape: tuple[int, ...], strides: tuple[int, ...], even: bool, back: bool = False
 ) -> tuple[int, tuple, tuple, dict]:
     """(programs, arguments before ``front`` and behind it, options) for a volume of this shape and these strides.
 
-    ``even``: its address allows vectors. A tile is wide where the volume is dense: in channels, or else along W.
+    ``even``: its address allows vectors. ``back``: it is written, not read. A tile is wide where the volume is dense: in
+    channels, or else along W.
     """
     channels, steps = shape[1], [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
     last = steps[1] == 1
@@ -255,7 +256,9 @@ def _moving(
         across = min(most, room // run)
     tiles_c, tiles_w = -(-channels // across), -(-blocks[2] // run)
     programs = of.problem.batch * blocks[0] * blocks[1] * tiles_c * tiles_w
-    options = dict(P=of.pixels, LAST=last, UNIT=unit, CHANNELS=across, BLOCKS=run, INDEX=_index(of), num_warps=4)
+    options = dict(
+        P=of.pixels, LAST=last, UNIT=unit, CHANNELS=across, BLOCKS=run, INDEX=_index(of), BACK=back, num_warps=4
+    )  # fmt: skip
     return programs, (shape[2:], steps, channels), (of.dilation, of.phases, blocks, tiles_c, tiles_w), options
 
 
@@ -269,7 +272,7 @@ def _expand(of: Blocked, weight: torch.Tensor, flip: bool) -> torch.Tensor:
     pixels = math.prod(of.pixels)
     matrix = torch.empty((channels * pixels, *of.taps, pixels), dtype=weight.dtype, device=weight.device)
     arguments = (tuple(kernel), (weight.stride(0), *weight.stride()[2:]), of.taps)
-    options = dict(P=of.pixels, FLIP=flip, INDEX=_index(of), num_warps=4)
+    options = same_options(P=of.pixels, FLIP=flip, INDEX=_index(of), num_warps=4)
     launch_kernel(expand, (channels * math.prod(of.taps), 1), (weight, matrix, *arguments), options)
     return matrix.permute(0, 4, 1, 2, 3)
 
@@ -278,7 +281,7 @@ def _collect(problem: Problem, of: Blocked, matrix: torch.Tensor) -> torch.Tenso
     """The gradient of the weight, of that of the other convolution's."""
     dw, taps = problem.empty_result(matrix.device), _COLLECTED // math.prod(of.pixels)
     strides = (dw.stride(0), *dw.stride()[2:])
-    options = dict(P=of.pixels, TAPS=taps, INDEX=_index(of), UPCAST=upcast(problem), num_warps=4)
+    options = same_options(P=of.pixels, TAPS=taps, INDEX=_index(of), UPCAST=upcast(problem), num_warps=4)
     grid = (problem.groups * -(-problem.taps // taps), 1)
     launch_kernel(collect, grid, (matrix, dw, problem.kernel_size, strides, of.taps), options)
     return dw
