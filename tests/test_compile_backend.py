@@ -44,7 +44,7 @@ NETWORKS = {  # module, what to shrink it by, maker, input
 }  # fmt: skip
 RUNS = [
     *((name, True, "aot_eager") for name in NETWORKS), ("r3d", False, "aot_eager"), ("wan_vae", False, "aot_eager"),
-    ("wan_vae", True, "inductor"), pytest.param("x3d", True, "inductor", marks=pytest.mark.long),
+    *(pytest.param(name, True, "inductor", marks=pytest.mark.long) for name in ("wan_vae", "x3d")),
 ]  # fmt: skip
 
 

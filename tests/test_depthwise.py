@@ -144,19 +144,17 @@ def test_every_offered_config_is_exact(shape: str, pass_: str) -> None:
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, pass_: str) -> None:
-    """Random data in each layout beside the next one, in one type the other way round too; both result formats, the first
-    and the last config."""
+    """Random data in each layout beside the next one, and the other way round, in another type for each pass; both result
+    formats, the first and the last config."""
     names = list(LAYOUTS)
     following = names[(names.index(layout) + 1) % len(names)]
-    for i, dtype in enumerate(DTYPES):
-        case = depthwise(
-            pass_, channels=(8, 3, 16)[i], batch=2, input_size=(2, 4, 5), kernel_size=(2, 1, 3), stride=(1, 2, 1),
-            padding=(0, 1, 0, 0, 1, 0), dtype=dtype, exact=False, layouts=(layout, following), channels_last=i == 1,
-        )  # fmt: skip
-        problem, _ = make(case)
-        run(case, ENGINE, ENGINE.configs(problem)[0])
-        if i == names.index(layout) % 3:
-            run(case.replace(channels_last=i != 1, layouts=(following, layout)), ENGINE)
+    i = (names.index(layout) + PASSES.index(pass_)) % 3
+    case = depthwise(
+        pass_, channels=(8, 3, 16)[i], batch=2, input_size=(2, 4, 5), kernel_size=(2, 1, 3), stride=(1, 2, 1),
+        padding=(0, 1, 0, 0, 1, 0), dtype=DTYPES[i], exact=False, layouts=(layout, following), channels_last=i == 1,
+    )  # fmt: skip
+    run(case, ENGINE, ENGINE.configs(make(case)[0])[0])
+    run(case.replace(channels_last=i != 1, layouts=(following, layout)), ENGINE)
 
 
 # Geometries at the borders of what a convolution can be.

@@ -14,7 +14,7 @@ from perf.machine_code import Layer
 
 GEMM = Layer("implicit_gemm", 128, 128, besides="gelu")
 SET = (
-    *((arch, GEMM, "forward", "splits=1") for arch in ("sm_80", "sm_90", "gfx942")),
+    *((arch, GEMM, "forward", "splits=1") for arch in ("sm_90", "gfx942")),
     ("sm_90", GEMM, "forward", "splits=2"),
     ("sm_90", Layer("folded", 4, 64, besides="gelu"), "forward", ""),
     ("sm_90", Layer("depthwise", 64, 64, groups=64, besides="gelu"), "forward", ""),
@@ -30,7 +30,7 @@ def reports() -> list[Report]:
 
 def test_nothing_spills(reports: list[Report]) -> None:
     assert {(row.arch, row.kernel) for row in reports} == {
-        *((arch, "gather_gemm") for arch in ("sm_80", "sm_90", "gfx942")),
+        *((arch, "gather_gemm") for arch in ("sm_90", "gfx942")),
         *(("sm_90", name) for name in ("reduce_splits", "folded_gemm", "slide", "kn2row_gemm")),
         ("sm_80", "halo_gemm"),
     }

@@ -54,10 +54,12 @@ def offered(problem: Problem) -> list:
 @RUNS
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_geometries(name: str, few_programs) -> None:  # noqa: F811
-    """As offered, and in small blocks by a ring that is gone round often, with lines of other cells."""
+    """As offered; every other one also in small blocks by a ring that is gone round often, with lines of other cells."""
     case = Case("dgrad", **{**SMALL, **GEOMETRIES[name]})
     largest = offered(case.geometry())[0]
     run(case, engine(name), largest)
+    if list(GEOMETRIES).index(name) % 2:
+        return
     line = dict(line_n=2, line_d=2, line_w=16) if len(name) % 2 else dict(line_n=1, line_d=1, line_w=64)
     config = dataclasses.replace(largest, **line, lines=4 if len(name) % 3 else 2, block_n=16, block_k=16, num_stages=2)
     if not config.stays(case.geometry()):

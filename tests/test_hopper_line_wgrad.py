@@ -82,9 +82,11 @@ def short_chains(monkeypatch):
 @RUNS
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_geometries(name: str, few_programs) -> None:  # noqa: F811
-    """As offered, and by a ring that is gone round often, with lines of other pixels and of other slices."""
+    """As offered; every other one also by a ring that is gone round often, with lines of other pixels and of other slices."""
     case = Case("wgrad", **{**SMALL, **GEOMETRIES[name]})
     run(case, engine(name), config_of(case.geometry()))
+    if list(GEOMETRIES).index(name) % 2:
+        return
     line = dict(line_n=2, line_d=2, line_w=16) if len(name) % 2 else dict(line_n=1, line_d=1, line_w=64)
     config = config_of(case.geometry(), **line, rows=(16, 32, 64)[len(name) % 3], num_stages=2, splits=3)
     run(case.replace(channels_last=False), engine(name), config)

@@ -425,6 +425,7 @@ def test_every_test_file_is_run():
     assert suite.unavailable() is None
 
 
+@pytest.mark.long
 def test_of_every_test_some_cases_where_kernels_are_compiled():
     def collected(*arguments: str, **environment: str) -> dict[str, int]:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]

@@ -81,6 +81,7 @@ def is_im2col(spelled: str) -> bool:
     return spelled.startswith("pixels=") and "engine=" not in spelled  # not of space_to_depth, which has pixels too
 
 
+@pytest.mark.long
 def test_every_listed_variant_is_one_that_its_engine_offers():
     """To one of the layers that the list was made for."""
     left = {name: {item for item in listed if IM2COL or not is_im2col(item)} for name, listed in variants.listed().items()}
