@@ -3,7 +3,7 @@
     python -m perf.host_cost
 
 The launch is left out, so this needs no GPU: what remains is checks, the op's dispatch, the look-up of the plan, the
-engine's arithmetic and the result's allocation.
+engine's arithmetic and the result's allocation. Where there is a GPU, a call with its launch stands beside.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ def costs(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
     with _nothing_launched():
         x.requires_grad_()
         found["module forward, recorded for backward"] = measure(lambda: layer(x), calls, rounds)
+    if _DEVICE == "cuda":
+        with settings.configure(autotune="off", engine="implicit_gemm"), torch.no_grad():
+            layer(x)  # compiles
+            found["module forward, launched"] = measure(lambda: layer(x), calls, rounds)
     with torch.no_grad():
         found["torch's module on the meta device"] = measure(lambda: inner(y), calls, rounds)
     return found

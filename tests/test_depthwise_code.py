@@ -20,7 +20,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 # (pass, dtype, layout, kernel, whether architectures beside sm_90 compile it too); the first config of that kernel.
 SET = (
     ("forward", "bfloat16", "channels_last", "slide", True),
-    ("wgrad", "bfloat16", "channels_last", "slide", True),
+    ("wgrad", "bfloat16", "channels_last", "slide", False),
     ("forward", "bfloat16", "channels_last", "rows", False),
     ("forward", "float32", "channels_last", "slide", False),
     ("forward", "bfloat16", "contiguous", "slide", False),
@@ -90,7 +90,7 @@ def test_instructions_of_one_output(reports: list[dict]) -> None:
         for row in reports
         if row["arch"].startswith("sm_")
     }
-    assert len(counted) == 8 and {key: n for key, n in counted.items() if n > MOST[key[-1]]} == {}
+    assert len(counted) == 7 and {key: n for key, n in counted.items() if n > MOST[key[-1]]} == {}
 
 
 def main(*architectures: str) -> None:

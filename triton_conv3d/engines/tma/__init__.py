@@ -146,8 +146,10 @@ def launched(
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with dense channels last; a copy too of what is expanded: a descriptor's strides are not 0."""
-    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return dense(tensor) if expanded else channels_last(tensor)
+    strides = tensor.stride()
+    if 0 in strides and any(size > 1 and by == 0 for size, by in zip(tensor.shape, strides, strict=True)):
+        return dense(tensor)
+    return channels_last(tensor)
 
 
 def _gather(problem: Problem, operands: Operands, config: BrickConfig, target: torch.Tensor, end: tuple) -> None:
