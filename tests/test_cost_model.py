@@ -9,12 +9,12 @@ import math
 import random
 import re
 import statistics
-import sys
 import time
 import types
 from pathlib import Path
 
 import pytest
+from counting import calls
 from simulated import percentile, random_problem
 
 from triton_conv3d import configure
@@ -280,22 +280,6 @@ def pace() -> float:
         pass
 
     return max(1.0, processor_time(lambda: [nothing() for _ in range(100_000)]) / 100_000 / 75e-9)
-
-
-def calls(function) -> int:
-    """Of Python's functions and of C's: the same number on every machine, however busy it is."""
-    count = 0
-
-    def see(frame, event: str, of) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(see)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 @pytest.mark.usefixtures("proven")
