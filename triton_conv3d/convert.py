@@ -45,9 +45,9 @@ def convert_conv3d(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]
 
     Only the class of a layer changes: parameters, buffers, hooks, parametrizations, state_dict and training flag stay.
     Converted are layers of :class:`torch.nn.Conv3d` and :class:`torch.nn.ConvTranspose3d`, lazy ones too, and of subclasses
-    of the first whose own ``forward``, if they have one, ends in ``super().forward`` or ``self._conv_forward``, as that of a
-    causal convolution does: all that they do themselves stays, only the convolution below is ours. Other subclasses, which
-    may compute something else, are left and reported. A second call changes nothing.
+    whose own ``forward``, if they have one, ends in ``super().forward`` or ``self._conv_forward``, as that of a causal
+    convolution does: all that they do themselves stays, only the convolution below is ours. Other subclasses, which may
+    compute something else, are left and reported. A second call changes nothing.
 
     Args:
         model: a module, or a convolution itself.
@@ -86,26 +86,29 @@ def _why_not(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance"
     if kind in _CLASSES:
         return None
-    if issubclass(kind, nn.ConvTranspose3d):
-        return f"{kind.__name__} is a subclass of torch.nn.ConvTranspose3d, which may compute something else"
-    what = _own_convolution(kind)
-    return None if what is None else f"{kind.__name__} is a subclass of torch.nn.Conv3d: {what}"
+    base = nn.ConvTranspose3d if issubclass(kind, nn.ConvTranspose3d) else nn.Conv3d
+    what = _own_convolution(kind, base)
+    return None if what is None else f"{kind.__name__} is a subclass of torch.nn.{base.__name__}: {what}"
 
 
-def _own_convolution(kind: type) -> str | None:
-    """Why a subclass may not take its convolution from Conv3d._conv_forward, which alone is replaced; None if it does."""
+def _own_convolution(kind: type, base: type) -> str | None:
+    """Why a subclass may not take its convolution from where alone it is replaced, in Conv3d._conv_forward or, by ``super()``,
+    in ConvTranspose3d.forward; None if it does."""
     if issubclass(kind, LazyModuleMixin):
-        return "a lazy one, which becomes another class; derive it from triton_conv3d.LazyConv3d instead"
-    if kind._conv_forward is not nn.Conv3d._conv_forward:
+        return f"a lazy one, which becomes another class; derive it from triton_conv3d.Lazy{base.__name__} instead"
+    if base is nn.Conv3d and kind._conv_forward is not nn.Conv3d._conv_forward:
         return "with its own _conv_forward"
-    for owner in kind.__mro__[: kind.__mro__.index(nn.Conv3d)]:
+    for owner in kind.__mro__[: kind.__mro__.index(base)]:
         forward = vars(owner).get("forward")
         if forward is None:
             continue
         names = _names(forward.__code__) if isinstance(forward, types.FunctionType) else set()
-        if not ("_conv_forward" in names or "forward" in names and names & {"super", "Conv3d"}):
-            return "with its own forward, which does not end in that of torch.nn.Conv3d"
-        if names & {"conv3d", "convolution"}:
+        ends = "forward" in names and "super" in names
+        if base is nn.Conv3d:
+            ends = ends or "_conv_forward" in names or "forward" in names and "Conv3d" in names
+        if not ends:
+            return f"with its own forward, which does not end in that of torch.nn.{base.__name__}"
+        if names & {"conv3d", "conv_transpose3d", "convolution"}:
             return "with its own forward, which also convolves by itself"
     return None
 
@@ -128,7 +131,7 @@ class _Marked:
         make, arguments, *state = super().__reduce_ex__(protocol)
         if make is not copyreg.__newobj__ or is_parametrized(self):
             return (make, arguments, *state)
-        return (_blank, type(self).__bases__[1:], *state)
+        return (_blank, type(self).__bases__[1:2], *state)
 
 
 _CONVERTED = (Conv3d, ConvTranspose3d, _Marked)
@@ -136,7 +139,8 @@ _CONVERTED = (Conv3d, ConvTranspose3d, _Marked)
 
 @functools.cache
 def _marked(kind: type) -> type:
-    return type(kind.__name__, (_Marked, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    ours = (ConvTranspose3d,) if issubclass(kind, nn.ConvTranspose3d) else ()  # what super() finds behind the subclass
+    return type(kind.__name__, (_Marked, kind, *ours), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _blank(kind: type) -> nn.Module:
