@@ -15,6 +15,7 @@ from . import settings, tuning
 from .problem import CHANNELS_LAST, Operands, Problem, Taps, describe, trimmed
 
 _posed: dict[tuple, tuple[Problem, Taps | None]] = {}
+_MOST_POSED = 65_536  # of volumes that all differ there is no end
 settings.on_change(_posed.clear)
 
 
@@ -44,6 +45,8 @@ def pose(
         geometry = (input_size, weight_size, stride, padding, dilation, groups, channels_last)
         problem = describe(pass_, operands, *geometry, precision)
         problem, taps, _ = cut(problem, operands)
+        if len(_posed) >= _MOST_POSED:
+            _posed.clear()
         posed = _posed[signature] = problem, taps
     return posed
 
